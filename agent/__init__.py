@@ -1,0 +1,1 @@
+"""The service in the guest: a trio program that serves the protocol's operations."""

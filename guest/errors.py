@@ -1,0 +1,105 @@
+"""Every error that both sides know, as one tree.
+
+    MicroguestError
+    ├── ProtocolError
+    │   ├── LocalProtocolError       this side used the protocol wrongly
+    │   └── RemoteProtocolError      the peer did; says which error code to answer with
+    ├── OperationError               the agent answered "no": code, message, fields
+    │   └── StartError               the process was never started: step and errno
+    ├── BootConfigError              a boot config that cannot be used, with the field's path
+    └── ManifestError                a bundle manifest that cannot be used
+
+Errors that only the host can have (machines, images, connections) are in `host_client.errors`.
+"""
+
+__all__ = [
+    "START_CODES",
+    "BootConfigError",
+    "LocalProtocolError",
+    "ManifestError",
+    "MicroguestError",
+    "OperationError",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "StartError",
+    "operation_error",
+]
+
+# Why a process was not started. Apart from these, an OperationError has one of:
+# bad_request, bad_preface, frame_too_large, unauthorized, unsupported_version, unknown_operation,
+# too_busy, hello_timeout, not_ready, no_such_process, shutting_down, internal.
+START_CODES = frozenset(
+    {
+        "not_found",
+        "permission_denied",
+        "not_executable",
+        "bad_interpreter",
+        "bad_cwd",
+        "bad_user",
+        "argument_list_too_long",
+        "resource_limit",
+        "out_of_memory",
+        "setup_failed",
+    }
+)
+
+
+class MicroguestError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+class ProtocolError(MicroguestError):
+    """The rules of docs/protocol.md were broken; the connection cannot be used any more."""
+
+
+class LocalProtocolError(ProtocolError):
+    """This side tried to send what the protocol does not allow now: a bug on this side."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent what the protocol does not allow. `code` is what to answer, if anything."""
+
+    def __init__(self, message: str, *, code: str = "bad_request") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class OperationError(MicroguestError):
+    """The agent refused or failed an operation. `fields` has what is known: errno, path, step…"""
+
+    def __init__(
+        self, code: str, message: str, fields: dict[str, str | int | None] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.fields = dict(fields or {})
+
+
+class StartError(OperationError):
+    """The process was not started; there is no exit status. `step` and `errno` say why."""
+
+    @property
+    def step(self) -> str:
+        """Name of the step that failed between clone and exec, for instance "exec" or "chdir"."""
+        return str(self.fields.get("step") or "")
+
+    @property
+    def errno(self) -> int | None:
+        """The errno of that step, or None where the agent refused without a system call."""
+        value = self.fields.get("errno")
+        return value if isinstance(value, int) else None
+
+
+class BootConfigError(MicroguestError):
+    """The boot config cannot be used. The message names the field, as in `root.lower[0].fstype`."""
+
+
+class ManifestError(MicroguestError):
+    """The bundle's manifest.json cannot be used. The message names the field."""
+
+
+def operation_error(code: str, message: str, fields: dict[str, str | int | None]) -> OperationError:
+    """The exception for an error frame: a StartError where the code is one of START_CODES."""
+    kind = StartError if code in START_CODES else OperationError
+    return kind(code, message, fields)

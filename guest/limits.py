@@ -1,0 +1,30 @@
+"""Every maximum of the contract, in one place. Sizes are bytes, times are seconds.
+
+A peer that exceeds one is answered with the error named in docs/protocol.md, or dropped.
+"""
+
+# ── the wire ─────────────────────────────────────────────────────────────────────────────────────
+HELLO_PAYLOAD = 4 * 1024  # all that an unauthenticated peer can make the agent hold
+HELLO_TIMEOUT = 2.0  # from accept to a complete hello
+CONTROL_PAYLOAD = 4 * 1024 * 1024  # a request; Linux's own limit for argv + env is 2 MiB by default
+DATA_PAYLOAD = 1024 * 1024  # one data frame; a pipe holds at most this much by default
+ERROR_MESSAGE = 4 * 1024  # characters; longer ones are cut with an ellipsis
+
+# ── the agent ────────────────────────────────────────────────────────────────────────────────────
+CONNECTIONS = 1024  # accepted and past hello
+UNAUTHENTICATED = 128  # accepted and not past hello; the oldest is dropped for a new one
+LISTEN_BACKLOG = 1024
+ROOT_WAIT = 30.0  # how long a start waits for PID 1 to finish the root
+STREAM_IDLE_AFTER_EXIT = 0.1  # a stream that a grandchild holds open is cut when idle this long
+STREAM_CAP_AFTER_EXIT = 0.5  # and in any case after this long
+
+# ── reports from PID 1 to the host, and between PID 1 and the agent ─────────────────────────────
+REPORT_LINE = 64 * 1024
+REPORT_CONNECT_TIMEOUT = 2.0
+SUPERVISION_MESSAGE = 64 * 1024
+
+# ── ending ───────────────────────────────────────────────────────────────────────────────────────
+STOP_GRACE = 5.0  # between TERM and KILL of everything that is left
+OUTPUT_GRACE = 10.0  # how long an ended workload's output waits for somebody to collect it
+AGENT_RESTART_DELAYS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)  # seconds; the last one repeats
+AGENT_CRASH_LIMIT = 20  # crashes after which the agent stays down and the state says so

@@ -1,0 +1,219 @@
+"""Frozen records that check themselves when they come from outside.
+
+`Record` gives what a keyword-only frozen dataclass gives (and type checkers see it as one), and
+turns itself into and out of plain maps with every field's type checked. It exists because importing
+`dataclasses` costs as much as everything else that PID 1 imports together, and because boot config,
+messages and manifest need the same strict decoder anyway.
+
+Field types: str, int, float, bool, bytes, other records, `tuple[X, ...]`, `dict[str, X]`,
+`X | None` and unions of scalars.
+"""
+
+from types import GenericAlias, UnionType
+
+TYPE_CHECKING = False  # type checkers know this name; importing typing would cost start-up time
+if TYPE_CHECKING:
+    from typing import Any, Self, dataclass_transform
+else:
+
+    def dataclass_transform(**_options):
+        """At run time the decorator has nothing to do."""
+        return lambda cls: cls
+
+
+__all__ = ["Catalogue", "Record", "RecordError"]
+
+SCALARS = (str, int, float, bool, bytes)
+
+
+class RecordError(ValueError):
+    """A map does not fit the record; the message names the field by its path."""
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class Record:
+    """Base of frozen records: fields are the class's annotations, defaults its attributes."""
+
+    _fields: "dict[str, Any]" = {}  # noqa: RUF012  typing.ClassVar would import typing
+
+    def __init_subclass__(cls) -> None:
+        own = {k: v for k, v in cls.__dict__.get("__annotations__", {}).items() if k[0] != "_"}  # noqa: RUF063  inspect is a heavy import
+        cls._fields = {**cls._fields, **own}
+
+    def __init__(self, **values: "Any") -> None:
+        for name in self._fields:
+            if name in values:
+                self.__dict__[name] = values.pop(name)
+            elif not hasattr(type(self), name):
+                raise TypeError(f"{type(self).__name__} needs {name}")
+        if values:
+            raise TypeError(f"{type(self).__name__} has no field {', '.join(sorted(values))}")
+        self.check()
+
+    def check(self) -> None:
+        """Raise RecordError where the values contradict each other; subclasses override it."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen: cannot set {name}")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash((type(self), repr(self)))
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self._values().items())
+        return f"{type(self).__name__}({fields})"
+
+    def _values(self) -> "dict[str, Any]":
+        return {name: getattr(self, name) for name in self._fields}
+
+    def replace(self, **changes: "Any") -> "Self":
+        """A copy with some fields changed."""
+        return type(self)(**{**self._values(), **changes})
+
+    def to_map(self) -> "dict[str, Any]":
+        """A map of plain values, without the fields that equal their default."""
+        return {
+            name: _plain(value)
+            for name, value in self._values().items()
+            if not (hasattr(type(self), name) and value == getattr(type(self), name))
+        }
+
+    def to_json(self) -> str:
+        """One line of ASCII JSON: how boot configs, manifests and reports travel."""
+        import json
+
+        return json.dumps(self.to_map(), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, ignore_unknown: bool = False) -> "Self":
+        """The record in a JSON document. Raises RecordError, also where it is not JSON."""
+        import json
+
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"not a JSON document: {error}") from None
+        return cls.from_map(values, ignore_unknown=ignore_unknown)
+
+    @classmethod
+    def from_map(cls, values: object, *, where: str = "", ignore_unknown: bool = False) -> "Self":
+        """Check a map from outside and build the record.
+
+        `where` is the path put before field names in errors. Unknown fields are an error that names
+        them unless `ignore_unknown` (what a newer peer may add). Raises RecordError.
+        """
+        if not isinstance(values, dict):
+            raise RecordError(f"{where or cls.__name__}: expected a map, got {_name(values)}")
+        dot = f"{where}." if where else ""
+        unknown = [key for key in values if key not in cls._fields]
+        if unknown and not ignore_unknown:
+            raise RecordError(f"unknown field {dot}{unknown[0]!s:.100}")
+        missing = [n for n in cls._fields if n not in values and not hasattr(cls, n)]
+        if missing:
+            raise RecordError(f"missing field {dot}{missing[0]}")
+        checked = {
+            name: _checked(values[name], kind, f"{dot}{name}", ignore_unknown)
+            for name, kind in cls._fields.items()
+            if name in values
+        }
+        try:
+            return cls(**checked)
+        except RecordError as error:
+            raise RecordError(f"{dot}{error}") from None
+
+
+class Catalogue:
+    """A closed set of named records, written as JSON documents of one entry: `{"name": {…}}`."""
+
+    def __init__(self, records: "dict[str, type[Record]]", *, maximum: int) -> None:
+        self.records = records
+        self.maximum = maximum  # bytes of an encoded record
+        self._names = {record: name for name, record in records.items()}
+
+    def encode(self, record: Record) -> bytes:
+        """The JSON document, without a newline in it."""
+        import json
+
+        document = {self._names[type(record)]: record.to_map()}
+        return json.dumps(document, separators=(",", ":")).encode("ascii")
+
+    def decode(self, text: str | bytes) -> Record:
+        """The record in a document from outside. Raises RecordError for anything else."""
+        import json
+
+        if len(text) > self.maximum:
+            raise RecordError(f"document of {len(text)} bytes, at most {self.maximum}")
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"not a JSON document: {error}") from None
+        if not isinstance(values, dict) or len(values) != 1:
+            raise RecordError("not a map with one entry")
+        ((name, fields),) = values.items()
+        if name not in self.records:
+            raise RecordError(f"unknown record {name!r:.100}")
+        return self.records[name].from_map(fields, where=name, ignore_unknown=True)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Record):
+        return value.to_map()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _checked(value: object, kind: object, where: str, ignore_unknown: bool) -> object:
+    if isinstance(kind, UnionType):
+        return _checked_union(value, kind, where, ignore_unknown)
+    if isinstance(kind, GenericAlias):
+        return _checked_container(value, kind, where, ignore_unknown)
+    if isinstance(kind, type) and issubclass(kind, Record):
+        return kind.from_map(value, where=where, ignore_unknown=ignore_unknown)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind in SCALARS and type(value) is kind:
+        return value
+    raise RecordError(f"{where}: expected {_kind_name(kind)}, got {_name(value)}")
+
+
+def _checked_union(value: object, kind: UnionType, where: str, ignore_unknown: bool) -> object:
+    if value is None and type(None) in kind.__args__:
+        return None
+    for choice in kind.__args__:
+        if choice is type(value) or not (choice in SCALARS or choice is type(None)):
+            return _checked(value, choice, where, ignore_unknown)
+    raise RecordError(f"{where}: expected {_kind_name(kind)}, got {_name(value)}")
+
+
+def _checked_container(
+    value: object, kind: GenericAlias, where: str, ignore_unknown: bool
+) -> object:
+    if kind.__origin__ is tuple and isinstance(value, list | tuple):
+        item_kind = kind.__args__[0]
+        return tuple(
+            _checked(item, item_kind, f"{where}[{index}]", ignore_unknown)
+            for index, item in enumerate(value)
+        )
+    if kind.__origin__ is dict and isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise RecordError(f"{where}: keys must be strings")
+        item_kind = kind.__args__[1]
+        return {
+            key: _checked(item, item_kind, f"{where}[{key:.100}]", ignore_unknown)
+            for key, item in value.items()
+        }
+    raise RecordError(f"{where}: expected {_kind_name(kind)}, got {_name(value)}")
+
+
+def _name(value: object) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _kind_name(kind: object) -> str:
+    return kind.__name__ if type(kind) is type else str(kind)

@@ -1,0 +1,108 @@
+"""What PID 1 tells the host over the one connection that the guest dials: lines of JSON.
+
+The same line, prefixed with `CONSOLE_MARK`, is written to the console for `boot_failed`, so that a
+machine whose vsock never came up still says why. Hosts treat all of it as untrusted input.
+"""
+
+from guest import limits
+from guest.record import Catalogue, Record
+from guest.status import ExitStatus
+
+__all__ = [
+    "CONSOLE_MARK",
+    "REPORTS",
+    "AgentExited",
+    "BootFailed",
+    "Ready",
+    "Report",
+    "Step",
+    "Stopping",
+    "WorkloadExited",
+    "WorkloadFailed",
+    "WorkloadStarted",
+]
+
+CONSOLE_MARK = "microguest-report: "
+
+
+class Step(Record):
+    """One step of the boot. Times are milliseconds of CLOCK_BOOTTIME."""
+
+    name: str
+    start_ms: float
+    end_ms: float
+
+
+class Ready(Record):
+    """The agent serves and the root is in place. `token_proof` is the agent token's SHA-256."""
+
+    steps: tuple[Step, ...]
+    token_proof: str
+
+
+class BootFailed(Record):
+    """PID 1 could not bring the machine up and powers off."""
+
+    step: str
+    message: str
+    syscall: str = ""
+    path: str = ""
+    errno: int = 0
+    steps: tuple[Step, ...] = ()
+
+
+class WorkloadStarted(Record):
+    """The image's process runs, as process `pid` of the guest."""
+
+    pid: int
+    boot_ms: float
+
+
+class WorkloadFailed(Record):
+    """The image's process could not be started; fields as in an error frame's."""
+
+    code: str
+    message: str
+    step: str = ""
+    errno: int = 0
+
+
+class WorkloadExited(ExitStatus):
+    """The image's process ended."""
+
+    boot_ms: float = 0.0
+
+
+class AgentExited(ExitStatus):
+    """The agent died and is started again after `restart_in` seconds; None: it stays down."""
+
+    crashes: int
+    restart_in: float | None
+
+
+class Stopping(Record):
+    """The last report. `status`: what the machine ended with.
+
+    "done" (the workload ended), "shutdown" (asked for), "boot-failed", "workload-failed".
+    """
+
+    status: str
+    boot_ms: float
+
+
+Report = (
+    Ready | BootFailed | WorkloadStarted | WorkloadFailed | WorkloadExited | AgentExited | Stopping
+)
+
+REPORTS = Catalogue(
+    {
+        "ready": Ready,
+        "boot_failed": BootFailed,
+        "workload_started": WorkloadStarted,
+        "workload_failed": WorkloadFailed,
+        "workload_exited": WorkloadExited,
+        "agent_exited": AgentExited,
+        "stopping": Stopping,
+    },
+    maximum=limits.REPORT_LINE,
+)

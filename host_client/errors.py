@@ -1,0 +1,70 @@
+"""Errors that only the host can have; the shared ones are in `guest.errors`.
+
+MicroguestError
+├── ConnectError          nobody answered at the URL, or refused before the protocol began
+├── ConnectionLost        the agent or its machine went away during an operation
+├── DeadlineExceeded      an operation did not finish in the time that its caller gave
+├── ImageError            an image that is missing, broken or cannot be made bootable
+└── MachineError          a machine that cannot be started, found or stopped
+    └── BootFailed        the guest said why it did not come up, or died before it could
+"""
+
+from guest.errors import MicroguestError
+
+__all__ = [
+    "BootFailed",
+    "ConnectError",
+    "ConnectionLost",
+    "DeadlineExceeded",
+    "ImageError",
+    "MachineError",
+]
+
+
+class ConnectError(MicroguestError):
+    """No agent could be reached. `url` is what was dialled."""
+
+    def __init__(self, message: str, *, url: str = "") -> None:
+        super().__init__(message)
+        self.url = url
+
+
+class ConnectionLost(MicroguestError):
+    """The connection broke before the operation was over: the agent or its machine is gone."""
+
+
+class DeadlineExceeded(MicroguestError, TimeoutError):
+    """The time that the caller allowed is over. `seconds` is that time."""
+
+    def __init__(self, message: str, *, seconds: float) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class ImageError(MicroguestError):
+    """The image cannot be used; the message names the file, layer or entry."""
+
+
+class MachineError(MicroguestError):
+    """The machine cannot be started, found or stopped; the message says what to do."""
+
+
+class BootFailed(MachineError):
+    """The guest did not come up. Fields are empty where it could not say."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        step: str = "",
+        syscall: str = "",
+        path: str = "",
+        errno: int = 0,
+        console: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.step = step
+        self.syscall = syscall
+        self.path = path
+        self.errno = errno
+        self.console = console  # the last lines of the machine's console
