@@ -1,0 +1,49 @@
+"""System calls that the standard library lacks; implemented in guestsys.c, only in the frozen ELF.
+
+Every function raises OSError with the errno of the call that failed.
+"""
+
+from collections.abc import Sequence
+
+def mount(
+    source: str | None, target: str, fstype: str | None, flags: int = 0, data: str | None = None
+) -> None: ...
+def umount2(target: str, flags: int = 0) -> None: ...
+def pivot_root(new_root: str, put_old: str) -> None: ...
+def reboot(command: int) -> None: ...
+def finit_module(fd: int, parameters: str = "", flags: int = 0) -> None: ...
+def unshare(flags: int) -> None: ...
+def setns(fd: int, nstype: int = 0) -> None: ...
+def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int: ...
+def openat2(dir_fd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) -> int: ...
+
+class SpawnError(OSError):
+    """The child failed between clone and exec. `step` is the call that failed, as in "chdir"."""
+
+    step: str
+
+def spawn(
+    argv: Sequence[bytes],
+    env: Sequence[bytes],
+    *,
+    candidates: Sequence[bytes],
+    cwd: bytes,
+    fds: tuple[int, int, int],
+    uid: int = 0,
+    gid: int = 0,
+    groups: Sequence[int] = (),
+    session: bool = True,
+    tty: int = -1,
+    oom_score_adj: int = 0,
+    umask: int = 0o022,
+    cgroup_fd: int = -1,
+    no_new_privs: bool = False,
+    rlimits: Sequence[tuple[int, int, int]] = (),
+) -> tuple[int, int]:
+    """Start a program and return (pid, pidfd) once it has exec'ed; both are the caller's to reap.
+
+    `candidates` are paths tried in order as execvp(3) does (ENOENT, ENOTDIR and EACCES go on to the
+    next; EACCES wins in the end). `fds` become 0, 1 and 2; every other descriptor is closed. Signals
+    are unblocked and at their defaults. Raises SpawnError; then no child exists any more.
+    """
+    ...
