@@ -1,0 +1,51 @@
+# What people and CI both run. Every target installs what it needs: Debian or Ubuntu packages when run
+# as root, Python packages into .venv, nothing anywhere else. Built things live in dist/ and in
+# $XDG_CACHE_HOME/microguest (default ~/.cache/microguest).
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+ARCH ?= x86_64
+GUEST := dist/guest/$(ARCH)
+DEMO_IMAGE := dist/demo
+TEST ?= tests
+
+.PHONY: setup demo test check guest bench clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) build/packages.py setup
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[guest,dev]'
+	touch $@
+
+# The stages behind this are cached by a hash of their inputs: with nothing changed it takes no time.
+guest: setup
+	$(PYTHON) build/packages.py guest
+	$(BIN)/python build/make.py guest
+
+$(DEMO_IMAGE)/index.json: build/demo_image.py
+	$(PYTHON) build/packages.py image
+	$(BIN)/python build/demo_image.py $(DEMO_IMAGE)
+
+demo: guest $(DEMO_IMAGE)/index.json
+	$(PYTHON) build/packages.py run
+	$(BIN)/python docs/examples/demo.py oci:$(DEMO_IMAGE):busybox
+
+test: guest $(DEMO_IMAGE)/index.json
+	$(PYTHON) build/packages.py run
+	$(PYTHON) build/packages.py test
+	$(BIN)/pytest $(TEST)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: guest $(DEMO_IMAGE)/index.json
+	$(PYTHON) build/packages.py run
+	$(BIN)/python benchmarks/startup.py
+
+clean:
+	rm -rf dist $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
