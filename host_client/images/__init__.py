@@ -1,0 +1,32 @@
+"""Images for machines: name one, open it, get a disk or a directory to boot from.
+
+    with images.open_image("oci:dist/demo:busybox") as image:
+        disk = images.as_disk(image, work_dir)
+        argv = images.process_for(image.config, ["sh", "-c", "exit 7"])
+
+Every failure is a `host_client.errors.ImageError`. May import `host_client.errors` and the
+standard library only. See docs/images.md.
+"""
+
+from host_client.images.cache import Cache
+from host_client.images.image import Disk, Image, as_directory, as_disk, open_image
+from host_client.images.limits import Limits
+from host_client.images.manifest import Descriptor, Layer
+from host_client.images.process import ImageConfig, process_for
+from host_client.images.reference import ImageReference, parse_reference
+
+__all__ = [
+    "Cache",
+    "Descriptor",
+    "Disk",
+    "Image",
+    "ImageConfig",
+    "ImageReference",
+    "Layer",
+    "Limits",
+    "as_directory",
+    "as_disk",
+    "open_image",
+    "parse_reference",
+    "process_for",
+]

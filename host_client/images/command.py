@@ -1,0 +1,144 @@
+"""External commands: found, run with a deadline, and explained when they fail.
+
+The one place of this package that starts processes.
+"""
+
+import contextlib
+import os
+import shlex
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from typing import IO, BinaryIO
+
+from host_client.errors import ImageError
+from host_client.images import limits
+
+_SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/sbin:/sbin"
+
+# What the command needs to be installed, as Debian calls it.
+_PACKAGES = {
+    "mkfs.erofs": "erofs-utils",
+    "mksquashfs": "squashfs-tools",
+    "sqfstar": "squashfs-tools (4.5 or newer)",
+    "tar": "tar",
+    "zstd": "zstd",
+}
+
+
+def find_command(name: str) -> str | None:
+    """The absolute path of a command, also from the sbin directories that users lack in PATH."""
+    path = os.environ.get("PATH", os.defpath)
+    return shutil.which(name, path=f"{path}:{_SYSTEM_DIRECTORIES}")
+
+
+def require_command(name: str) -> str:
+    """As `find_command`; raises ImageError naming the package when it is missing."""
+    found = find_command(name)
+    if found is None:
+        package = _PACKAGES.get(name, name)
+        raise ImageError(f"{name} is not installed: install the package {package}")
+    return found
+
+
+def run_command(
+    argv: Sequence[str],
+    *,
+    stdin: BinaryIO | None = None,
+    feed: Callable[[IO[bytes]], None] | None = None,
+    drain: Callable[[IO[bytes]], None] | None = None,
+    seconds: float = limits.COMMAND_SECONDS,
+) -> str:
+    """Run a command to its end and return the last of what it said.
+
+    `feed` writes the command's stdin, or `drain` reads its stdout; not both. Raises ImageError
+    with a line to paste into a shell when the command cannot start, fails, or is not done after
+    `seconds`; whatever `feed` or `drain` raise passes through after the command was killed.
+    """
+    try:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE if feed else (stdin or subprocess.DEVNULL),
+            stdout=subprocess.PIPE if drain else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=_environment(),
+            start_new_session=True,  # Ctrl-C reaches us alone, and we end it below
+        )
+    except OSError as error:
+        raise ImageError(f"cannot start {argv[0]}: {error.strerror}") from error
+    late = threading.Event()
+
+    def expire() -> None:
+        late.set()
+        process.kill()
+
+    words = _LastWords(process.stderr)
+    timer = threading.Timer(seconds, expire)
+    timer.start()
+    try:
+        with contextlib.suppress(BrokenPipeError):  # its exit status says why it stopped reading
+            if feed and process.stdin:
+                with process.stdin:
+                    feed(process.stdin)
+        if drain and process.stdout:
+            with process.stdout:
+                drain(process.stdout)
+        process.wait()
+    finally:
+        process.kill()
+        process.wait()
+        timer.cancel()
+        timer.join()
+        said = words.end()
+    if late.is_set():
+        raise ImageError(f"command was not done after {seconds:g} s and was killed: {_line(argv)}")
+    if process.returncode != 0:
+        raise _failure(argv, process.returncode, said)
+    return said
+
+
+def _failure(argv: Sequence[str], status: int, said: str) -> ImageError:
+    if "No space left on device" in said or "Disk quota exceeded" in said:
+        return no_space(argv[0])
+    how = f"status {status}" if status > 0 else f"signal {-status}"
+    return ImageError(f"command ended with {how}: {_line(argv)}\n{said.strip()}".rstrip())
+
+
+def no_space(what: str) -> ImageError:
+    """The one error for a full disk, whoever met it."""
+    return ImageError(
+        f"no space left on the device while preparing the image ({what}): free some, or put the "
+        "image cache on another disk with XDG_CACHE_HOME"
+    )
+
+
+def _line(argv: Sequence[str]) -> str:
+    return shlex.join(argv)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with messages in English and without the options that tools take from there."""
+    dropped = ("SOURCE_DATE_EPOCH", "TAR_OPTIONS", "ZSTD_CLEVEL", "ZSTD_NBTHREADS")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    return {**kept, "LC_ALL": "C"}
+
+
+class _LastWords:
+    """Reads a pipe to its end in a thread and keeps the last part."""
+
+    def __init__(self, pipe: IO[bytes] | None) -> None:
+        assert pipe is not None
+        self._pipe = pipe
+        self._tail = b""
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        while chunk := os.read(self._pipe.fileno(), 4096):
+            self._tail = (self._tail + chunk)[-limits.COMMAND_OUTPUT_BYTES :]
+
+    def end(self) -> str:
+        self._thread.join()
+        self._pipe.close()
+        return self._tail.decode("utf-8", "replace")

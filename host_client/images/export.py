@@ -1,0 +1,98 @@
+"""A merged tree as one clean tar stream: parents before children, each inode once, no whiteouts."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, BinaryIO
+
+from host_client.errors import ImageError
+from host_client.images import limits
+from host_client.images.tarformat import END_OF_ARCHIVE, Entry, Kind, header_bytes, padding
+from host_client.images.tree import Inode, Tree
+
+_MAX_SQUASHFS_TIME = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What the receiver of the stream can keep.
+
+    root: it takes an entry for the root directory itself.  xattrs: prefixes of the names of the
+    extended attributes it can hold.  full_times: it has fractions of a second and times before
+    1970.  devices: it can make device nodes.
+    """
+
+    root: bool
+    xattrs: tuple[bytes, ...]
+    full_times: bool
+    devices: bool
+
+
+SQUASHFS = Abilities(
+    root=False, xattrs=(b"user.", b"trusted.", b"security."), full_times=False, devices=True
+)
+EROFS = Abilities(root=True, xattrs=(b"",), full_times=True, devices=True)
+DIRECTORY = Abilities(root=True, xattrs=(b"",), full_times=True, devices=True)
+DIRECTORY_OF_A_USER = Abilities(root=True, xattrs=(b"user.",), full_times=True, devices=False)
+
+
+def write_tar(
+    tree: Tree, layers: Sequence[BinaryIO], abilities: Abilities, pipe: IO[bytes]
+) -> None:
+    """Write the tree to `pipe`; `layers` are the spooled archives that hold the files' bytes."""
+    for entry, inode in _entries(tree, abilities):
+        pipe.write(header_bytes(entry))
+        if entry.kind is Kind.FILE:
+            _copy(layers[inode.layer], inode, pipe)
+    pipe.write(END_OF_ARCHIVE)
+
+
+def _entries(tree: Tree, abilities: Abilities) -> Iterator[tuple[Entry, Inode]]:
+    first_names: dict[int, bytes] = {}
+    for path, inode in tree.walk():
+        if not path and not abilities.root:
+            continue
+        if inode.kind in (Kind.CHAR_DEVICE, Kind.BLOCK_DEVICE) and not abilities.devices:
+            continue
+        name = b"./" + path
+        if inode.kind is Kind.DIRECTORY and path:
+            name += b"/"
+        if inode.number in first_names:
+            yield Entry(name, Kind.HARD_LINK, target=first_names[inode.number]), inode
+            continue
+        if inode.linked:
+            first_names[inode.number] = name
+        yield _entry(name, inode, abilities), inode
+
+
+def _entry(name: bytes, inode: Inode, abilities: Abilities) -> Entry:
+    mtime = inode.mtime_ns
+    if not abilities.full_times:
+        mtime = min(max(mtime // 1_000_000_000, 0), _MAX_SQUASHFS_TIME) * 1_000_000_000
+    return Entry(
+        name=name,
+        kind=inode.kind,
+        mode=inode.mode,
+        uid=inode.uid,
+        gid=inode.gid,
+        mtime_ns=mtime,
+        size=inode.size,
+        target=inode.target,
+        major=inode.major,
+        minor=inode.minor,
+        xattrs={
+            key: value for key, value in inode.xattrs.items() if key.startswith(abilities.xattrs)
+        },
+    )
+
+
+def _copy(layer: BinaryIO, inode: Inode, pipe: IO[bytes]) -> None:
+    position, left = inode.offset, inode.size
+    while left:
+        chunk = os.pread(layer.fileno(), min(left, limits.CHUNK_BYTES), position)
+        if not chunk:
+            raise ImageError("an unpacked layer became shorter while it was read: try again")
+        pipe.write(chunk)
+        position += len(chunk)
+        left -= len(chunk)
+    pipe.write(padding(inode.size))

@@ -1,0 +1,121 @@
+"""How a root becomes a disk or a directory: the external commands and their options.
+
+Debian 12 has erofs-utils 1.5, which cannot read a tar, so a disk is erofs where mkfs.erofs can
+(1.7) and squashfs where it cannot. Why these compressors: docs/images.md.
+"""
+
+import functools
+import os
+import subprocess
+from collections.abc import Sequence
+from typing import IO, BinaryIO
+
+from host_client.images import export
+from host_client.images.command import find_command, require_command, run_command
+from host_client.images.tree import Tree
+
+VERSION = 1
+"""Part of every cache key: raise it when a change here or in `tree` changes what is made."""
+
+_PROBE_SECONDS = 10
+
+
+def disk_format() -> str:
+    """The file system that `make_disk` will make on this host: "erofs" or "squashfs"."""
+    return "erofs" if "--tar" in _erofs_options() else "squashfs"
+
+
+def make_disk(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
+    """Write the tree as a read-only file system of `disk_format()` to the new file `path`."""
+    if disk_format() == "erofs":
+        abilities, argv = export.EROFS, [require_command("mkfs.erofs"), "--tar=f", "--quiet", path]
+    else:
+        abilities, argv = export.SQUASHFS, _sqfstar(tree, path)
+
+    def feed(pipe: IO[bytes]) -> None:
+        export.write_tar(tree, layers, abilities, pipe)
+
+    run_command(argv, feed=feed)
+    _sync(path)
+
+
+def _sqfstar(tree: Tree, path: str) -> list[str]:
+    """The root directory is not taken from the stream: sqfstar has options for it."""
+    root = tree.root
+    seconds = min(max(root.mtime_ns // 1_000_000_000, 0), 0xFFFFFFFF)
+    return [
+        *(require_command("sqfstar"), "-quiet", "-no-progress", "-exit-on-error"),
+        *("-comp", "lz4", "-mem", "256M", "-mkfs-time", "0"),
+        *("-root-mode", f"{root.mode:o}", "-root-time", str(seconds)),
+        *("-root-uid", str(root.uid), "-root-gid", str(root.gid)),
+        path,
+    ]
+
+
+def make_directory(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
+    """Unpack the tree into the existing empty directory `path`.
+
+    As root: with owners, device nodes and all extended attributes. As a user: everything is the
+    user's, device nodes and attributes outside "user." are left out.
+    """
+    privileged = os.geteuid() == 0
+    argv = [require_command("tar"), "--extract", "--file=-", "--directory", path]
+    argv += ["--preserve-permissions", "--absolute-names", "--delay-directory-restore"]
+    argv += ["--numeric-owner", "--xattrs", "--xattrs-include=*", "--no-acls", "--no-selinux"]
+    argv += ["--same-owner"] if privileged else ["--no-same-owner"]
+    abilities = export.DIRECTORY if privileged else export.DIRECTORY_OF_A_USER
+
+    def feed(pipe: IO[bytes]) -> None:
+        export.write_tar(tree, layers, abilities, pipe)
+
+    run_command(argv, feed=feed)
+
+
+def make_disk_of_directory(source: str, stem: str) -> tuple[str, str]:
+    """Make STEM.erofs, or STEM.squashfs where erofs-utils is missing; return (path, fstype).
+
+    Uncompressed: it is made for one machine and read once or twice. Replaces an earlier one.
+    """
+    if find_command("mkfs.erofs"):
+        fstype, argv = "erofs", [require_command("mkfs.erofs"), "--quiet"]
+        argv += ["--preserve-mtime"] if "--preserve-mtime" in _erofs_options() else []
+    else:
+        fstype, argv = "squashfs", [require_command("mksquashfs")]
+    path = f"{stem}.{fstype}"
+    temporary = f"{path}.tmp"
+    try:
+        if fstype == "erofs":
+            run_command([*argv, temporary, source])
+        else:
+            run_command([*argv, source, temporary, "-quiet", "-no-progress", "-noappend", *_PLAIN])
+        os.rename(temporary, path)
+    finally:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
+    return path, fstype
+
+
+_PLAIN = ("-noI", "-noD", "-noF", "-noX")
+
+
+@functools.cache
+def _erofs_options() -> str:
+    """What mkfs.erofs says of its options; "" when it is not installed."""
+    command = find_command("mkfs.erofs")
+    if command is None:
+        return ""
+    try:
+        result = subprocess.run(
+            [command, "--help"], capture_output=True, timeout=_PROBE_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return (result.stdout + result.stderr).decode("utf-8", "replace")
+
+
+def _sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,339 @@
+"""The tar format, both ways: strict bounded reading of a layer, writing of a merged root.
+
+Not the standard library's tarfile: that stops silently at a damaged header in mid-archive, takes
+sizes below zero, reads extended headers of any length into memory and recurses through chains of
+them. Names here are bytes from end to end, as they are in the kernel. Sources: pax(1) in
+POSIX.1-2017, the GNU tar manual ("Basic Tar Format"), and Go's archive/tar, whose reading of
+unclear cases is what container engines agree on.
+"""
+
+import enum
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from host_client.errors import ImageError
+from host_client.images import limits
+
+BLOCK = 512
+_ZERO_BLOCK = bytes(BLOCK)
+_XATTR = b"SCHILY.xattr."
+_MAX_ID = 0xFFFFFFFE  # (uid_t)-1 means "no change" to the kernel
+
+
+class Kind(enum.Enum):
+    """What an entry is; the values are the tar type flags."""
+
+    FILE = b"0"
+    HARD_LINK = b"1"
+    SYMLINK = b"2"
+    CHAR_DEVICE = b"3"
+    BLOCK_DEVICE = b"4"
+    DIRECTORY = b"5"
+    FIFO = b"6"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One member of an archive.
+
+    name: as stored, not yet made safe.  mode: the twelve permission bits.  mtime_ns: nanoseconds
+    since 1970, may be negative.  offset, size: where a FILE's bytes are in the archive.
+    target: of a SYMLINK or HARD_LINK.  major, minor: of a device.
+    """
+
+    name: bytes
+    kind: Kind
+    mode: int = 0o755
+    uid: int = 0
+    gid: int = 0
+    mtime_ns: int = 0
+    size: int = 0
+    offset: int = 0
+    target: bytes = b""
+    major: int = 0
+    minor: int = 0
+    xattrs: dict[bytes, bytes] = field(default_factory=dict)
+
+
+# -- reading ---------------------------------------------------------------------------------
+
+
+def read_entries(fd: int, start: int, length: int) -> Iterator[Entry]:
+    """Yield the members of the archive in `fd` at bytes [start, start+length).
+
+    Raises ImageError for anything that is not a well-formed archive, for sparse members and for
+    types that no layer may hold. An archive may end without its two zero blocks, as engines allow.
+    """
+    position = start
+    end = start + length
+    extra = _Extra()
+    while True:
+        block = _pread(fd, BLOCK, position, end)
+        if not block and extra.empty:
+            return
+        if len(block) < BLOCK:
+            raise ImageError(f"tar archive is cut short in the header at byte {position - start}")
+        if block == _ZERO_BLOCK:
+            return
+        header = _Header(block, position - start)
+        position += BLOCK
+        if header.flag in (b"x", b"L", b"K", b"g"):
+            if header.size > limits.MAX_HEADER_BYTES:
+                raise header.bad(f"an extended header of {header.size} bytes")
+            payload = _pread(fd, header.size, position, end)
+            if len(payload) < header.size:
+                raise header.bad("an extended header that is cut short")
+            extra.add(header, payload)
+            position += _padded(header.size)
+            continue
+        entry = extra.entry(header, position)
+        if entry.offset + entry.size > end:
+            raise header.bad(f"{entry.size} bytes of data, more than the archive has")
+        yield entry
+        position += _padded(entry.size)
+        extra = _Extra()
+
+
+def _pread(fd: int, count: int, position: int, end: int) -> bytes:
+    return os.pread(fd, max(0, min(count, end - position)), position)
+
+
+def _padded(size: int) -> int:
+    return (size + BLOCK - 1) // BLOCK * BLOCK
+
+
+class _Header:
+    """The 512 bytes before a member, checked."""
+
+    def __init__(self, block: bytes, where: int) -> None:
+        self.where = where
+        stored = self._number(block[148:156], "checksum")
+        blanked = block[:148] + b" " * 8 + block[156:]
+        signed = sum(b - 256 if b > 127 else b for b in blanked)
+        if stored not in (sum(blanked), signed):
+            raise self.bad("a wrong checksum: this is not a tar archive, or it is damaged")
+        self.name = _string(block[0:100])
+        self.mode = self._number(block[100:108], "mode") & 0o7777
+        self.uid = self._number(block[108:116], "uid")
+        self.gid = self._number(block[116:124], "gid")
+        self.size = self._number(block[124:136], "size")
+        self.mtime = self._number(block[136:148], "mtime")
+        self.flag = block[156:157]
+        self.target = _string(block[157:257])
+        magic = block[257:263]
+        self.major = self.minor = 0
+        if magic in (b"ustar\0", b"ustar "):
+            self.major = self._number(block[329:337], "device major")
+            self.minor = self._number(block[337:345], "device minor")
+        if magic == b"ustar\0" and (prefix := _string(block[345:500])):
+            self.name = prefix + b"/" + self.name
+        if self.size < 0:
+            raise self.bad("a size below zero")
+
+    def _number(self, text: bytes, what: str) -> int:
+        """Octal, or GNU's base 256 for what octal has no room for. Empty counts as 0, as in Go."""
+        if text[0] & 0x80:
+            value = int.from_bytes(text, "big") & ((1 << (8 * len(text) - 1)) - 1)
+            if text[0] & 0x40:
+                value -= 1 << (8 * len(text) - 1)
+            return value
+        digits = text.strip(b" \0").partition(b"\0")[0].strip()
+        if not re.fullmatch(rb"[0-7]*", digits):
+            raise self.bad(f"the {what} {text!r}, which is not a number")
+        return int(digits or b"0", 8)
+
+    def bad(self, what: str) -> ImageError:
+        return ImageError(f"tar archive has, in the header at byte {self.where}, {what}")
+
+
+def _string(raw: bytes) -> bytes:
+    return raw.partition(b"\0")[0]
+
+
+_KINDS = {kind.value: kind for kind in Kind} | {b"\0": Kind.FILE, b"7": Kind.FILE}
+
+
+class _Extra:
+    """What extended headers say about the next member."""
+
+    def __init__(self) -> None:
+        self.long_name: bytes | None = None
+        self.long_target: bytes | None = None
+        self.records: dict[bytes, bytes] = {}
+
+    @property
+    def empty(self) -> bool:
+        return self.long_name is None and self.long_target is None and not self.records
+
+    def add(self, header: _Header, payload: bytes) -> None:
+        if header.flag == b"L":
+            self.long_name = _string(payload)
+        elif header.flag == b"K":
+            self.long_target = _string(payload)
+        elif header.flag == b"x":
+            self.records = _pax_records(header, payload)
+        # A global header (g) changes nothing: engines that unpack layers ignore it too.
+
+    def entry(self, header: _Header, offset: int) -> Entry:
+        records = self.records
+        if header.flag == b"S" or any(key.startswith(b"GNU.sparse.") for key in records):
+            raise header.bad("a sparse file, which is not supported: make the layer without them")
+        kind = _KINDS.get(header.flag)
+        if kind is None:
+            raise header.bad(f"an entry of the unknown type {header.flag!r}")
+        name = records.get(b"path") or self.long_name or header.name
+        if kind is Kind.FILE and header.flag == b"\0" and name.endswith(b"/"):
+            kind = Kind.DIRECTORY  # how tar before POSIX.1-1988 marked one
+        size = _record_number(header, records, b"size", header.size)
+        entry = Entry(
+            name=name,
+            kind=kind,
+            mode=header.mode,
+            uid=_record_number(header, records, b"uid", header.uid),
+            gid=_record_number(header, records, b"gid", header.gid),
+            mtime_ns=_record_time(header, records),
+            size=size if kind is Kind.FILE else 0,
+            offset=offset,
+            target=records.get(b"linkpath") or self.long_target or header.target,
+            major=header.major,
+            minor=header.minor,
+            xattrs=_record_xattrs(header, records),
+        )
+        _check_entry(header, entry)
+        return entry
+
+
+def _pax_records(header: _Header, payload: bytes) -> dict[bytes, bytes]:
+    """Records of the form "LENGTH KEY=VALUE\\n", where LENGTH counts the whole record."""
+    records: dict[bytes, bytes] = {}
+    at = 0
+    while at < len(payload):
+        digits, space, _ = payload[at : at + 20].partition(b" ")
+        if not space or not digits.isdigit():
+            raise header.bad("a pax record without a length")
+        stop = at + int(digits)
+        record = payload[at + len(digits) + 1 : stop]
+        key, equals, value = record.partition(b"=")
+        if stop > len(payload) or not record.endswith(b"\n") or not equals or not key:
+            raise header.bad("a malformed pax record")
+        records[key] = value[:-1]
+        at = stop
+    return records
+
+
+def _record_number(header: _Header, records: dict[bytes, bytes], key: bytes, default: int) -> int:
+    text = records.get(key)
+    if not text:
+        return default
+    if not re.fullmatch(rb"[0-9]{1,19}", text):
+        raise header.bad(f"the pax {key.decode()} {text[:40]!r}, which is not a number")
+    return int(text)
+
+
+def _record_time(header: _Header, records: dict[bytes, bytes]) -> int:
+    text = records.get(b"mtime")
+    if not text:
+        return header.mtime * 1_000_000_000
+    match = re.fullmatch(rb"(-?)([0-9]{1,18})(?:\.([0-9]*))?", text)
+    if match is None:
+        raise header.bad(f"the pax mtime {text[:40]!r}, which is not a time")
+    fraction = (match[3] or b"")[:9].ljust(9, b"0")
+    value = int(match[2]) * 1_000_000_000 + int(fraction)
+    return -value if match[1] else value
+
+
+def _record_xattrs(header: _Header, records: dict[bytes, bytes]) -> dict[bytes, bytes]:
+    xattrs = {key[len(_XATTR) :]: value for key, value in records.items() if key.startswith(_XATTR)}
+    if len(xattrs) > limits.MAX_XATTRS:
+        raise header.bad(f"{len(xattrs)} extended attributes, more than {limits.MAX_XATTRS}")
+    for key, value in xattrs.items():
+        if not 0 < len(key) <= limits.MAX_XATTR_NAME_BYTES or b"\0" in key:
+            raise header.bad("an extended attribute with an impossible name")
+        if len(value) > limits.MAX_XATTR_VALUE_BYTES:
+            raise header.bad(f"an extended attribute of {len(value)} bytes")
+    return xattrs
+
+
+def _check_entry(header: _Header, entry: Entry) -> None:
+    for what, text in (("name", entry.name), ("link target", entry.target)):
+        if b"\0" in text:
+            raise header.bad(f"a {what} with a NUL byte in it")
+        if len(text) > limits.MAX_PATH_BYTES:
+            raise header.bad(f"a {what} of {len(text)} bytes, more than {limits.MAX_PATH_BYTES}")
+    if not (0 <= entry.uid <= _MAX_ID and 0 <= entry.gid <= _MAX_ID):
+        raise header.bad(f"the impossible owner {entry.uid}:{entry.gid}")
+    if not (0 <= entry.major < 1 << 12 and 0 <= entry.minor < 1 << 20):
+        raise header.bad(f"the impossible device {entry.major}:{entry.minor}")
+
+
+# -- writing ---------------------------------------------------------------------------------
+
+END_OF_ARCHIVE = _ZERO_BLOCK * 2
+
+
+def header_bytes(entry: Entry) -> bytes:
+    """The header blocks of `entry`; its data, padded with `padding`, follow in the stream.
+
+    Long names go into GNU headers, not pax records: GNU tar would recode the latter, and names
+    need not be text. Pax records carry only extended attributes and fractions of a second.
+    """
+    blocks = []
+    records = [(_XATTR + key, value) for key, value in sorted(entry.xattrs.items())]
+    seconds, nanoseconds = divmod(entry.mtime_ns, 1_000_000_000)
+    if nanoseconds and seconds >= 0:
+        records.append((b"mtime", b"%d.%09d" % (seconds, nanoseconds)))
+    if records:
+        blocks.append(_long_header(b"x", b"".join(_pax_record(*record) for record in records)))
+    if len(entry.target) > 100:
+        blocks.append(_long_header(b"K", entry.target + b"\0"))
+    if len(entry.name) > 100:
+        blocks.append(_long_header(b"L", entry.name + b"\0"))
+    blocks.append(_block(entry, entry.kind.value, seconds))
+    return b"".join(blocks)
+
+
+def padding(size: int) -> bytes:
+    """The zeros that follow `size` bytes of data."""
+    return bytes(-size % BLOCK)
+
+
+def _long_header(flag: bytes, payload: bytes) -> bytes:
+    entry = Entry(name=b"././@LongLink", kind=Kind.FILE, mode=0o644, size=len(payload))
+    return _block(entry, flag, 0) + payload + padding(len(payload))
+
+
+def _pax_record(key: bytes, value: bytes) -> bytes:
+    body = len(key) + len(value) + 3  # the space, the equals sign and the newline
+    length = body + len(str(body))
+    if len(str(length)) > len(str(body)):
+        length += 1
+    return b"%d %s=%s\n" % (length, key, value)
+
+
+def _block(entry: Entry, flag: bytes, seconds: int) -> bytes:
+    head = b"".join(
+        (
+            entry.name[:100].ljust(100, b"\0"),
+            _field(entry.mode, 8),
+            _field(entry.uid, 8),
+            _field(entry.gid, 8),
+            _field(entry.size, 12),
+            _field(seconds, 12),
+            b" " * 8,
+            flag,
+            entry.target[:100].ljust(100, b"\0"),
+            b"ustar  \0",
+            bytes(64),
+            _field(entry.major, 8),
+            _field(entry.minor, 8),
+        )
+    ).ljust(BLOCK, b"\0")
+    return head[:148] + b"%06o\0 " % sum(head) + head[156:]
+
+
+def _field(value: int, width: int) -> bytes:
+    if 0 <= value < 8 ** (width - 1):
+        return b"%0*o\0" % (width - 1, value)
+    return (value & ((1 << (8 * width - 1)) - 1) | 1 << (8 * width - 1)).to_bytes(width, "big")
