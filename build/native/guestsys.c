@@ -6,20 +6,28 @@
  * is mounted, and in a root that is empty.
  *
  * _guestsys has the system calls that PID 1 and the agent need and CPython does not offer. Each
- * function is one call; policy is in Python. Errors are OSError with errno.
+ * function is one call, and spawn() is the one that could not be: what happens between clone and
+ * exec. Policy is in Python. Errors are OSError with errno.
  */
 #define _GNU_SOURCE
 #include <Python.h>
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/sched.h> /* CLONE_PIDFD, CLONE_INTO_CGROUP */
+#include <sched.h>
+#include <signal.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/auxv.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
+#include <sys/prctl.h>
 #include <sys/random.h>
 #include <sys/reboot.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 /* ---- _guestsys ---------------------------------------------------------------------------- */
@@ -91,18 +99,519 @@ sys_reboot(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* finit_module(fd, parameters="", flags=0): finit_module(2) */
+static PyObject *
+sys_finit_module(PyObject *module, PyObject *args)
+{
+    const char *parameters = "";
+    int fd, flags = 0;
+    long failed;
+    if (!PyArg_ParseTuple(args, "i|si:finit_module", &fd, &parameters, &flags))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    failed = syscall(SYS_finit_module, fd, parameters, flags);
+    Py_END_ALLOW_THREADS
+    if (failed)
+        return os_error();
+    Py_RETURN_NONE;
+}
+
+/* unshare(flags): unshare(2) */
+static PyObject *
+sys_unshare(PyObject *module, PyObject *args)
+{
+    int flags;
+    if (!PyArg_ParseTuple(args, "i:unshare", &flags))
+        return NULL;
+    if (unshare(flags))
+        return os_error();
+    Py_RETURN_NONE;
+}
+
+/* setns(fd, nstype=0): setns(2) */
+static PyObject *
+sys_setns(PyObject *module, PyObject *args)
+{
+    int fd, nstype = 0;
+    if (!PyArg_ParseTuple(args, "i|i:setns", &fd, &nstype))
+        return NULL;
+    if (setns(fd, nstype))
+        return os_error();
+    Py_RETURN_NONE;
+}
+
+/* prctl(option, arg2=0, arg3=0, arg4=0, arg5=0): prctl(2), for options whose arguments are numbers */
+static PyObject *
+sys_prctl(PyObject *module, PyObject *args)
+{
+    int option;
+    unsigned long values[4] = {0};
+    if (!PyArg_ParseTuple(args, "i|kkkk:prctl", &option, &values[0], &values[1], &values[2],
+                          &values[3]))
+        return NULL;
+    int result = prctl(option, values[0], values[1], values[2], values[3]);
+    if (result < 0)
+        return os_error();
+    return PyLong_FromLong(result);
+}
+
+/* openat2(dir_fd, path, flags, mode=0, resolve=0): openat2(2); the descriptor is close-on-exec */
+static PyObject *
+sys_openat2(PyObject *module, PyObject *args)
+{
+    struct {
+        uint64_t flags, mode, resolve;
+    } how = {0};
+    unsigned long long flags, mode = 0, resolve = 0;
+    PyObject *path;
+    int dir_fd;
+    long fd;
+    if (!PyArg_ParseTuple(args, "iO&K|KK:openat2", &dir_fd, PyUnicode_FSConverter, &path, &flags,
+                          &mode, &resolve))
+        return NULL;
+    how.flags = flags | O_CLOEXEC;
+    how.mode = mode;
+    how.resolve = resolve;
+    Py_BEGIN_ALLOW_THREADS
+    fd = syscall(SYS_openat2, dir_fd, PyBytes_AS_STRING(path), &how, sizeof how);
+    Py_END_ALLOW_THREADS
+    Py_DECREF(path);
+    if (fd < 0)
+        return os_error();
+    return PyLong_FromLong(fd);
+}
+
+/* ---- spawn ---------------------------------------------------------------------------------
+ *
+ * The child is made with CLONE_VM | CLONE_VFORK: it runs on a stack of its own in the parent's memory
+ * while the parent stands still, so there is no page table to copy and no pipe to report errors over.
+ * Because memory is shared, the child makes system calls and nothing else; libc's setuid() and its
+ * like would try to reach the parent's threads. All signals are blocked until the child has reset
+ * every handler, otherwise a handler of the parent could run in the child.
+ *
+ * The GIL is held from clone to exec: the calling thread is stopped by the kernel for that time
+ * anyway, and it makes the one static stack safe.
+ */
+
+enum { STACK_SIZE = 32 * 1024, SIGNAL_SET_SIZE = 8, LAST_SIGNAL = 64, FIRST_OWN_FD = 3 };
+
+struct limit {
+    int resource;
+    uint64_t values[2]; /* soft, hard: struct rlimit64 */
+};
+
+/* What the child has to do, and what became of it; it lives in the parent, both see it. */
+struct plan {
+    char **argv, **env, **candidates;
+    const char *cwd, *oom_score_adj;
+    const gid_t *groups;
+    const struct limit *limits;
+    size_t group_count, limit_count;
+    uid_t uid;
+    gid_t gid;
+    mode_t umask;
+    int fds[FIRST_OWN_FD];
+    int session, tty, cgroup_fd, no_new_privs;
+
+    const char *step; /* the step that the child is at */
+    const char *path; /* of the program, where exec failed */
+    int error;        /* errno of that step; 0: the child is running the program */
+};
+
+/* Write a short text to a file in /proc or a cgroup. Returns -1 with errno. */
+static long
+write_file(int directory, const char *name, const char *text)
+{
+    long fd = syscall(SYS_openat, directory, name, O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    long written = syscall(SYS_write, fd, text, strlen(text));
+    int error = errno;
+    syscall(SYS_close, fd);
+    errno = error;
+    return written;
+}
+
+/* Lowering is for the privileged, and a root without /proc has nothing to write to: both are no
+ * reason not to start. */
+static long
+set_oom_score_adj(const char *value)
+{
+    if (write_file(AT_FDCWD, "/proc/self/oom_score_adj", value) >= 0)
+        return 0;
+    return errno == EACCES || errno == EPERM || errno == ENOENT || errno == EROFS ? 0 : -1;
+}
+
+/* Make fds[i] be descriptor i. The sources may be any numbers, also each other's targets, so those
+ * that a target would overwrite are moved out of the way first. */
+static long
+place_standard_fds(int *fds)
+{
+    for (int i = 0; i < FIRST_OWN_FD; i++) {
+        if (fds[i] == i || fds[i] >= FIRST_OWN_FD)
+            continue;
+        fds[i] = (int)syscall(SYS_fcntl, fds[i], F_DUPFD_CLOEXEC, FIRST_OWN_FD);
+        if (fds[i] < 0)
+            return -1;
+    }
+    for (int i = 0; i < FIRST_OWN_FD; i++) {
+        long done = fds[i] == i ? syscall(SYS_fcntl, i, F_SETFD, 0) : syscall(SYS_dup3, fds[i], i, 0);
+        if (done < 0)
+            return -1;
+    }
+    return 0;
+}
+
+/* Every descriptor of the agent is close-on-exec already; this holds whatever a library opened. */
+static long
+close_other_fds(void)
+{
+    uint64_t limit[2];
+    if (syscall(SYS_close_range, FIRST_OWN_FD, ~0U, 0) == 0)
+        return 0;
+    if (errno != ENOSYS || syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, limit))
+        return -1;
+    for (uint64_t fd = FIRST_OWN_FD; fd < limit[0]; fd++) /* before Linux 5.9 */
+        syscall(SYS_close, (int)fd);
+    return 0;
+}
+
+/* Back to what a program expects: default dispositions (an ignored signal would stay ignored over
+ * exec, and Python ignores SIGPIPE) and nothing blocked. */
+static long
+reset_signals(void)
+{
+    static const uint64_t default_action[4]; /* the kernel's struct sigaction; 0 is SIG_DFL */
+    static const uint64_t nothing;
+    for (int number = 1; number <= LAST_SIGNAL; number++)
+        if (number != SIGKILL && number != SIGSTOP)
+            syscall(SYS_rt_sigaction, number, default_action, NULL, SIGNAL_SET_SIZE);
+    return syscall(SYS_rt_sigprocmask, SIG_SETMASK, &nothing, NULL, SIGNAL_SET_SIZE);
+}
+
+/* As execvp(3): go on to the next candidate where this one is not there, remember that one was not
+ * allowed. Returns only with the errno to report; `path` says of which candidate. */
+static int
+execute(struct plan *plan)
+{
+    int error = ENOENT;
+    plan->path = plan->candidates[0];
+    for (char **candidate = plan->candidates; *candidate; candidate++) {
+        syscall(SYS_execve, *candidate, plan->argv, plan->env);
+        if (errno == EACCES && error != EACCES) {
+            error = EACCES;
+            plan->path = *candidate;
+        }
+        if (errno != ENOENT && errno != ENOTDIR && errno != EACCES) {
+            plan->path = *candidate;
+            return errno;
+        }
+    }
+    return error;
+}
+
+/* clang-format off */
+#define STEP(name, call) do { plan->step = (name); if ((call) < 0) return errno; } while (0)
+/* clang-format on */
+
+/* The child's way to exec, in order. Returns the errno of the step that failed. */
+static int
+prepare_and_execute(struct plan *plan)
+{
+    if (plan->cgroup_fd >= 0)
+        STEP("cgroup", write_file(plan->cgroup_fd, "cgroup.procs", "0"));
+    if (plan->session)
+        STEP("setsid", syscall(SYS_setsid));
+    else
+        STEP("setpgid", syscall(SYS_setpgid, 0, 0));
+    if (plan->tty >= 0)
+        STEP("tty", syscall(SYS_ioctl, plan->tty, TIOCSCTTY, 0));
+    STEP("fds", place_standard_fds(plan->fds));
+    STEP("oom_score_adj", set_oom_score_adj(plan->oom_score_adj));
+    for (size_t i = 0; i < plan->limit_count; i++)
+        STEP("rlimit", syscall(SYS_prlimit64, 0, plan->limits[i].resource, plan->limits[i].values, NULL));
+    STEP("setgroups", syscall(SYS_setgroups, plan->group_count, plan->groups));
+    STEP("setgid", syscall(SYS_setresgid, plan->gid, plan->gid, plan->gid));
+    STEP("setuid", syscall(SYS_setresuid, plan->uid, plan->uid, plan->uid));
+    syscall(SYS_umask, plan->umask);
+    STEP("chdir", syscall(SYS_chdir, plan->cwd));
+    if (plan->no_new_privs)
+        STEP("no_new_privs", syscall(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+    STEP("close_range", close_other_fds());
+    STEP("signals", reset_signals());
+    plan->step = "exec";
+    return execute(plan);
+}
+
+static int
+child_main(void *argument)
+{
+    struct plan *plan = argument;
+    plan->error = prepare_and_execute(plan);
+    syscall(SYS_exit_group, 127);
+    __builtin_unreachable();
+}
+
+/* struct clone_args of clone3(2), up to the field that Linux 5.7 added */
+struct clone_arguments {
+    uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls;
+    uint64_t set_tid, set_tid_size, cgroup;
+};
+
+/* clone3(2); the child, on its new stack, goes to child_main. Returns the pid or -errno. No libc has
+ * a wrapper, and a plain syscall() would return in the child to a stack that is not there. */
+static long
+clone3_child(struct clone_arguments *arguments, struct plan *plan)
+{
+#if defined(__x86_64__)
+    long result = SYS_clone3;
+    register int (*entry)(void *) __asm__("r8") = child_main;
+    register struct plan *argument __asm__("r9") = plan;
+    __asm__ volatile("syscall\n\t"
+                     "test %%rax, %%rax\n\t"
+                     "jnz 1f\n\t"
+                     "xor %%ebp, %%ebp\n\t"
+                     "mov %%r9, %%rdi\n\t"
+                     "call *%%r8\n"
+                     "1:"
+                     : "+a"(result)
+                     : "D"(arguments), "S"(sizeof *arguments), "r"(entry), "r"(argument)
+                     : "rcx", "r11", "memory");
+    return result;
+#elif defined(__aarch64__)
+    register long number __asm__("x8") = SYS_clone3;
+    register long result __asm__("x0") = (long)arguments;
+    register long size __asm__("x1") = sizeof *arguments;
+    register int (*entry)(void *) __asm__("x2") = child_main;
+    register struct plan *argument __asm__("x3") = plan;
+    __asm__ volatile("svc 0\n\t"
+                     "cbnz x0, 1f\n\t"
+                     "mov x29, xzr\n\t"
+                     "mov x0, x3\n\t"
+                     "blr x2\n"
+                     "1:"
+                     : "+r"(result)
+                     : "r"(number), "r"(size), "r"(entry), "r"(argument)
+                     : "memory", "x30");
+    return result;
+#else
+    return -ENOSYS;
+#endif
+}
+
+/* Make the child and wait until it has exec'ed or ended. Returns its pid, or -errno of the clone. */
+static long
+start_child(struct plan *plan, int *pidfd)
+{
+    static char stack[STACK_SIZE] __attribute__((aligned(16)));
+    static const uint64_t everything = ~UINT64_C(0);
+    const uint64_t flags = CLONE_VM | CLONE_VFORK | CLONE_PIDFD;
+    struct clone_arguments arguments = {
+        .flags = flags,
+        .pidfd = (uintptr_t)pidfd,
+        .exit_signal = SIGCHLD,
+        .stack = (uintptr_t)stack,
+        .stack_size = sizeof stack,
+    };
+    const int cgroup_fd = plan->cgroup_fd;
+    uint64_t mask;
+    if (cgroup_fd >= 0) {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = (uint64_t)cgroup_fd;
+        plan->cgroup_fd = -1;
+    }
+    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &everything, &mask, SIGNAL_SET_SIZE);
+    long pid = clone3_child(&arguments, plan);
+    if (pid == -ENOSYS) { /* before Linux 5.3, or a seccomp filter that cannot look into its arguments */
+        plan->cgroup_fd = cgroup_fd; /* then the child moves itself */
+        pid = clone(child_main, stack + sizeof stack, (int)flags | SIGCHLD, plan, pidfd);
+        if (pid < 0)
+            pid = -errno;
+    }
+    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &mask, NULL, SIGNAL_SET_SIZE);
+    return pid;
+}
+
+static PyObject *spawn_error; /* _guestsys.SpawnError */
+
+/* Raise SpawnError(errno, strerror, path) with its step. */
+static PyObject *
+raise_spawn_error(const char *step, int error, const char *path)
+{
+    PyObject *exception = PyObject_CallFunction(spawn_error, "isz", error, strerror(error), path);
+    PyObject *name = PyUnicode_FromString(step);
+    if (exception && name && !PyObject_SetAttrString(exception, "step", name))
+        PyErr_SetObject(spawn_error, exception);
+    Py_XDECREF(exception);
+    Py_XDECREF(name);
+    return NULL;
+}
+
+/* A NULL-terminated array of the sequence's bytes objects, borrowed from it. Free with PyMem_Free. */
+static char **
+borrow_strings(PyObject *sequence, const char *what)
+{
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence);
+    char **strings = PyMem_Calloc((size_t)count + 1, sizeof *strings);
+    if (!strings) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *item = PySequence_Fast_GET_ITEM(sequence, i);
+        if (!PyBytes_Check(item))
+            PyErr_Format(PyExc_TypeError, "%s: expected bytes, got %T", what, item);
+        else if (!PyBytes_AsStringAndSize(item, &strings[i], NULL)) /* refuses NUL bytes */
+            continue;
+        PyMem_Free(strings);
+        return NULL;
+    }
+    return strings;
+}
+
+static int
+read_groups(PyObject *sequence, gid_t **groups, size_t *count)
+{
+    *count = (size_t)PySequence_Fast_GET_SIZE(sequence);
+    *groups = PyMem_Calloc(*count + 1, sizeof **groups);
+    if (!*groups)
+        return PyErr_NoMemory(), -1;
+    for (size_t i = 0; i < *count; i++) {
+        unsigned long group = PyLong_AsUnsignedLong(PySequence_Fast_GET_ITEM(sequence, i));
+        if (PyErr_Occurred())
+            return -1;
+        (*groups)[i] = (gid_t)group;
+    }
+    return 0;
+}
+
+static int
+read_limits(PyObject *sequence, struct limit **limits, size_t *count)
+{
+    *count = (size_t)PySequence_Fast_GET_SIZE(sequence);
+    *limits = PyMem_Calloc(*count + 1, sizeof **limits);
+    if (!*limits)
+        return PyErr_NoMemory(), -1;
+    for (size_t i = 0; i < *count; i++) {
+        struct limit *limit = &(*limits)[i];
+        unsigned long long soft, hard;
+        PyObject *item = PySequence_Fast_GET_ITEM(sequence, i);
+        if (!PyArg_Parse(item, "(iKK):rlimits", &limit->resource, &soft, &hard))
+            return -1;
+        limit->values[0] = soft;
+        limit->values[1] = hard;
+    }
+    return 0;
+}
+
+/* Turn a plan into (pid, pidfd) or SpawnError; a child that failed is reaped here. */
+static PyObject *
+run_plan(struct plan *plan)
+{
+    int pidfd = -1;
+    long pid = start_child(plan, &pidfd);
+    if (pid < 0)
+        return raise_spawn_error("clone", (int)-pid, NULL);
+    if (!plan->error)
+        return Py_BuildValue("(ii)", (int)pid, pidfd);
+    while (waitpid((pid_t)pid, NULL, 0) < 0 && errno == EINTR)
+        ;
+    close(pidfd);
+    return raise_spawn_error(plan->step, plan->error, plan->path);
+}
+
+/* spawn(argv, env, *, candidates, cwd, fds, ...): see _guestsys.pyi */
+static PyObject *
+sys_spawn(PyObject *module, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"argv",     "env",    "candidates",   "cwd",     "fds",   "uid",
+                            "gid",      "groups", "session",      "tty",     "oom_score_adj",
+                            "umask",    "cgroup_fd", "no_new_privs", "rlimits", NULL};
+    enum { ARGV, ENV, CANDIDATES, GROUPS, LIMITS, SEQUENCES };
+    static const char *const what[] = {"argv", "env", "candidates", "groups", "rlimits"};
+    PyObject *given[SEQUENCES] = {NULL}, *fast[SEQUENCES] = {NULL}, *fds = NULL, *result = NULL;
+    struct plan plan = {.session = 1, .tty = -1, .cgroup_fd = -1, .step = "clone"};
+    struct limit *limits = NULL;
+    gid_t *groups = NULL;
+    long long uid = 0, gid = 0;
+    unsigned int mask = 022;
+    int oom_score_adj = 0;
+    char oom_text[16];
+
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$OyO!LLOpiiIipO:spawn", names, &given[ARGV],
+                                     &given[ENV], &given[CANDIDATES], &plan.cwd, &PyTuple_Type, &fds,
+                                     &uid, &gid, &given[GROUPS], &plan.session, &plan.tty,
+                                     &oom_score_adj, &mask, &plan.cgroup_fd, &plan.no_new_privs,
+                                     &given[LIMITS]))
+        return NULL;
+    if (!given[CANDIDATES] || !plan.cwd || !fds)
+        return PyErr_SetString(PyExc_TypeError, "spawn needs candidates, cwd and fds"), NULL;
+    if (!PyArg_ParseTuple(fds, "iii:fds", &plan.fds[0], &plan.fds[1], &plan.fds[2]))
+        return NULL;
+    if (uid < 0 || uid >= UINT32_MAX || gid < 0 || gid >= UINT32_MAX)
+        return PyErr_SetString(PyExc_ValueError, "uid and gid must be 0 to 2**32 - 2"), NULL;
+
+    for (int i = 0; i < SEQUENCES; i++) {
+        fast[i] = given[i] ? PySequence_Fast(given[i], what[i]) : PyTuple_New(0);
+        if (!fast[i])
+            goto done;
+    }
+    if (!(plan.argv = borrow_strings(fast[ARGV], what[ARGV])) ||
+        !(plan.env = borrow_strings(fast[ENV], what[ENV])) ||
+        !(plan.candidates = borrow_strings(fast[CANDIDATES], what[CANDIDATES])) ||
+        read_groups(fast[GROUPS], &groups, &plan.group_count) ||
+        read_limits(fast[LIMITS], &limits, &plan.limit_count))
+        goto done;
+    snprintf(oom_text, sizeof oom_text, "%d", oom_score_adj);
+    plan.oom_score_adj = oom_text;
+    plan.groups = groups;
+    plan.limits = limits;
+    plan.umask = mask;
+    plan.uid = (uid_t)uid;
+    plan.gid = (gid_t)gid;
+    result = run_plan(&plan);
+done:
+    for (int i = 0; i < SEQUENCES; i++)
+        Py_XDECREF(fast[i]);
+    PyMem_Free(plan.argv);
+    PyMem_Free(plan.env);
+    PyMem_Free(plan.candidates);
+    PyMem_Free(groups);
+    PyMem_Free(limits);
+    return result;
+}
+
 static PyMethodDef guestsys_methods[] = {
+    {"finit_module", sys_finit_module, METH_VARARGS, NULL},
     {"mount", sys_mount, METH_VARARGS, NULL},
+    {"openat2", sys_openat2, METH_VARARGS, NULL},
     {"pivot_root", sys_pivot_root, METH_VARARGS, NULL},
+    {"prctl", sys_prctl, METH_VARARGS, NULL},
     {"reboot", sys_reboot, METH_VARARGS, NULL},
+    {"setns", sys_setns, METH_VARARGS, NULL},
+    {"spawn", _PyCFunction_CAST(sys_spawn), METH_VARARGS | METH_KEYWORDS, NULL},
     {"umount2", sys_umount2, METH_VARARGS, NULL},
+    {"unshare", sys_unshare, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
+};
+
+static int
+fill_guestsys(PyObject *module)
+{
+    spawn_error = PyErr_NewException("_guestsys.SpawnError", PyExc_OSError, NULL);
+    return spawn_error ? PyModule_AddObjectRef(module, "SpawnError", spawn_error) : -1;
+}
+
+static PyModuleDef_Slot guestsys_slots[] = {
+    {Py_mod_exec, fill_guestsys},
+    {0, NULL},
 };
 
 static struct PyModuleDef guestsys_module = {
     PyModuleDef_HEAD_INIT,
     .m_name = "_guestsys",
     .m_methods = guestsys_methods,
+    .m_slots = guestsys_slots,
 };
 
 static PyObject *
