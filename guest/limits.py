@@ -17,6 +17,9 @@ LISTEN_BACKLOG = 1024
 ROOT_WAIT = 30.0  # how long a start waits for PID 1 to finish the root
 STREAM_IDLE_AFTER_EXIT = 0.1  # a stream that a grandchild holds open is cut when idle this long
 STREAM_CAP_AFTER_EXIT = 0.5  # and in any case after this long
+TIMEOUT_GRACE = 1.0  # between TERM and KILL of a process whose timeout is over
+STREAM_READ = 64 * 1024  # taken out of a process's pipe at a time; the kernel's pipe is the buffer
+ACCOUNT_FILE = 1024 * 1024  # the image's /etc/passwd and /etc/group; larger ones are not read
 
 # ── reports from PID 1 to the host, and between PID 1 and the agent ─────────────────────────────
 REPORT_LINE = 64 * 1024

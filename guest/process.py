@@ -1,0 +1,170 @@
+"""What to spawn, worked out before anything is spawned; and what a failure to spawn means.
+
+Pure: `plan` turns a request and the image's defaults into the arguments of `_guestsys.spawn`,
+`start_failure` turns the step and errno of a SpawnError into an error for the host. PID 1 and the
+agent both use it, so it imports nothing but the contract's cheap parts. Defaults are docker's.
+"""
+
+import errno
+import os
+
+from guest.bootconfig import ImageDefaults
+from guest.errors import operation_error
+from guest.record import Record
+from guest.users import Identity
+
+__all__ = ["DEFAULT_PATH", "Plan", "plan", "start_failure"]
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Plan(Record):
+    """A checked start: nothing in it can be refused for its form any more."""
+
+    argv: tuple[bytes, ...]
+    env: tuple[bytes, ...]  # "NAME=value"
+    candidates: tuple[bytes, ...]  # paths to try in order; relative ones are relative to cwd
+    cwd: bytes
+    identity: Identity
+
+    def spawn_arguments(self) -> dict[str, object]:
+        """Keyword arguments of `_guestsys.spawn`, without the descriptors."""
+        return {
+            "argv": self.argv,
+            "env": self.env,
+            "candidates": self.candidates,
+            "cwd": self.cwd,
+            "uid": self.identity.uid,
+            "gid": self.identity.gid,
+            "groups": self.identity.groups,
+        }
+
+    def program_paths(self) -> list[bytes]:
+        """The candidates as absolute paths, for finding out which of them exist."""
+        return [os.path.join(self.cwd, candidate) for candidate in self.candidates]
+
+
+def plan(
+    argv: tuple[str, ...],
+    identity: Identity,
+    *,
+    env: dict[str, str] | None = None,
+    cwd: str | None = None,
+    image: ImageDefaults | None = None,
+) -> Plan:
+    """The plan for a request. `env` goes over the image's; `cwd` None takes the image's.
+
+    PATH and HOME are filled in as docker does where neither sets them. Raises OperationError with
+    code bad_request, or bad_cwd where the working directory is not absolute.
+    """
+    image = image or ImageDefaults()
+    if not argv or not argv[0]:
+        raise operation_error("bad_request", "argv: must name a program", {"field": "argv"})
+    directory = (image.cwd if cwd is None else cwd) or "/"
+    if not directory.startswith("/"):
+        raise operation_error(
+            "bad_cwd", f"cwd: {directory!r} is not an absolute path", {"path": directory}
+        )
+    merged = {"PATH": DEFAULT_PATH, **image.env, **(env or {})}
+    if not merged.get("HOME"):
+        merged["HOME"] = identity.home
+    return Plan(
+        argv=tuple(_encoded(word, "argv") for word in argv),
+        env=tuple(_variable(name, value) for name, value in merged.items()),
+        candidates=_candidates(_encoded(argv[0], "argv"), _encoded(merged["PATH"], "env")),
+        cwd=_encoded(directory, "cwd"),
+        identity=identity,
+    )
+
+
+def _candidates(program: bytes, search: bytes) -> tuple[bytes, ...]:
+    """As execvp(3): no search for a name with a slash; an empty entry is the working directory."""
+    if b"/" in program:
+        return (program,)
+    if not search:
+        return ()
+    return tuple((entry or b".") + b"/" + program for entry in search.split(b":"))
+
+
+def _variable(name: str, value: str) -> bytes:
+    if not name or "=" in name:
+        raise operation_error(
+            "bad_request", f"env: {name!r} is not a variable's name", {"field": "env"}
+        )
+    return _encoded(name, "env") + b"=" + _encoded(value, "env")
+
+
+def _encoded(text: str, field: str) -> bytes:
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise operation_error(
+            "bad_request", f"{field}: {text!r:.100} cannot be encoded", {"field": field}
+        ) from None
+    if b"\0" in data:
+        raise operation_error(
+            "bad_request", f"{field}: NUL byte in {text!r:.100}", {"field": field}
+        )
+    return data
+
+
+# ── why it was not started ───────────────────────────────────────────────────────────────────────
+
+_EXEC_CODES = {
+    errno.ENOENT: "not_found",
+    errno.ENOTDIR: "not_found",
+    errno.ENAMETOOLONG: "not_found",
+    errno.EACCES: "permission_denied",
+    errno.EPERM: "permission_denied",
+    errno.ENOEXEC: "not_executable",
+    errno.EINVAL: "not_executable",
+    errno.ELOOP: "not_executable",
+    errno.ETXTBSY: "not_executable",
+    errno.EISDIR: "bad_interpreter",
+    errno.ELIBBAD: "bad_interpreter",
+    errno.E2BIG: "argument_list_too_long",
+}
+_RESOURCE_CODES = {
+    errno.EAGAIN: "resource_limit",
+    errno.EMFILE: "resource_limit",
+    errno.ENFILE: "resource_limit",
+    errno.ENOSPC: "resource_limit",
+    errno.ENOMEM: "out_of_memory",
+}
+_STEP_CODES = {
+    "chdir": "bad_cwd",
+    "setgroups": "bad_user",
+    "setgid": "bad_user",
+    "setuid": "bad_user",
+}
+
+_ADVICE = {
+    "not_found": "no such program; give a path, or a name that is in PATH",
+    "permission_denied": "the user may not execute it; check its mode and that it is a file",
+    "not_executable": "the kernel cannot run this file; is it built for this architecture?",
+    "bad_interpreter": "the file is there, but the interpreter that it names is not usable",
+    "bad_cwd": "cannot be the working directory",
+    "bad_user": "the process cannot take on these ids",
+    "argument_list_too_long": "argv and env together are larger than the kernel allows",
+    "resource_limit": "a limit of the guest is reached; end other processes or raise it",
+    "out_of_memory": "the guest has no memory left for another process",
+    "setup_failed": "the process could not be prepared",
+}
+
+
+def start_failure(
+    step: str, error: int, argv0: str, cwd: str, *, program_exists: bool = False
+) -> tuple[str, str, dict[str, str | int | None]]:
+    """(code, message, fields) for a start that failed at `step` with errno `error`.
+
+    `program_exists`: one of the candidates is there, so that ENOENT speaks of its interpreter. The
+    codes are those of `guest.errors.START_CODES`.
+    """
+    code = _RESOURCE_CODES.get(error) or _STEP_CODES.get(step)
+    if code is None:
+        code = _EXEC_CODES.get(error, "setup_failed") if step == "exec" else "setup_failed"
+    if code == "not_found" and program_exists:
+        code = "bad_interpreter"
+    subject = cwd if step == "chdir" else argv0
+    message = f"{subject!r:.200}: {_ADVICE[code]} ({step}: {os.strerror(error)})"
+    return code, message, {"step": step, "errno": error, "path": subject}
