@@ -1,4 +1,4 @@
-"""Generated into the frozen binary; it exists nowhere else."""
+# Generated into the frozen binary; it exists nowhere else.
 
 # What the binary is made of: "microguest", "cpython", "trio", "msgpack", "pyroute2", "musl", "zig".
 VERSIONS: dict[str, str]

@@ -1,7 +1,7 @@
 """The frozen program's `__main__`.
 
-The garbage collector stays off while modules are imported: nothing they make is garbage, and looking
-costs a tenth of the start. Who serves for long turns it on again (`gc.freeze`, `gc.enable`).
+The garbage collector stays off while modules are imported: nothing they make is garbage, and
+looking costs a tenth of the start. Who serves for long turns it on again: `gc.freeze`, `gc.enable`.
 """
 
 import gc
