@@ -5,6 +5,7 @@ removes it before anything else runs. Unknown fields are an error that names the
 in which version it appeared where that is not 1.
 """
 
+from guest import limits
 from guest.errors import BootConfigError
 from guest.record import Record, RecordError
 
@@ -44,7 +45,7 @@ class Endpoint(Record):
         if self.transport == "unix" and not self.path.startswith("/"):
             raise RecordError("path: must be absolute for transport unix")
         if self.transport not in ("vsock", "unix"):
-            raise RecordError(f"transport: {self.transport!r} is not vsock or unix")
+            raise RecordError(f"transport: {self.transport!r:.100} is not vsock or unix")
 
 
 class Lower(Record):
@@ -58,14 +59,14 @@ class Lower(Record):
     def check(self) -> None:
         if self.kind == "disk":
             if self.fstype not in ("erofs", "squashfs"):
-                raise RecordError(f"fstype: {self.fstype!r} is not erofs or squashfs")
+                raise RecordError(f"fstype: {self.fstype!r:.100} is not erofs or squashfs")
             if not self.serial:
                 raise RecordError("serial: is needed to find the disk")
         elif self.kind == "directory":
             if not self.path.startswith("/"):
                 raise RecordError("path: must be absolute")
         else:
-            raise RecordError(f"kind: {self.kind!r} is not disk or directory")
+            raise RecordError(f"kind: {self.kind!r:.100} is not disk or directory")
 
 
 class Root(Record):
@@ -79,6 +80,10 @@ class Root(Record):
             raise RecordError("lower: needs at least one layer")
         if len(self.lower) > 64:
             raise RecordError(f"lower: {len(self.lower)} layers, at most 64")
+        size = self.upper_size
+        number = size[:-1] if size[-1:] in tuple("%kmgKMG") else size
+        if not (number.isascii() and number.isdecimal()):
+            raise RecordError(f"upper_size: {self.upper_size!r:.100} is not a size or percentage")
 
 
 class Workload(Record):
@@ -96,7 +101,7 @@ class Workload(Record):
         if not self.argv or not self.argv[0]:
             raise RecordError("argv: must name a program")
         if self.stdio not in ("attached", "console"):
-            raise RecordError(f"stdio: {self.stdio!r} is not attached or console")
+            raise RecordError(f"stdio: {self.stdio!r:.100} is not attached or console")
 
 
 class ImageDefaults(Record):
@@ -106,6 +111,10 @@ class ImageDefaults(Record):
     cwd: str = "/"
     user: str = ""
 
+    def check(self) -> None:
+        if self.env and len(self.to_json()) > limits.IMAGE_DEFAULTS:
+            raise RecordError(f"env: longer than {limits.IMAGE_DEFAULTS} bytes as JSON")
+
 
 class AgentSettings(Record):
     """The agent's listener and the secret that its callers must know."""
@@ -114,8 +123,12 @@ class AgentSettings(Record):
     token: str
 
     def check(self) -> None:
-        if len(self.token) < 16:
-            raise RecordError("token: shorter than 16 characters")
+        if not self.token.isascii():
+            raise RecordError("token: must be ASCII")
+        if not limits.TOKEN_MIN <= len(self.token) <= limits.TOKEN_MAX:
+            raise RecordError(
+                f"token: must have {limits.TOKEN_MIN} to {limits.TOKEN_MAX} characters"
+            )
 
 
 class BootConfig(Record):
@@ -135,9 +148,10 @@ class BootConfig(Record):
         if self.schema != SCHEMA:
             raise RecordError(f"schema: {self.schema} is not supported, only {SCHEMA}")
         if self.machine not in ("vm", "namespaces"):
-            raise RecordError(f"machine: {self.machine!r} is not vm or namespaces")
-        if not 0 < len(self.hostname) <= 64 or "\n" in self.hostname:
-            raise RecordError("hostname: must have 1 to 64 characters")
+            raise RecordError(f"machine: {self.machine!r:.100} is not vm or namespaces")
+        printable = self.hostname.isascii() and self.hostname.isprintable()
+        if not 0 < len(self.hostname) <= 64 or not printable or " " in self.hostname:
+            raise RecordError("hostname: must have 1 to 64 printable ASCII characters, no space")
 
 
 def parse(text: str | bytes) -> BootConfig:

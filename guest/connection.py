@@ -11,6 +11,9 @@ A connection's life, seen from the host:
                                                  └── error ─▶ DONE
 
 The host may send preface, hello and its first request in one piece, and stdin right after `start`.
+
+Bytes are copied once on their way through: out of what the caller read into the event. Only a
+preface, a header or a control payload that has not arrived as a whole is kept between two calls.
 """
 
 from enum import Enum
@@ -18,7 +21,7 @@ from enum import Enum
 from guest import frames, limits, messages
 from guest.errors import LocalProtocolError, RemoteProtocolError
 from guest.frames import FrameHeader, Kind
-from guest.messages import STREAMS, Exited, Failure, Hello, Signal, Welcome
+from guest.messages import STREAMS, Exited, Failure, Hello, Signal, Start, Welcome
 from guest.record import Record
 
 __all__ = ["Connection", "Data", "End", "Event", "Request", "Response", "Role", "State"]
@@ -66,6 +69,7 @@ class State(Enum):
     STARTING = "starting"  # a start or attach is being answered
     PROCESS = "process"
     DONE = "done"  # nothing more may be sent or received
+    FAILED = "failed"  # the peer broke the protocol; the agent may still say why, once
 
 
 HOST_MAY_SEND: dict[State, frozenset[int]] = {
@@ -76,6 +80,7 @@ HOST_MAY_SEND: dict[State, frozenset[int]] = {
     State.STARTING: frozenset({Kind.DATA, Kind.END, Kind.CONTROL}),
     State.PROCESS: frozenset({Kind.DATA, Kind.END, Kind.CONTROL}),
     State.DONE: frozenset(),
+    State.FAILED: frozenset(),
 }
 
 AGENT_MAY_SEND: dict[State, frozenset[int]] = {
@@ -86,6 +91,7 @@ AGENT_MAY_SEND: dict[State, frozenset[int]] = {
     State.STARTING: frozenset({Kind.RESPONSE, Kind.ERROR}),
     State.PROCESS: frozenset({Kind.DATA, Kind.END, Kind.EXITED, Kind.ERROR}),
     State.DONE: frozenset(),
+    State.FAILED: frozenset({Kind.ERROR}),
 }
 
 HOST_STREAMS = frozenset({0})
@@ -96,7 +102,8 @@ class Connection:
     """One side of one connection.
 
     `send(event)` gives the bytes to write; `receive(data)` takes what was read and gives the events
-    in it. After a ProtocolError the connection is unusable: close the transport.
+    in it. After a RemoteProtocolError the state is FAILED: an agent may send one Failure with the
+    error's code, then the transport is closed. A LocalProtocolError changes nothing.
     """
 
     def __init__(self, role: Role) -> None:
@@ -105,32 +112,44 @@ class Connection:
         self.peer_version: int | None = None
         self._welcomed = False
         self._preface_sent = False
-        self._inbox = bytearray()  # at most a preface, or one header and one control payload
+        self._op = ""
+        self._ended: set[int] = set()  # streams that carry nothing more
+        self._inbox = bytearray()  # the part of one preface, header or control payload that came
+        self._fresh = memoryview(b"")  # what receive() was given and has not looked at yet
         self._current: FrameHeader | None = None
         self._data_left = 0  # bytes of the current data frame that have not arrived
-        self._op = ""
-        self._ended: set[int] = set()
+        self._failure: RemoteProtocolError | None = None
 
     # ── sending ──────────────────────────────────────────────────────────────────────────────────
 
     def send(self, event: Event) -> bytes:
-        """The bytes of one event. Raises LocalProtocolError where it is not allowed now."""
+        """The bytes of one event. Raises LocalProtocolError where it is not allowed now.
+
+        Also for what the peer would refuse: a field of the wrong type, a payload that is too long.
+        """
         kind, channel, payload = self._encode(event)
-        maximum = frames.MAX_PAYLOAD[kind]
-        if len(payload) > maximum:
-            raise LocalProtocolError(
-                f"{type(event).__name__} of {len(payload)} bytes is larger than {maximum}"
-            )
+        self._check(FrameHeader(len(payload), kind, channel), ours=True)
+        try:
+            head = FrameHeader.parse(frames.header(len(payload), kind, channel))
+            if kind != Kind.DATA:
+                self._decode(head, payload)
+        except RemoteProtocolError as error:
+            raise LocalProtocolError(f"{type(event).__name__} cannot be sent: {error}") from None
         opening = b"" if self._preface_sent else frames.preface()
-        self._advance(kind, channel, event, ours=True)
+        self._advance(channel, event)
         self._preface_sent = True
-        return opening + frames.header(len(payload), kind, channel) + payload
+        return b"".join((opening, frames.header(len(payload), kind, channel), payload))
 
     def send_data_header(self, stream: int, length: int) -> bytes:
-        """The header of a data frame whose `length` bytes the caller writes itself (splice)."""
+        """The header of a data frame whose `length` bytes the caller writes itself (splice).
+
+        It must write all of them before anything else. Raises LocalProtocolError as `send` does.
+        """
         if not 0 < length <= limits.DATA_PAYLOAD:
-            raise LocalProtocolError(f"data frame of {length} bytes")
-        self._check(Kind.DATA, stream, ours=True)
+            raise LocalProtocolError(
+                f"data frame of {length} bytes, must have 1 to {limits.DATA_PAYLOAD}"
+            )
+        self._check(FrameHeader(length, Kind.DATA, stream), ours=True)
         return frames.header(length, Kind.DATA, stream)
 
     def _encode(self, event: Event) -> tuple[int, int, bytes]:
@@ -140,59 +159,102 @@ class Connection:
             case End():
                 return Kind.END, event.stream, b""
             case Request():
+                self._require(event.args, event.op, 0)
                 request = {"op": event.op, "args": event.args.to_map()}
                 return Kind.REQUEST, 0, messages.pack(request)
             case Response():
+                self._require(event.result, self._op, 1)
                 return Kind.RESPONSE, 0, messages.pack(event.result.to_map())
             case Failure():
                 return Kind.ERROR, 0, messages.pack(_shortened(event).to_map())
-            case _:
-                kind = _KIND_OF[type(event)]
-                return kind, 0, messages.pack(event.to_map())
+            case Hello() | Welcome() | Signal() | Exited():
+                return _KIND_OF[type(event)], 0, messages.pack(event.to_map())
+        raise LocalProtocolError(f"{type(event).__name__} is not an event of the protocol")
+
+    def _require(self, record: Record, op: str, side: int) -> None:
+        pair = messages.OPERATIONS.get(op)
+        if pair is None:
+            raise LocalProtocolError(f"there is no operation {op!r:.100} to send this for")
+        if type(record) is not pair[side]:
+            wanted = pair[side].__name__
+            raise LocalProtocolError(f"{op} takes {wanted} here, not {type(record).__name__}")
 
     # ── receiving ────────────────────────────────────────────────────────────────────────────────
 
     def receive(self, data: bytes | bytearray | memoryview) -> list[Event]:
-        """The events that `data` completes. Raises RemoteProtocolError; never anything else."""
-        self._inbox += data
+        """The events that `data` completes. Raises RemoteProtocolError for what the peer did wrong.
+
+        Events that stand before a violation in the same `data` are not delivered. An agent must
+        answer a Hello before it feeds more (LocalProtocolError otherwise), so that a peer without
+        the token makes it hold no more than a hello and what was read together with it. What still
+        arrives after the agent's own last frame was on its way already, and is dropped.
+        """
+        if self._failure is not None:
+            self._raise_again(self._failure)
+        if self.role is Role.AGENT and self.state is State.DONE:
+            return []
+        if self._hello_waits() and len(data):
+            raise LocalProtocolError("the hello must be answered before more is received")
+        self._fresh = memoryview(data)
         events: list[Event] = []
-        while True:
-            event = self._next()
-            if event is None:
-                return events
-            events.append(event)
+        try:
+            while (event := self._next()) is not None:
+                events.append(event)
+        except RemoteProtocolError as error:
+            self._fail(error)
+            raise
+        finally:
+            self._fresh = memoryview(b"")
+        return events
 
     def receive_eof(self) -> None:
         """The peer closed its side. Raises RemoteProtocolError where it may not have, yet."""
+        if self._failure is not None:
+            self._raise_again(self._failure)
+        if self.state is State.DONE:
+            return
+        problem = ""
         if self._current is not None or self._inbox:
-            raise RemoteProtocolError(
-                f"connection closed inside a frame, in state {self.state.value}"
-            )
-        if self.role is Role.HOST and self.state is not State.DONE:
-            raise RemoteProtocolError(f"connection closed by the agent in state {self.state.value}")
+            problem = f"connection closed inside a frame, in state {self.state.value}"
+        elif self.role is Role.HOST:
+            problem = f"connection closed by the agent in state {self.state.value}"
+        if problem:
+            error = RemoteProtocolError(problem)
+            self._fail(error)
+            raise error
+
+    def _fail(self, error: RemoteProtocolError) -> None:
+        self._failure = error
+        self.state = State.FAILED
+        self._inbox = bytearray()
+        self._current = None
+
+    def _raise_again(self, error: RemoteProtocolError) -> None:
+        raise RemoteProtocolError(f"nothing can follow: {error}", code=error.code)
+
+    def _hello_waits(self) -> bool:
+        answered = self._welcomed or self.state in (State.HELLO, State.DONE, State.FAILED)
+        return self.role is Role.AGENT and not answered
 
     def _next(self) -> Event | None:
         if self.peer_version is None and not self._take_preface():
             return None
-        if self._current is None:
-            if len(self._inbox) < frames.HEADER.size:
-                return None
-            self._current = FrameHeader.parse(self._inbox)
-            if self.peer_version != frames.VERSION and self._current.kind != Kind.ERROR:
-                raise RemoteProtocolError(f"the agent speaks protocol version {self.peer_version}")
-            self._check(self._current.kind, self._current.channel, ours=False)
-            del self._inbox[: frames.HEADER.size]
-            self._data_left = self._current.length
-        if self._current.kind == Kind.DATA:
-            return self._take_data(self._current)
-        return self._take_message(self._current)
+        if self._current is None and not self._take_header():
+            return None
+        head = self._current
+        assert head is not None
+        if head.kind == Kind.DATA:
+            return self._take_data(head)
+        return self._take_message(head)
 
     def _take_preface(self) -> bool:
         """Check the peer's preface byte by byte, so that garbage is refused at its first byte."""
-        start = bytes(self._inbox[: frames.PREFACE_SIZE])
-        if not frames.MAGIC.startswith(start[: len(frames.MAGIC)]):
+        whole = self._take(frames.PREFACE_SIZE)
+        start = bytes(self._inbox if whole is None else whole)
+        magic = start[: len(frames.MAGIC)]
+        if not frames.MAGIC.startswith(magic):
             raise RemoteProtocolError("the peer does not speak this protocol", code="bad_preface")
-        if len(start) < frames.PREFACE_SIZE:
+        if whole is None:
             return False
         version = int.from_bytes(start[len(frames.MAGIC) :], "big")
         if version != frames.VERSION and self.role is Role.AGENT:
@@ -201,32 +263,56 @@ class Connection:
                 code="unsupported_version",
             )
         self.peer_version = version
-        del self._inbox[: frames.PREFACE_SIZE]
+        return True
+
+    def _take_header(self) -> bool:
+        raw = self._take(frames.HEADER.size)
+        if raw is None:
+            return False
+        head = FrameHeader.parse(raw)
+        if self.peer_version != frames.VERSION and head.kind != Kind.ERROR:
+            raise RemoteProtocolError(
+                f"the agent speaks protocol version {self.peer_version}, not {frames.VERSION}",
+                code="unsupported_version",
+            )
+        self._check(head, ours=False)
+        self._current = head
+        self._data_left = head.length
         return True
 
     def _take_data(self, head: FrameHeader) -> Event | None:
-        if head.length == 0:
-            raise RemoteProtocolError("data frame without data")
-        if not self._inbox:
+        piece = bytes(self._fresh[: self._data_left])
+        if not piece:
             return None
-        piece = bytes(self._inbox[: self._data_left])
-        del self._inbox[: len(piece)]
+        self._fresh = self._fresh[len(piece) :]
         self._data_left -= len(piece)
         if self._data_left == 0:
             self._current = None
         return Data(stream=head.channel, data=piece)
 
     def _take_message(self, head: FrameHeader) -> Event | None:
-        if len(self._inbox) < head.length:
+        payload = self._take(head.length)
+        if payload is None:
             return None
-        payload = bytes(self._inbox[: head.length])
-        del self._inbox[: head.length]
         self._current = None
         event = self._decode(head, payload)
-        self._advance(head.kind, head.channel, event, ours=False)
+        self._advance(head.channel, event)
         return event
 
-    def _decode(self, head: FrameHeader, payload: bytes) -> Event:
+    def _take(self, size: int) -> bytes | bytearray | None:
+        """Exactly `size` bytes once they have all arrived; until then they wait in the inbox."""
+        missing = size - len(self._inbox)
+        piece = self._fresh[:missing]
+        self._fresh = self._fresh[missing:]
+        if not self._inbox and len(piece) == size:
+            return bytes(piece)
+        self._inbox += piece
+        if len(self._inbox) < size:
+            return None
+        whole, self._inbox = self._inbox, bytearray()
+        return whole
+
+    def _decode(self, head: FrameHeader, payload: bytes | bytearray) -> Event:
         if head.kind == Kind.END:
             return End(stream=head.channel)
         if head.kind == Kind.REQUEST:
@@ -241,28 +327,30 @@ class Connection:
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────
 
-    def _check(self, kind: int, channel: int, *, ours: bool) -> None:
+    def _check(self, head: FrameHeader, *, ours: bool) -> None:
         """Refuse a frame that the tables do not allow in this state, or on an ended stream."""
         sender = self.role if ours else (Role.AGENT if self.role is Role.HOST else Role.HOST)
         table = HOST_MAY_SEND if sender is Role.HOST else AGENT_MAY_SEND
         streams = HOST_STREAMS if sender is Role.HOST else AGENT_STREAMS
         state = self.state
-        if sender is Role.AGENT and not self._welcomed and state not in (State.HELLO, State.DONE):
+        settled = (State.HELLO, State.DONE, State.FAILED)
+        if sender is Role.AGENT and not self._welcomed and state not in settled:
             state = State.WELCOME  # a first request may wait behind the hello
         problem = ""
-        if kind not in table[state]:
-            problem = f"frame of kind {kind} in state {state.value}"
-        elif kind in (Kind.DATA, Kind.END) and channel not in streams:
-            problem = f"stream {channel} belongs to the other side or does not exist"
-        elif kind in (Kind.DATA, Kind.END) and channel in self._ended:
-            problem = f"stream {STREAMS[channel]} has ended already"
-        elif kind == Kind.EXITED and not self._ended >= AGENT_STREAMS:
+        if head.kind not in table[state]:
+            problem = f"{_SHORT[head.kind]} frame in state {state.value}"
+        elif head.kind in (Kind.DATA, Kind.END) and head.channel not in streams:
+            problem = f"stream {head.channel} belongs to the other side or does not exist"
+        elif head.kind in (Kind.DATA, Kind.END) and head.channel in self._ended:
+            problem = f"stream {STREAMS[head.channel]} has ended or was not asked for"
+        elif head.kind == Kind.DATA and head.length == 0:
+            problem = "data frame without data"
+        elif head.kind == Kind.EXITED and not self._ended >= AGENT_STREAMS:
             problem = "exited before the end of stdout and stderr"
         if problem:
             raise LocalProtocolError(problem) if ours else RemoteProtocolError(problem)
 
-    def _advance(self, kind: int, channel: int, event: Event, *, ours: bool) -> None:
-        self._check(kind, channel, ours=ours)
+    def _advance(self, channel: int, event: Event) -> None:
         match event:
             case Hello():
                 self.state = State.WELCOME
@@ -274,6 +362,8 @@ class Connection:
                 self._op = event.op
                 starting = event.op in messages.PROCESS_OPERATIONS
                 self.state = State.STARTING if starting else State.BUSY
+                if isinstance(event.args, Start) and not event.args.stdin:
+                    self._ended |= HOST_STREAMS
             case Response():
                 self.state = State.PROCESS if self.state is State.STARTING else State.READY
             case Failure():
@@ -293,9 +383,10 @@ _KIND_OF: dict[type[Record], int] = {
     Signal: Kind.CONTROL,
     Exited: Kind.EXITED,
 }
+_SHORT = {value: name.lower() for name, value in vars(Kind).items() if name.isupper()}
 
 
-def _decode_request(payload: bytes) -> Request:
+def _decode_request(payload: bytes | bytearray) -> Request:
     values = messages.unpack(payload, "request")
     op = values.get("op")
     if not isinstance(op, str):
@@ -307,6 +398,14 @@ def _decode_request(payload: bytes) -> Request:
 
 
 def _shortened(failure: Failure) -> Failure:
-    if len(failure.message) <= limits.ERROR_MESSAGE:
-        return failure
-    return failure.replace(message=failure.message[: limits.ERROR_MESSAGE - 1] + "…")
+    """The failure within its limits: an error must never fail to be sent for being too long."""
+    fields = list(failure.fields.items())[: limits.ERROR_FIELDS]
+    return failure.replace(
+        message=_cut(failure.message),
+        fields={key: _cut(value) if isinstance(value, str) else value for key, value in fields},
+    )
+
+
+def _cut(text: str) -> str:
+    maximum = limits.ERROR_MESSAGE
+    return text if len(text) <= maximum else text[: maximum - 1] + "…"

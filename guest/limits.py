@@ -8,7 +8,13 @@ HELLO_PAYLOAD = 4 * 1024  # all that an unauthenticated peer can make the agent 
 HELLO_TIMEOUT = 2.0  # from accept to a complete hello
 CONTROL_PAYLOAD = 4 * 1024 * 1024  # a request; Linux's own limit for argv + env is 2 MiB by default
 DATA_PAYLOAD = 1024 * 1024  # one data frame; a pipe holds at most this much by default
-ERROR_MESSAGE = 4 * 1024  # characters; longer ones are cut with an ellipsis
+RESPONSE_PAYLOAD = 1024 * 1024  # a hostile agent must not fill the host's memory
+ERROR_PAYLOAD = 512 * 1024  # holds the longest message and fields, whatever their script
+ERROR_MESSAGE = 4 * 1024  # characters, of text fields as well; longer ones are cut with …
+ERROR_FIELDS = 16  # fields of one error; the sender drops what is over
+TOKEN_MIN = 16  # ASCII characters
+TOKEN_MAX = 256
+STOP_GRACE_MAX = 3600.0
 
 # ── the agent ────────────────────────────────────────────────────────────────────────────────────
 CONNECTIONS = 1024  # accepted and past hello
@@ -25,6 +31,7 @@ ACCOUNT_FILE = 1024 * 1024  # the image's /etc/passwd and /etc/group; larger one
 REPORT_LINE = 64 * 1024
 REPORT_CONNECT_TIMEOUT = 2.0
 SUPERVISION_MESSAGE = 64 * 1024
+IMAGE_DEFAULTS = 48 * 1024  # as JSON: has to fit into one supervision message with the rest
 
 # ── ending ───────────────────────────────────────────────────────────────────────────────────────
 STOP_GRACE = 5.0  # between TERM and KILL of everything that is left

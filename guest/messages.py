@@ -47,6 +47,10 @@ class Hello(Record):
     client: str = ""
     features: tuple[str, ...] = ()
 
+    def check(self) -> None:
+        if not self.token.isascii():  # what hmac.compare_digest takes as str
+            raise RecordError("token: must be ASCII")
+
 
 class Welcome(Record):
     """The agent's answer to a hello that it accepts."""
@@ -96,6 +100,10 @@ class Start(Record):
     stdin: bool = False  # False: /dev/null; True: a pipe that the host feeds and ends
     timeout: float | None = None  # seconds from the start until the process group is killed
 
+    def check(self) -> None:
+        if self.timeout is not None and self.timeout < 0:
+            raise RecordError("timeout: must not be negative")
+
 
 class Attach(Record):
     """Take over the streams of the workload that PID 1 started. The only id so far is "main"."""
@@ -117,6 +125,8 @@ class Signal(Record):
     target: str = "group"  # "process" or "group"
 
     def check(self) -> None:
+        if not 1 <= self.signal <= 64:
+            raise RecordError(f"signal: {self.signal} is not a signal")
         if self.target not in ("process", "group"):
             raise RecordError("target: must be process or group")
 
@@ -133,6 +143,10 @@ class Shutdown(Record):
     """End the machine: TERM, `grace` seconds, KILL, sync, power off."""
 
     grace: float = limits.STOP_GRACE
+
+    def check(self) -> None:
+        if not 0 <= self.grace <= limits.STOP_GRACE_MAX:
+            raise RecordError(f"grace: must be 0 to {limits.STOP_GRACE_MAX:.0f} seconds")
 
 
 class ShutdownResult(Record):
@@ -177,14 +191,10 @@ def pack(values: dict[str, Any]) -> bytes:
     return packed
 
 
-def unpack(payload: bytes, what: str) -> dict[str, Any]:
+def unpack(payload: bytes | bytearray, what: str) -> dict[str, Any]:
     """The map in a control payload. Raises RemoteProtocolError for anything else."""
     try:
-        values = msgpack.unpackb(
-            payload,
-            unicode_errors="surrogateescape",
-            strict_map_key=True,
-        )
+        values = msgpack.unpackb(payload, unicode_errors="surrogateescape", strict_map_key=True)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise RemoteProtocolError(f"{what}: not a msgpack map: {error!s:.200}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -192,7 +202,7 @@ def unpack(payload: bytes, what: str) -> dict[str, Any]:
     return values
 
 
-def decode(kind: int, payload: bytes) -> Record:
+def decode(kind: int, payload: bytes | bytearray) -> Record:
     """The message in a frame of a kind that has one fixed record. Raises RemoteProtocolError."""
     record = _PAYLOADS[kind]
     return check(record, unpack(payload, record.__name__), record.__name__)

@@ -37,7 +37,7 @@ class Record:
     _fields: "dict[str, Any]" = {}  # noqa: RUF012  typing.ClassVar would import typing
 
     def __init_subclass__(cls) -> None:
-        own = {k: v for k, v in cls.__dict__.get("__annotations__", {}).items() if k[0] != "_"}  # noqa: RUF063  inspect is a heavy import
+        own = {k: v for k, v in cls.__annotations__.items() if k[0] != "_"}
         cls._fields = {**cls._fields, **own}
 
     def __init__(self, **values: "Any") -> None:
@@ -134,11 +134,15 @@ class Catalogue:
         self._names = {record: name for name, record in records.items()}
 
     def encode(self, record: Record) -> bytes:
-        """The JSON document, without a newline in it."""
+        """The JSON document, without a newline in it. Raises RecordError if it is too long."""
         import json
 
         document = {self._names[type(record)]: record.to_map()}
-        return json.dumps(document, separators=(",", ":")).encode("ascii")
+        text = json.dumps(document, separators=(",", ":")).encode("ascii")
+        if len(text) > self.maximum:
+            name = type(record).__name__
+            raise RecordError(f"{name} of {len(text)} bytes, at most {self.maximum}")
+        return text
 
     def decode(self, text: str | bytes) -> Record:
         """The record in a document from outside. Raises RecordError for anything else."""
@@ -175,8 +179,8 @@ def _checked(value: object, kind: object, where: str, ignore_unknown: bool) -> o
         return _checked_container(value, kind, where, ignore_unknown)
     if isinstance(kind, type) and issubclass(kind, Record):
         return kind.from_map(value, where=where, ignore_unknown=ignore_unknown)
-    if kind is float and type(value) is int:
-        return float(value)
+    if kind is float and type(value) in (int, float):
+        return _finite(value, where)
     if kind in SCALARS and type(value) is kind:
         return value
     raise RecordError(f"{where}: expected {_kind_name(kind)}, got {_name(value)}")
@@ -185,6 +189,8 @@ def _checked(value: object, kind: object, where: str, ignore_unknown: bool) -> o
 def _checked_union(value: object, kind: UnionType, where: str, ignore_unknown: bool) -> object:
     if value is None and type(None) in kind.__args__:
         return None
+    if type(value) is int and int not in kind.__args__ and float in kind.__args__:
+        return _finite(value, where)
     for choice in kind.__args__:
         if choice is type(value) or not (choice in SCALARS or choice is type(None)):
             return _checked(value, choice, where, ignore_unknown)
@@ -209,6 +215,16 @@ def _checked_container(
             for key, item in value.items()
         }
     raise RecordError(f"{where}: expected {_kind_name(kind)}, got {_name(value)}")
+
+
+def _finite(value: "Any", where: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:  # JSON has integers of any size
+        number = float("inf")
+    if number - number != 0:  # infinite or not a number: no time or size is
+        raise RecordError(f"{where}: must be a finite number")
+    return number
 
 
 def _name(value: object) -> str:

@@ -4,7 +4,7 @@ import os
 
 from guest.record import Record, RecordError
 
-__all__ = ["ExitStatus"]
+__all__ = ["ExitStatus", "exit_fields"]
 
 
 class ExitStatus(Record):
@@ -16,7 +16,7 @@ class ExitStatus(Record):
 
     def check(self) -> None:
         if (self.code is None) == (self.signal is None):
-            raise RecordError("exactly one of code and signal must be set")
+            raise RecordError("code: exactly one of code and signal must be set")
         if self.code is not None and not 0 <= self.code <= 255:
             raise RecordError(f"code: {self.code} is not an exit code")
         if self.signal is not None and not 1 <= self.signal <= 64:
