@@ -1,0 +1,119 @@
+"""What every test gets: nothing may be left behind, and nothing is skipped without being seen.
+
+Each test is surrounded by a check that it leaves no file descriptor, thread or child process.
+Fixtures of a wider scope are set up before it and may keep theirs. `--require-all` turns a skip
+into a failure, for machines that are meant to have everything. Hypothesis runs a small repeatable
+profile; `--hypothesis-profile=deep` looks for new examples.
+"""
+
+import gc
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+PROJECT = Path(__file__).parent.parent
+LEAK_GRACE = 2.0  # seconds in which what a test stopped may still be going away
+
+settings.register_profile(
+    "fast",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("deep", max_examples=3000, deadline=None)
+settings.load_profile("fast")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a descriptor, thread or child process, naming it."""
+    before = {kind: look() for kind, look in RESOURCES.items()}
+    yield
+    gc.collect()
+    deadline = time.monotonic() + LEAK_GRACE
+    while left := _left(before):
+        if time.monotonic() > deadline:
+            pytest.fail("the test left behind: " + "; ".join(left))
+        time.sleep(0.01)
+        gc.collect()
+
+
+def _left(before: dict[str, dict[str, str]]) -> list[str]:
+    return [
+        f"{kind} {key} ({what})"
+        for kind, look in RESOURCES.items()
+        for key, what in look().items()
+        if before[kind].get(key) != what
+    ]
+
+
+def _descriptors() -> dict[str, str]:
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:  # the listing's own descriptor
+            continue
+    return found
+
+
+def _threads() -> dict[str, str]:
+    """Threads by identity, without trio's idle cached ones, which end by themselves in 10 s."""
+    return {
+        str(thread.ident): thread.name
+        for thread in threading.enumerate()
+        if not thread.name.startswith("Trio thread")
+    }
+
+
+def _children() -> dict[str, str]:
+    """Processes whose parent is this one: fields 2 and 4 of proc_pid_stat(5)."""
+    found = {}
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        name, _, rest = stat.partition("(")[2].rpartition(")")
+        if rest.split()[1] == str(os.getpid()):
+            found[pid] = name
+    return found
+
+
+RESOURCES: dict[str, Callable[[], dict[str, str]]] = {
+    "descriptor": _descriptors,
+    "thread": _threads,
+    "child process": _children,
+}
+
+
+@pytest.fixture(scope="session")
+def elf() -> Path:
+    """The frozen guest program for this machine; a failure, not a skip, where it is not built."""
+    path = PROJECT / "dist" / "guest" / platform.machine() / "microguest"
+    if not path.is_file():
+        pytest.fail(f"{path} does not exist: build it with `make guest`")
+    return path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-all", action="store_true", help="a skipped test is a failure")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.config.option.require_all:
+        report.outcome = "failed"
+        report.longrepr = f"skipped although everything is required: {report.longrepr}"
+    return report
