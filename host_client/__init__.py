@@ -1,3 +1,37 @@
-"""The host's side: connect to an agent, boot machines, run programs in them."""
+"""The host's side: connect to an agent, boot machines, run programs in them.
 
-__all__: list[str] = []
+    from host_client import boot
+
+    with boot("oci:images/demo") as machine:
+        print(machine.agent.exec(["uname", "-a"]).stdout.decode())
+
+Names are imported when they are first used, so that importing this package costs next to nothing.
+"""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from host_client import errors
+    from host_client.agent import Agent, connect
+    from host_client.machines.boot import boot
+    from host_client.machines.machine import Machine
+    from host_client.result import Result
+
+__all__ = ["Agent", "Machine", "Result", "boot", "connect", "errors"]
+
+_HOME = {
+    "Agent": "host_client.agent",
+    "Machine": "host_client.machines.machine",
+    "Result": "host_client.result",
+    "boot": "host_client.machines.boot",
+    "connect": "host_client.agent",
+}
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name == "errors":
+        return importlib.import_module("host_client.errors")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

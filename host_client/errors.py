@@ -4,6 +4,8 @@ MicroguestError
 ├── ConnectError          nobody answered at the URL, or refused before the protocol began
 ├── ConnectionLost        the agent or its machine went away during an operation
 ├── DeadlineExceeded      an operation did not finish in the time that its caller gave
+├── CommandFailed         a command ended with another status than 0 (only where asked)
+├── OutputTooLarge        a command wrote more than the caller wants to hold in memory
 ├── ImageError            an image that is missing, broken or cannot be made bootable
 └── MachineError          a machine that cannot be started, found or stopped
     └── BootFailed        the guest said why it did not come up, or died before it could
@@ -11,13 +13,19 @@ MicroguestError
 
 from guest.errors import MicroguestError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from host_client.result import Result
+
 __all__ = [
     "BootFailed",
+    "CommandFailed",
     "ConnectError",
     "ConnectionLost",
     "DeadlineExceeded",
     "ImageError",
     "MachineError",
+    "OutputTooLarge",
 ]
 
 
@@ -34,11 +42,35 @@ class ConnectionLost(MicroguestError):
 
 
 class DeadlineExceeded(MicroguestError, TimeoutError):
-    """The time that the caller allowed is over. `seconds` is that time."""
+    """The time that the caller allowed is over. `seconds` is that time.
 
-    def __init__(self, message: str, *, seconds: float) -> None:
+    `stdout` and `stderr` are what a command had written until then.
+    """
+
+    def __init__(
+        self, message: str, *, seconds: float, stdout: bytes = b"", stderr: bytes = b""
+    ) -> None:
         super().__init__(message)
         self.seconds = seconds
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+class CommandFailed(MicroguestError):
+    """A command ended with another status than 0 and `check` was set. `result` has all of it."""
+
+    def __init__(self, message: str, *, result: "Result") -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class OutputTooLarge(MicroguestError):
+    """A command wrote more than `limit` bytes to `stream`; it was killed and its output dropped."""
+
+    def __init__(self, message: str, *, stream: str, limit: int) -> None:
+        super().__init__(message)
+        self.stream = stream
+        self.limit = limit
 
 
 class ImageError(MicroguestError):

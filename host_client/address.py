@@ -1,0 +1,197 @@
+"""Where an agent is: the URLs that name it, and how each kind is dialled.
+
+Every dial gives a connected, non-blocking stream socket or raises ConnectError within its deadline.
+"""
+
+import os
+import select
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from guest.bootconfig import AGENT_PORT
+from host_client.deadline import Deadline
+from host_client.errors import ConnectError
+
+__all__ = ["Address", "HybridAddress", "NotListening", "UnixAddress", "VsockAddress", "parse"]
+
+SUN_PATH_MAX: Final = 107  # bytes of a Unix socket's path without its NUL, unix(7)
+LINE_MAX: Final = 64  # bytes of a hybrid device's answer to CONNECT
+PORT_MAX: Final = 2**32 - 1
+
+
+class NotListening(ConnectError):
+    """The way to the guest exists but nobody accepts there now: it may be worth trying again."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """A Unix stream socket that the agent listens on."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix://{_quoted(self.path)}"
+
+    def dial(self, deadline: Deadline) -> socket.socket:
+        """Connect. ConnectError where nobody listens."""
+        return connect_unix(self.path, deadline, str(self))
+
+
+@dataclass(frozen=True, slots=True)
+class VsockAddress:
+    """A vsock address, reached through the host's kernel."""
+
+    cid: int
+    port: int
+
+    def __str__(self) -> str:
+        return f"vsock://{self.cid}:{self.port}"
+
+    def dial(self, deadline: Deadline) -> socket.socket:
+        """Connect. NotListening where the guest or its listener is not up."""
+        if not hasattr(socket, "AF_VSOCK"):
+            raise ConnectError(f"cannot dial {self}: this Python has no vsock", url=str(self))
+        try:
+            sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        except OSError as error:
+            raise _connect_error(str(self), error) from error
+        try:
+            sock.settimeout(deadline.left())
+            sock.connect((self.cid, self.port))
+        except OSError as error:
+            sock.close()
+            refused = isinstance(error, ConnectionError)
+            raise _connect_error(str(self), error, again=refused) from error
+        sock.setblocking(False)
+        return sock
+
+
+@dataclass(frozen=True, slots=True)
+class HybridAddress:
+    """A guest's vsock port behind a Unix socket that speaks Firecracker's CONNECT line."""
+
+    path: str
+    port: int = AGENT_PORT
+
+    def __str__(self) -> str:
+        return f"hybrid://{_quoted(self.path)}?port={self.port}"
+
+    def dial(self, deadline: Deadline) -> socket.socket:
+        """Connect and ask for the port. NotListening where the guest does not accept."""
+        sock = connect_unix(self.path, deadline, str(self))
+        try:
+            sock.send(b"CONNECT %d\n" % self.port)
+            line = _read_line(sock, deadline, str(self))
+        except OSError as error:
+            sock.close()
+            raise _connect_error(str(self), error, again=True) from error
+        except ConnectError:
+            sock.close()
+            raise
+        if not line.startswith(b"OK "):
+            sock.close()
+            raise ConnectError(f"{self} answered CONNECT with {line!r}, not OK", url=str(self))
+        return sock
+
+
+Address = UnixAddress | VsockAddress | HybridAddress
+
+
+def parse(url: str) -> Address:
+    """The address in a URL. ConnectError says which forms there are."""
+    scheme, separator, rest = url.partition("://")
+    if separator and scheme == "vsock":
+        return _parse_vsock(url, rest)
+    if separator and scheme == "unix" and rest.startswith("/"):
+        return UnixAddress(_unquoted(rest))
+    if separator and scheme == "hybrid" and rest.startswith("/"):
+        path, _, query = rest.partition("?")
+        name, _, port = query.partition("=")
+        if query and name != "port":
+            raise ConnectError(f"{url}: only port=N may follow the ?", url=url)
+        return HybridAddress(_unquoted(path), _number(port, url) if query else AGENT_PORT)
+    raise ConnectError(
+        f"{url!r} is none of vsock://CID:PORT, hybrid:///PATH[?port=PORT], unix:///PATH", url=url
+    )
+
+
+def connect_unix(path: str, deadline: Deadline, url: str) -> socket.socket:
+    """A non-blocking socket connected to `path`, however long that path is."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    folder = -1
+    try:
+        # connect(2) on a Unix socket waits for a full backlog by the send timeout, not by poll(2).
+        left = deadline.left()
+        if left is not None:
+            left = max(left, 0.001)
+            timeval = struct.pack("@ll", int(left), int(left % 1 * 1_000_000))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        target = path
+        if len(os.fsencode(path)) > SUN_PATH_MAX:
+            folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            target = f"/proc/self/fd/{folder}/{os.path.basename(path)}"
+        sock.connect(target)
+    except BlockingIOError:
+        sock.close()
+        raise ConnectError(f"{url} did not accept in {deadline.seconds} s", url=url) from None
+    except (OSError, ValueError) as error:
+        sock.close()
+        raise _connect_error(url, error) from error
+    finally:
+        if folder >= 0:
+            os.close(folder)
+    sock.setblocking(False)
+    return sock
+
+
+def _parse_vsock(url: str, rest: str) -> VsockAddress:
+    cid, colon, port = rest.partition(":")
+    if not colon:
+        raise ConnectError(f"{url}: write vsock://CID:PORT", url=url)
+    return VsockAddress(_number(cid, url), _number(port, url))
+
+
+def _number(text: str, url: str) -> int:
+    if text.isascii() and text.isdigit() and int(text) <= PORT_MAX:
+        return int(text)
+    raise ConnectError(f"{url}: {text!r} is not a number from 0 to {PORT_MAX}", url=url)
+
+
+def _read_line(sock: socket.socket, deadline: Deadline, url: str) -> bytes:
+    """The device's answer, and not a byte of what the guest says after it."""
+    line = b""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    while len(line) < LINE_MAX:
+        if not poll.poll(deadline.wait_ms(1.0)):
+            if deadline.passed:
+                raise ConnectError(f"{url} did not answer in {deadline.seconds} s", url=url)
+            continue
+        peeked = sock.recv(LINE_MAX - len(line), socket.MSG_PEEK)
+        if not peeked:
+            raise NotListening(f"{url}: the guest does not accept there (yet)", url=url)
+        head, newline, _ = peeked.partition(b"\n")
+        line += sock.recv(len(head) + len(newline))
+        if newline:
+            return line[:-1]
+    raise ConnectError(f"{url} answered CONNECT with an endless line", url=url)
+
+
+def _connect_error(url: str, error: Exception, *, again: bool = False) -> ConnectError:
+    kind = NotListening if again else ConnectError
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return kind(f"cannot reach {url}: {reason}", url=url)
+
+
+def _quoted(path: str) -> str:
+    from urllib.parse import quote
+
+    return quote(path, errors="surrogateescape")
+
+
+def _unquoted(path: str) -> str:
+    from urllib.parse import unquote
+
+    return unquote(path, errors="surrogateescape")
