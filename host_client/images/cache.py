@@ -130,6 +130,9 @@ class Cache:
         try:
             yield
         finally:
+            os.unlink(
+                path
+            )  # whoever waits for it notices that the path is gone, and makes a new one
             os.close(fd)
 
     @contextlib.contextmanager

@@ -47,6 +47,11 @@ def write_tar(
     pipe.write(END_OF_ARCHIVE)
 
 
+def squashfs_seconds(mtime_ns: int) -> int:
+    """The nearest time that squashfs can hold: unsigned 32-bit seconds since 1970."""
+    return min(max(mtime_ns // 1_000_000_000, 0), _MAX_SQUASHFS_TIME)
+
+
 def _entries(tree: Tree, abilities: Abilities) -> Iterator[tuple[Entry, Inode]]:
     first_names: dict[int, bytes] = {}
     for path, inode in tree.walk():
@@ -54,8 +59,8 @@ def _entries(tree: Tree, abilities: Abilities) -> Iterator[tuple[Entry, Inode]]:
             continue
         if inode.kind in (Kind.CHAR_DEVICE, Kind.BLOCK_DEVICE) and not abilities.devices:
             continue
-        name = b"./" + path
-        if inode.kind is Kind.DIRECTORY and path:
+        name = path or b"."  # no "./" before names: sqfstar loses hard links then
+        if inode.kind is Kind.DIRECTORY:
             name += b"/"
         if inode.number in first_names:
             yield Entry(name, Kind.HARD_LINK, target=first_names[inode.number]), inode
@@ -68,7 +73,7 @@ def _entries(tree: Tree, abilities: Abilities) -> Iterator[tuple[Entry, Inode]]:
 def _entry(name: bytes, inode: Inode, abilities: Abilities) -> Entry:
     mtime = inode.mtime_ns
     if not abilities.full_times:
-        mtime = min(max(mtime // 1_000_000_000, 0), _MAX_SQUASHFS_TIME) * 1_000_000_000
+        mtime = squashfs_seconds(mtime) * 1_000_000_000
     return Entry(
         name=name,
         kind=inode.kind,

@@ -10,7 +10,8 @@ import subprocess
 from collections.abc import Sequence
 from typing import IO, BinaryIO
 
-from host_client.images import export
+from host_client.errors import ImageError
+from host_client.images import export, squashfs
 from host_client.images.command import find_command, require_command, run_command
 from host_client.images.tree import Tree
 
@@ -28,28 +29,31 @@ def disk_format() -> str:
 def make_disk(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
     """Write the tree as a read-only file system of `disk_format()` to the new file `path`."""
     if disk_format() == "erofs":
-        abilities, argv = export.EROFS, [require_command("mkfs.erofs"), "--tar=f", "--quiet", path]
+        _make_erofs(tree, layers, path)
     else:
-        abilities, argv = export.SQUASHFS, _sqfstar(tree, path)
-
-    def feed(pipe: IO[bytes]) -> None:
-        export.write_tar(tree, layers, abilities, pipe)
-
-    run_command(argv, feed=feed)
+        _make_squashfs(tree, layers, path)
     _sync(path)
 
 
-def _sqfstar(tree: Tree, path: str) -> list[str]:
-    """The root directory is not taken from the stream: sqfstar has options for it."""
+def _make_erofs(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
+    def feed(pipe: IO[bytes]) -> None:
+        export.write_tar(tree, layers, export.EROFS, pipe)
+
+    run_command([require_command("mkfs.erofs"), "--tar=f", "--quiet", path], feed=feed)
+
+
+def _make_squashfs(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
+    def feed(pipe: IO[bytes]) -> None:
+        export.write_tar(tree, layers, export.SQUASHFS, pipe)
+
+    argv = [require_command("sqfstar"), "-quiet", "-no-progress", "-exit-on-error"]
+    argv += [*("-comp", "lz4", "-noI"), *("-mem", "256M"), *("-mkfs-time", "0"), path]
+    said = run_command(argv, feed=feed)
+    if said:  # it can lose a file, say so, and end with status 0
+        raise ImageError(f"sqfstar did not take the whole image: {said.strip()}")
     root = tree.root
-    seconds = min(max(root.mtime_ns // 1_000_000_000, 0), 0xFFFFFFFF)
-    return [
-        *(require_command("sqfstar"), "-quiet", "-no-progress", "-exit-on-error"),
-        *("-comp", "lz4", "-mem", "256M", "-mkfs-time", "0"),
-        *("-root-mode", f"{root.mode:o}", "-root-time", str(seconds)),
-        *("-root-uid", str(root.uid), "-root-gid", str(root.gid)),
-        path,
-    ]
+    mtime = export.squashfs_seconds(root.mtime_ns)
+    squashfs.set_root(path, mode=root.mode, uid=root.uid, gid=root.gid, mtime=mtime)
 
 
 def make_directory(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
