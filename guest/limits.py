@@ -25,6 +25,9 @@ STREAM_IDLE_AFTER_EXIT = 0.1  # a stream that a grandchild holds open is cut whe
 STREAM_CAP_AFTER_EXIT = 0.5  # and in any case after this long
 TIMEOUT_GRACE = 1.0  # between TERM and KILL of a process whose timeout is over
 STREAM_READ = 64 * 1024  # taken out of a process's pipe at a time; the kernel's pipe is the buffer
+REMEMBERED_IDENTITIES = 256  # users that were looked up in the image's files
+MAIN_WAIT = 5.0  # from the root's being ready until the workload must have been started
+COLLECT_WAIT = 1.0  # for a host to close after it was sent the workload's end
 ACCOUNT_FILE = 1024 * 1024  # the image's /etc/passwd and /etc/group; larger ones are not read
 
 # ── reports from PID 1 to the host, and between PID 1 and the agent ─────────────────────────────
@@ -33,8 +36,17 @@ REPORT_CONNECT_TIMEOUT = 2.0
 SUPERVISION_MESSAGE = 64 * 1024
 IMAGE_DEFAULTS = 48 * 1024  # as JSON: has to fit into one supervision message with the rest
 
+# ── the boot ─────────────────────────────────────────────────────────────────────────────────────
+BOOT_DEADLINE = 60.0  # from PID 1's first line to the start of the workload
+DISK_WAIT = 10.0  # for a disk of the root to be found by the kernel
+AGENT_READY_TIMEOUT = 30.0  # from the end of the boot's other steps to AgentReady
+
 # ── ending ───────────────────────────────────────────────────────────────────────────────────────
 STOP_GRACE = 5.0  # between TERM and KILL of everything that is left
 OUTPUT_GRACE = 10.0  # how long an ended workload's output waits for somebody to collect it
 AGENT_RESTART_DELAYS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)  # seconds; the last one repeats
 AGENT_CRASH_LIMIT = 20  # crashes after which the agent stays down and the state says so
+FAILED_GRACE = 0.5  # instead of STOP_GRACE where the boot or the workload's start failed
+KILL_WAIT = 2.0  # for killed processes to be gone; those that hang in the kernel stay
+SYNC_WAIT = 5.0  # for sync and unmounts; a hung device does not stop the power-off
+FAREWELL_WAIT = 0.5  # for the host to close the report connection after the last report

@@ -27,18 +27,6 @@ class Plan(Record):
     cwd: bytes
     identity: Identity
 
-    def spawn_arguments(self) -> dict[str, object]:
-        """Keyword arguments of `_guestsys.spawn`, without the descriptors."""
-        return {
-            "argv": self.argv,
-            "env": self.env,
-            "candidates": self.candidates,
-            "cwd": self.cwd,
-            "uid": self.identity.uid,
-            "gid": self.identity.gid,
-            "groups": self.identity.groups,
-        }
-
     def program_paths(self) -> list[bytes]:
         """The candidates as absolute paths, for finding out which of them exist."""
         return [os.path.join(self.cwd, candidate) for candidate in self.candidates]

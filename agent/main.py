@@ -1,0 +1,65 @@
+"""The agent's entry: `bootstrap` builds what is needed, `serve` runs it.
+
+The process was started by PID 1 with one descriptor, its end of the supervision pair; everything
+else comes over that. It ends when PID 1 does. The garbage collector is off while modules are
+imported, and what they made is then left out of every collection.
+"""
+
+import gc
+import resource
+import socket
+import time
+
+import trio
+
+from agent import service, supervision
+from agent.state import Agent
+from guest.supervision import AgentReady, Configure
+
+__all__ = ["run"]
+
+DESCRIPTORS = 16 * 1024  # open files: five a process and one a connection, with room
+
+
+def run() -> None:
+    """Serve until PID 1 is gone, which ends the process; returns only with an exception."""
+    agent, listener = bootstrap()
+    gc.freeze()
+    gc.enable()
+    try:
+        trio.run(serve, agent, listener)
+    finally:
+        agent.kill_everything()
+
+
+def bootstrap() -> tuple[Agent, socket.socket]:
+    """Take the configuration and the listener from PID 1."""
+    link = supervision.Link.inherited()
+    configure, descriptors = link.receive_first()
+    if not isinstance(configure, Configure) or len(descriptors) != 1:
+        raise SystemExit(f"agent: expected Configure and a listener first, got {configure!r}")
+    listener = socket.socket(fileno=descriptors[0])
+    listener.setblocking(False)
+    child_limits = raise_descriptor_limit()
+    return Agent(configure, link, child_limits), listener
+
+
+async def serve(agent: Agent, listener: socket.socket) -> None:
+    """Follow PID 1's messages and answer hosts, both for ever."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supervision.follow, agent)
+        agent.ready_ms = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000
+        agent.link.send(AgentReady(boot_ms=agent.ready_ms))
+        await service.serve(agent, listener)
+
+
+def raise_descriptor_limit() -> tuple[tuple[int, int, int], ...]:
+    """Make room for many connections; what processes get instead is what the agent was given."""
+    given = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in ((DESCRIPTORS, max(DESCRIPTORS, given[1])), (given[1], given[1])):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, wanted)
+        except (ValueError, OSError):
+            continue  # raising the hard limit needs a privilege; the given one can always be used
+        break
+    return ((resource.RLIMIT_NOFILE, *given),)

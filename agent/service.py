@@ -1,0 +1,162 @@
+"""From the listener to a handler: who may connect, who is told no, and which operations exist.
+
+A connection that has not said hello costs one task and at most one read of memory, and there are
+never more than `limits.UNAUTHENTICATED` of them. Everything that can go wrong with one connection
+ends here, at most that connection with it.
+"""
+
+import errno
+import hmac
+import socket
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from agent import main_process, operations, processes
+from agent.channel import Channel, ConnectionLost
+from agent.state import Agent, log
+from guest import __version__, limits
+from guest.connection import Event, Request, Response, State
+from guest.errors import OperationError, RemoteProtocolError
+from guest.messages import Failure, Hello, Welcome
+from guest.record import Record
+
+__all__ = ["OPERATIONS", "serve"]
+
+HOST_CID = 2  # VMADDR_CID_HOST of vsock(7)
+ACCEPT_PAUSE = 0.05  # seconds to wait when the kernel has no descriptor or memory left
+
+# A handler gives the result, or None when the connection belonged to a process and that has ended.
+# `early` are events that arrived together with the request. Raises OperationError.
+Handler = Callable[[Agent, Channel, Record, list[Event]], Awaitable[Record | None]]
+
+# Every operation that is answered; the protocol refuses all others.
+OPERATIONS: dict[str, Handler] = {
+    "ping": operations.ping,
+    "info": operations.info,
+    "shutdown": operations.shutdown,
+    "start": processes.start,
+    "attach": main_process.attach,
+}
+
+
+async def serve(agent: Agent, listener: socket.socket) -> None:
+    """Accept connections for ever, each served by a task of its own."""
+    waiting_room = WaitingRoom()
+    async with trio.open_nursery() as nursery:
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            try:
+                sock, address = listener.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    await trio.sleep(ACCEPT_PAUSE)
+                continue  # the peer may be gone already, or another process took it
+            if agent.configure.transport == "vsock" and address[0] != HOST_CID:
+                sock.close()
+                continue
+            sock.setblocking(False)
+            nursery.start_soon(serve_connection, agent, waiting_room, sock)
+
+
+class WaitingRoom:
+    """Connections that have not said hello, oldest first. A full room loses its oldest."""
+
+    def __init__(self) -> None:
+        self._scopes: dict[int, trio.CancelScope] = {}
+
+    async def wait_for_hello(self, channel: Channel) -> list[Event]:
+        """The hello and what came with it; [] where this connection was the oldest of too many.
+
+        Raises OperationError hello_timeout, ConnectionLost, RemoteProtocolError.
+        """
+        if len(self._scopes) >= limits.UNAUTHENTICATED:
+            self._scopes.pop(next(iter(self._scopes))).cancel()
+        scope = trio.CancelScope(deadline=trio.current_time() + limits.HELLO_TIMEOUT)
+        self._scopes[id(scope)] = scope
+        try:
+            with scope:
+                return await channel.receive()
+        finally:
+            self._scopes.pop(id(scope), None)
+        if trio.current_time() < scope.deadline:
+            return []
+        raise OperationError("hello_timeout", f"no hello within {limits.HELLO_TIMEOUT} s")
+
+
+async def serve_connection(agent: Agent, waiting_room: WaitingRoom, sock: socket.socket) -> None:
+    """One connection from hello to its end. Raises nothing."""
+    channel = Channel(sock)
+    try:
+        early = channel.receive_now() or await waiting_room.wait_for_hello(channel)
+        if not early:
+            return
+        admit(agent, channel, early.pop(0))
+        agent.connections += 1
+        try:
+            await answer_requests(agent, channel, early)
+        finally:
+            agent.connections -= 1
+    except ConnectionLost:
+        pass
+    except OperationError as error:
+        refuse(channel, error.code, error.message)
+    except RemoteProtocolError as error:
+        refuse(channel, error.code, str(error))
+    except Exception as error:  # noqa: BLE001  one connection's bug must not end the others
+        log(f"connection failed: {describe(error)}")
+        refuse(channel, "internal", "the agent failed; its console has the reason")
+    finally:
+        sock.close()
+
+
+def admit(agent: Agent, channel: Channel, hello: Event) -> None:
+    """Check the token and queue the welcome. Raises OperationError."""
+    assert isinstance(hello, Hello)  # the protocol allows nothing else first
+    token = hello.token.encode("utf-8", "surrogatepass")
+    if not hmac.compare_digest(token, agent.token):
+        raise OperationError("unauthorized", "the token is not this machine's")
+    if agent.connections >= limits.CONNECTIONS:
+        raise OperationError("too_busy", f"{limits.CONNECTIONS} connections are open already")
+    channel.queue(Welcome(agent=__version__))
+
+
+async def answer_requests(agent: Agent, channel: Channel, events: list[Event]) -> None:
+    """One request after the other until the host closes or a process took the connection over."""
+    while True:
+        if not events:
+            await channel.flush()
+            events = await channel.receive()
+        request = events.pop(0)
+        assert isinstance(request, Request)  # the protocol allows nothing else here
+        try:
+            result = await OPERATIONS[request.op](agent, channel, request.args, events)
+            if result is None:
+                return
+            channel.queue(Response(result=result))
+        except OperationError as error:
+            channel.queue(Failure(code=error.code, message=error.message, fields=error.fields))
+            if channel.connection.state is State.DONE:
+                await channel.flush()
+                return
+        events = []
+
+
+def refuse(channel: Channel, code: str, message: str) -> None:
+    """Say why before closing, as far as the protocol and the socket still take it."""
+    if channel.connection.state is State.DONE:
+        return
+    try:
+        channel.queue(Failure(code=code, message=message))
+        channel.flush_now()
+    except ConnectionLost:
+        pass
+
+
+def describe(error: BaseException) -> str:
+    """One line: what and where."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
+    return f"{type(error).__name__}: {error}{where}".replace("\n", " ")

@@ -1,0 +1,303 @@
+"""A running agent without PID 1, and a plain blocking host for it.
+
+`AgentProcess` plays PID 1: it starts the frozen program under the name "agent" with one end of a
+supervision pair as descriptor 3. `Host` speaks the protocol over a blocking socket and nothing else,
+so that tests can also say what a proper client never would.
+"""
+
+import hashlib
+import os
+import pathlib
+import select
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+from guest.bootconfig import ImageDefaults
+from guest.connection import Connection, Data, End, Event, Request, Response, Role
+from guest.messages import (
+    Attach,
+    Exited,
+    Failure,
+    Hello,
+    Info,
+    InfoResult,
+    Ping,
+    PingResult,
+    Signal,
+    Start,
+    Started,
+    Welcome,
+)
+from guest.record import Record
+from guest.supervision import (
+    AGENT_FD,
+    MESSAGES,
+    AgentReady,
+    Configure,
+    RootReady,
+)
+
+ROOT = pathlib.Path(__file__).parent.parent
+TOKEN = "correct horse battery staple"  # noqa: S105
+WAIT = 20.0  # seconds that no single answer may take
+
+
+def program() -> list[str]:
+    """The command of the agent: the frozen program, or what MICROGUEST_AGENT says."""
+    override = os.environ.get("MICROGUEST_AGENT")
+    if override:
+        return override.split()
+    machine = os.uname().machine
+    return [str(ROOT / "dist" / "guest" / machine / "microguest")]
+
+
+class AgentProcess:
+    """One agent. `pid1` is PID 1's end of its supervision pair, `ready_seconds` from exec to ready."""
+
+    def __init__(
+        self,
+        *,
+        root: str | None = "/",
+        image: ImageDefaults | None = None,
+        prepare: Any = None,
+    ) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="agent-")
+        self.path = f"{self.folder.name}/agent.sock"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self.path)
+        listener.listen(1024)
+        self.pid1, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid1.settimeout(WAIT)
+        configure = Configure(
+            transport="unix",
+            token=TOKEN,
+            image=image or ImageDefaults(),
+            starts=1,
+            versions={"microguest": "test"},
+        )
+        with theirs, listener:
+            self.send(configure, [listener.fileno()])
+            started = time.monotonic()
+            self.popen = start_with_pair(theirs, prepare)
+        try:
+            assert isinstance(self.receive(), AgentReady)
+            self.ready_seconds = time.monotonic() - started
+            if root is not None:
+                self.send_root(root)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    def send(self, message: Any, descriptors: Sequence[int] = ()) -> None:
+        socket.send_fds(self.pid1, [MESSAGES.encode(message)], list(descriptors))
+
+    def receive(self) -> Record:
+        return MESSAGES.decode(self.pid1.recv(65536))
+
+    def send_root(self, root: str) -> None:
+        fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
+        self.send(RootReady(), [fd])
+        os.close(fd)
+
+    def open_descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def children(self) -> list[int]:
+        text = pathlib.Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [int(word) for word in text.split()]
+
+    def resident_kib(self) -> int:
+        with open(f"/proc/{self.pid}/statm") as file:
+            return int(file.read().split()[1]) * 4
+
+    def close(self) -> None:
+        """Be PID 1 that goes away; the agent has to end by itself."""
+        self.pid1.close()
+        try:
+            self.popen.wait(WAIT)
+        finally:
+            self.popen.kill()
+            self.popen.wait()
+            self.folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+def start_with_pair(theirs: socket.socket, prepare: Any) -> subprocess.Popen[bytes]:
+    """Exec the agent with its end of the pair as AGENT_FD."""
+    command = program()
+    fd = theirs.fileno()
+
+    def before_exec() -> None:
+        if prepare is not None:
+            prepare()
+        os.dup2(fd, AGENT_FD)
+        os.set_inheritable(AGENT_FD, True)
+
+    return subprocess.Popen(
+        ["agent", *command[1:]],
+        executable=command[0],
+        stdin=subprocess.DEVNULL,
+        pass_fds=[AGENT_FD, fd] if fd != AGENT_FD else [fd],
+        preexec_fn=before_exec,
+        start_new_session=True,
+    )
+
+
+class Result:
+    """All that a process gave."""
+
+    def __init__(self, stdout: bytes, stderr: bytes, exited: Exited) -> None:
+        self.stdout = stdout
+        self.stderr = stderr
+        self.exited = exited
+
+
+class Refused(Exception):
+    """The agent answered with an error frame."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(f"{failure.code}: {failure.message}")
+        self.failure = failure
+
+
+class Closed(Exception):
+    """The agent closed the connection."""
+
+
+class Host:
+    """One connection to an agent."""
+
+    def __init__(self, agent: AgentProcess, *, hello: bool = True, token: str = TOKEN) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(WAIT)
+        self.sock.connect(agent.path)
+        self.connection = Connection(Role.HOST)
+        self._events: list[Event] = []
+        self._unsent = b""
+        if hello:
+            self.send(Hello(token=token, client="test"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.sock.close()
+
+    def send(self, *events: Event) -> None:
+        self.sock.sendall(b"".join(self.connection.send(event) for event in events))
+
+    def receive(self) -> Event:
+        """The next event; a Welcome is checked and passed over."""
+        while not self._events:
+            try:
+                data = self.sock.recv(256 * 1024)
+            except ConnectionResetError:
+                raise Closed from None
+            if not data:
+                raise Closed
+            self._events += self.connection.receive(data)
+        event = self._events.pop(0)
+        if isinstance(event, Welcome):
+            return self.receive()
+        if isinstance(event, Failure):
+            raise Refused(event)
+        return event
+
+    def request(self, op: str, args: Record) -> Record:
+        self.send(Request(op=op, args=args))
+        response = self.receive()
+        assert isinstance(response, Response)
+        return response.result
+
+    def ping(self) -> PingResult:
+        result = self.request("ping", Ping())
+        assert isinstance(result, PingResult)
+        return result
+
+    def info(self) -> InfoResult:
+        result = self.request("info", Info())
+        assert isinstance(result, InfoResult)
+        return result
+
+    def start(self, *argv: str, **options: Any) -> Started:
+        result = self.request("start", Start(argv=argv, **options))
+        assert isinstance(result, Started)
+        return result
+
+    def attach(self) -> Started:
+        result = self.request("attach", Attach())
+        assert isinstance(result, Started)
+        return result
+
+    def write(self, data: bytes, *, end: bool = False) -> None:
+        if data:
+            self.send(Data(stream=0, data=data))
+        if end:
+            self.send(End(stream=0))
+
+    def signal(self, number: int, target: str = "group") -> None:
+        self.send(Signal(signal=number, target=target))
+
+    def collect(self) -> Result:
+        """Everything until the process has ended and the agent has closed."""
+        outputs = {1: bytearray(), 2: bytearray()}
+        while True:
+            event = self.receive()
+            if isinstance(event, Data):
+                outputs[event.stream] += event.data
+            elif isinstance(event, Exited):
+                return Result(bytes(outputs[1]), bytes(outputs[2]), event)
+            else:
+                assert isinstance(event, End)
+
+    def exchange(self, chunks: Iterable[bytes]) -> tuple[str, int, Exited]:
+        """Feed stdin and read stdout at once: SHA-256 and size of what came back."""
+        digest, size = hashlib.sha256(), 0
+        source = iter(chunks)
+        unsent = memoryview(b"")
+        feeding = True
+        while True:
+            while self._events:
+                event = self.receive()
+                if isinstance(event, Data):
+                    digest.update(event.data)
+                    size += len(event.data)
+                elif isinstance(event, Exited):
+                    return digest.hexdigest(), size, event
+            wanted = [self.sock] if feeding else []
+            readable, writable, _ = select.select([self.sock], wanted, [], WAIT)
+            assert readable or writable, "neither side moves"
+            if readable:
+                data = self.sock.recv(256 * 1024)
+                if not data:
+                    raise Closed
+                self._events += self.connection.receive(data)
+            if writable:
+                if not unsent:
+                    chunk = next(source, None)
+                    event = End(stream=0) if chunk is None else Data(stream=0, data=chunk)
+                    feeding = chunk is not None
+                    unsent = memoryview(self.connection.send(event))
+                sent = self.sock.send(unsent, socket.MSG_DONTWAIT)
+                unsent = unsent[sent:]
+                feeding = feeding or bool(unsent)
+
+
+def execute(agent: AgentProcess, *argv: str, **options: Any) -> Result:
+    """Start, wait, collect."""
+    with Host(agent) as host:
+        host.start(*argv, **options)
+        return host.collect()
