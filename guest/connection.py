@@ -120,6 +120,11 @@ class Connection:
         self._data_left = 0  # bytes of the current data frame that have not arrived
         self._failure: RemoteProtocolError | None = None
 
+    @property
+    def buffered(self) -> int:
+        """Bytes of an unfinished preface, header or control payload that are held."""
+        return len(self._inbox)
+
     # ── sending ──────────────────────────────────────────────────────────────────────────────────
 
     def send(self, event: Event) -> bytes:
@@ -189,10 +194,9 @@ class Connection:
         the token makes it hold no more than a hello and what was read together with it. What still
         arrives after the agent's own last frame was on its way already, and is dropped.
         """
-        if self._failure is not None:
-            self._raise_again(self._failure)
         if self.role is Role.AGENT and self.state is State.DONE:
             return []
+        self._refuse_after_failure()
         if self._hello_waits() and len(data):
             raise LocalProtocolError("the hello must be answered before more is received")
         self._fresh = memoryview(data)
@@ -209,10 +213,9 @@ class Connection:
 
     def receive_eof(self) -> None:
         """The peer closed its side. Raises RemoteProtocolError where it may not have, yet."""
-        if self._failure is not None:
-            self._raise_again(self._failure)
         if self.state is State.DONE:
             return
+        self._refuse_after_failure()
         problem = ""
         if self._current is not None or self._inbox:
             problem = f"connection closed inside a frame, in state {self.state.value}"
@@ -229,8 +232,10 @@ class Connection:
         self._inbox = bytearray()
         self._current = None
 
-    def _raise_again(self, error: RemoteProtocolError) -> None:
-        raise RemoteProtocolError(f"nothing can follow: {error}", code=error.code)
+    def _refuse_after_failure(self) -> None:
+        if self._failure is not None:
+            first = self._failure
+            raise RemoteProtocolError(f"nothing can follow: {first}", code=first.code)
 
     def _hello_waits(self) -> bool:
         answered = self._welcomed or self.state in (State.HELLO, State.DONE, State.FAILED)
