@@ -8,7 +8,9 @@ import shutil
 import stat
 import struct
 import subprocess
+import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from imagefactory import directory, hard_link, layer, member, symlink
 
 from host_client import images
 from host_client.errors import ImageError
-from host_client.images import tarformat
+from host_client.images import recipes, tarformat
 
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 10, 0, 0, 0)  # cap_net_bind_service=ep
 ROOT = directory("./", mode=0o751, mtime=1_500_000_000)
@@ -201,7 +203,7 @@ def mounted(disk: images.Disk, where: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(where)], check=True, timeout=30)
 
 
-def without_root_mtime(tree: dict[bytes, factory.Seen]) -> dict[bytes, factory.Seen]:
+def without_root(tree: dict[bytes, factory.Seen]) -> dict[bytes, factory.Seen]:
     """The tree less its root: where no layer lists that, its attributes are nobody's rule."""
     return {path: seen for path, seen in tree.items() if path}
 
@@ -213,41 +215,55 @@ def test_directory_is_what_umoci_unpacks(tmp_path: Path, cache: images.Cache, na
     expected = factory.look(unpack_by_umoci(reference, tmp_path))
     with images.open_image(reference) as image:
         actual = factory.look(images.as_directory(image, tmp_path, cache=cache))
-    assert without_root_mtime(actual) == without_root_mtime(expected)
+    assert without_root(actual) == without_root(expected)
 
 
+@pytest.mark.parametrize("fstype", ["squashfs", "erofs"])
 @pytest.mark.parametrize("name", STACKS)
-def test_disk_is_what_umoci_unpacks(tmp_path: Path, cache: images.Cache, name: str) -> None:
-    factory.require("umoci", "sqfstar", "unsquashfs", "mount", root=True)
+def test_disk_is_what_umoci_unpacks(
+    tmp_path: Path, cache: images.Cache, name: str, fstype: recipes.Fstype
+) -> None:
+    factory.require("umoci", "mount", root=True)
+    require_format(fstype)
     reference = factory.make_layout(tmp_path / "i", STACKS[name])
-    expected = unpack_by_umoci(reference, tmp_path)
+    unpacked = unpack_by_umoci(reference, tmp_path)
     with images.open_image(reference) as image:
-        disk = images.as_disk(image, tmp_path, cache=cache)
-        with mounted(disk, tmp_path / "mnt") as mount:
-            actual = factory.look(mount, xattrs=False, fractions=False)
-        if disk.fstype == "squashfs":  # the host's own squashfs may lack extended attributes
-            unpacked = tmp_path / "unpacked"
-            subprocess.run(
-                ["unsquashfs", "-q", "-n", "-d", str(unpacked), str(disk.path)],
-                check=True,
-                timeout=60,
-                capture_output=True,
-            )
-            with_xattrs = factory.look(unpacked, fractions=False)
-            assert without_root_mtime(with_xattrs) == without_root_mtime(
-                factory.look(expected, fractions=False)
-            )
-    assert without_root_mtime(actual) == without_root_mtime(
-        factory.look(expected, xattrs=False, fractions=False)
-    )
+        disk = images.as_disk(image, tmp_path, fstype=fstype, cache=cache)
+    assert disk.fstype == fstype
+    in_full = fstype == "erofs"  # the host's squashfs may lack xattrs; no squashfs has fractions
+    with mounted(disk, tmp_path / "mnt") as mount:
+        actual = factory.look(mount, xattrs=in_full, fractions=in_full)
+    expected = factory.look(unpacked, xattrs=in_full, fractions=in_full)
+    assert without_root(actual) == without_root(expected)
+    if fstype == "squashfs":
+        actual = factory.look(unsquash(disk, tmp_path / "unsquashed"), fractions=False)
+        expected = factory.look(unpacked, fractions=False)
+        assert without_root(actual) == without_root(expected)
 
 
-def test_root_directory_has_what_the_layer_says(tmp_path: Path, cache: images.Cache) -> None:
-    factory.require("sqfstar", "mount", root=True)
+def unsquash(disk: images.Disk, where: Path) -> Path:
+    command = ["unsquashfs", "-q", "-n", "-d", str(where), str(disk.path)]
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    return where
+
+
+def require_format(fstype: recipes.Fstype) -> None:
+    if fstype == "squashfs":
+        factory.require("sqfstar", "unsquashfs")
+    elif recipes.disk_format() != "erofs":
+        pytest.skip("needs mkfs.erofs 1.7, which can read a tar")
+
+
+@pytest.mark.parametrize("fstype", ["squashfs", "erofs"])
+def test_root_directory_has_what_the_layer_says(
+    tmp_path: Path, cache: images.Cache, fstype: recipes.Fstype
+) -> None:
+    factory.require("mount", root=True)
+    require_format(fstype)
     root = directory("./", mode=0o1751, owner=(7, 8), mtime=1_500_000_000)
     layers = [layer([root, member("f", b"", owner=(8, 7))])]
     with images.open_image(factory.make_layout(tmp_path / "i", layers)) as image:
-        disk = images.as_disk(image, tmp_path, cache=cache)
+        disk = images.as_disk(image, tmp_path, fstype=fstype, cache=cache)
         with mounted(disk, tmp_path / "mnt") as mount:
             on_disk = mount.stat()
         in_directory = images.as_directory(image, tmp_path, cache=cache).stat()
@@ -255,6 +271,29 @@ def test_root_directory_has_what_the_layer_says(tmp_path: Path, cache: images.Ca
         assert stat.S_IMODE(status.st_mode) == 0o1751
         assert (status.st_uid, status.st_gid) == (7, 8)
         assert status.st_mtime == 1_500_000_000
+
+
+def test_squashfs_root_whose_owner_cannot_be_said(tmp_path: Path, cache: images.Cache) -> None:
+    factory.require("sqfstar")
+    layers = [layer([directory("./", owner=(7, 8)), member("f", b"")])]
+    image = images.open_image(factory.make_layout(tmp_path / "i", layers))
+    with pytest.raises(ImageError, match=r"belongs to 7.*erofs-utils 1\.7"):
+        images.as_disk(image, tmp_path, fstype="squashfs", cache=cache)
+
+
+def test_squashfs_root_inode_across_metadata_blocks(tmp_path: Path, cache: images.Cache) -> None:
+    """The root's inode comes last, behind a varying number of others: some straddle two blocks."""
+    factory.require("sqfstar", "unsquashfs", "mount", root=True)
+    for count in range(250, 262):
+        files = [member(f"f{number}", kind=tarfile.FIFOTYPE) for number in range(count)]
+        links = [symlink(f"l{number}", "x" * number) for number in range(1, count % 12 + 2)]
+        layers = [layer([directory("./", mode=0o711, mtime=1_500_000_000), *files, *links])]
+        with images.open_image(factory.make_layout(tmp_path / f"i{count}", layers)) as image:
+            disk = images.as_disk(image, tmp_path, fstype="squashfs", cache=cache)
+            with mounted(disk, tmp_path / f"mnt{count}") as mount:
+                assert mount.stat().st_mode == 0o40711
+                assert mount.stat().st_mtime == 1_500_000_000
+                assert len(os.listdir(mount)) == len(files) + len(links)
 
 
 def test_unlisted_parents_are_plain_directories_of_root(
@@ -313,9 +352,31 @@ def test_directory_as_a_disk(tmp_path: Path) -> None:
         assert factory.look(mount) == factory.look(root)
 
 
-def test_directory_by_a_user_is_the_users_own(tmp_path: Path) -> None:
-    """Run in a child that gives up root: owners, devices and privileged attributes are left out."""
-    factory.require("tar", root=True)
+AS_A_USER = """\
+import os, sys
+from host_client import images
+os.setgroups([])
+os.setgid(1234)
+os.setuid(1234)
+with images.open_image(sys.argv[1]) as image:
+    cache = images.Cache(sys.argv[2] + "/cache")
+    print(images.as_directory(image, sys.argv[2], cache=cache))
+    print(images.as_disk(image, sys.argv[2], fstype="squashfs", cache=cache).path)
+"""
+
+
+@pytest.fixture
+def home_of_a_user() -> Iterator[Path]:
+    """A directory that user 1234 owns and can reach, unlike pytest's own."""
+    home = Path(tempfile.mkdtemp())
+    os.chown(home, 1234, 1234)
+    yield home
+    shutil.rmtree(home)
+
+
+def test_a_user_can_prepare_images_too(home_of_a_user: Path) -> None:
+    """A user's directory is the user's own; a user's disk has the image's owners all the same."""
+    factory.require("tar", "sqfstar", "mount", root=True)
     layers = [
         layer(
             [
@@ -327,33 +388,36 @@ def test_directory_by_a_user_is_the_users_own(tmp_path: Path) -> None:
             ]
         )
     ]
-    reference = factory.make_layout(tmp_path / "i", layers)
-    home = tmp_path / "home"
-    home.mkdir()
-    os.chown(home, 1234, 1234)
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            for parent in (tmp_path, *tmp_path.parents):
-                if parent.stat().st_uid == 0 and parent != Path("/tmp"):
-                    parent.chmod(parent.stat().st_mode | 0o055)
-            os.setgroups([])
-            os.setgid(1234)
-            os.setuid(1234)
-            with images.open_image(reference) as image:
-                mine = images.Cache(str(home / "cache"))
-                tree = factory.look(images.as_directory(image, home, cache=mine))
-                image.close()
-                assert sorted(tree) == [b"", b"cap", b"f", b"locked", b"locked/in"]
-                assert {seen.owner for seen in tree.values()} == {(1234, 1234)}
-                assert tree[b"f"].xattrs == (("user.a", b"1"),)
-                images.Cache(mine.directory, max_bytes=0)._evict()
-                assert os.listdir(os.path.join(mine.directory, "entries")) == []
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    reference = factory.make_layout(home_of_a_user / "i", layers)
+    command = [sys.executable, "-c", AS_A_USER, reference, str(home_of_a_user)]
+    done = subprocess.run(
+        command, cwd=factory.PROJECT, check=True, timeout=60, capture_output=True, text=True
+    )
+    root, disk = done.stdout.split()
+    tree = factory.look(Path(root))
+    assert sorted(tree) == [b"", b"cap", b"f", b"locked", b"locked/in"]
+    assert {seen.owner for seen in tree.values()} == {(1234, 1234)}
+    assert tree[b"f"].xattrs == (("user.a", b"1"),)
+    with mounted(images.Disk(Path(disk), "squashfs"), home_of_a_user / "mnt") as mount:
+        tree = factory.look(mount, xattrs=False)
+        assert sorted(tree) == [b"", b"cap", b"f", b"locked", b"locked/in", b"null"]
+        assert {path: seen.owner for path, seen in tree.items() if seen.owner != (0, 0)} == {
+            b"f": (5, 5)
+        }
+
+
+@pytest.mark.slow
+def test_debian_is_what_umoci_unpacks(tmp_path: Path, cache: images.Cache) -> None:
+    factory.require("umoci", "sqfstar", "tar", "mount", root=True)
+    reference = factory.debian_layout(factory.PROJECT / "dist" / "test-images" / "debian")
+    unpacked = unpack_by_umoci(reference, tmp_path)
+    with images.open_image(reference) as image:
+        root = images.as_directory(image, tmp_path, cache=cache)
+        assert factory.look(root) == factory.look(unpacked)
+        disk = images.as_disk(image, tmp_path, fstype="squashfs", cache=cache)
+        with mounted(disk, tmp_path / "mnt") as mount:
+            actual = factory.look(mount, xattrs=False, fractions=False)
+            assert actual == factory.look(unpacked, xattrs=False, fractions=False)
 
 
 # -- hostile layers --------------------------------------------------------------------------

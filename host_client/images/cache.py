@@ -66,10 +66,10 @@ class Cache:
         `build` fills the empty directory `content` and may use `work`; both are removed if it
         raises. Raises ImageError when the cache cannot be used.
         """
+        self._prepare()
         lease = self._open(key)
         if lease is not None:
             return lease
-        self._prepare()
         with self._building(key):
             lease = self._open(key)
             if lease is not None:

@@ -48,11 +48,13 @@ def run_command(
     stdin: BinaryIO | None = None,
     feed: Callable[[IO[bytes]], None] | None = None,
     drain: Callable[[IO[bytes]], None] | None = None,
+    writes_to: str | None = None,
     seconds: float = limits.COMMAND_SECONDS,
 ) -> str:
     """Run a command to its end and return the last of what it said.
 
-    `feed` writes the command's stdin, or `drain` reads its stdout; not both. Raises ImageError
+    `feed` writes the command's stdin, or `drain` reads its stdout; not both. `writes_to` is the
+    directory whose disk is looked at when the command fails without saying why. Raises ImageError
     with a line to paste into a shell when the command cannot start, fails, or is not done after
     `seconds`; whatever `feed` or `drain` raise passes through after the command was killed.
     """
@@ -94,15 +96,24 @@ def run_command(
     if late.is_set():
         raise ImageError(f"command was not done after {seconds:g} s and was killed: {_line(argv)}")
     if process.returncode != 0:
-        raise _failure(argv, process.returncode, said)
+        raise _failure(argv, process.returncode, said, writes_to)
     return said
 
 
-def _failure(argv: Sequence[str], status: int, said: str) -> ImageError:
-    if "No space left on device" in said or "Disk quota exceeded" in said:
+# How tar and the makers of file systems say that there is no room.
+_FULL = ("No space left on device", "Disk quota exceeded", "Wrote only")
+
+
+def _failure(argv: Sequence[str], status: int, said: str, writes_to: str | None) -> ImageError:
+    if any(words in said for words in _FULL) or (writes_to and _is_full(writes_to)):
         return no_space(argv[0])
     how = f"status {status}" if status > 0 else f"signal {-status}"
     return ImageError(f"command ended with {how}: {_line(argv)}\n{said.strip()}".rstrip())
+
+
+def _is_full(directory: str) -> bool:
+    room = os.statvfs(directory)
+    return room.f_bavail * room.f_frsize < limits.CHUNK_BYTES
 
 
 def no_space(what: str) -> ImageError:

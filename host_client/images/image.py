@@ -5,8 +5,9 @@ The story of the package: reference -> layout -> manifest -> layers -> tree -> t
 
 import contextlib
 import errno
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,9 @@ from host_client.images.reference import ImageReference, parse_reference
 from host_client.images.tarformat import read_entries
 from host_client.images.tree import Tree
 
+_Recipe = Callable[[Tree, Sequence[BinaryIO], str], None]
+_CONTENT = "root"  # the disk or directory in its cache entry
+
 
 @dataclass(frozen=True, slots=True)
 class Disk:
@@ -34,7 +38,7 @@ class Disk:
     """
 
     path: Path
-    fstype: str
+    fstype: recipes.Fstype
     _lease: Lease | None = None
 
 
@@ -99,28 +103,23 @@ class Image:
                 spools.append(spool)
             yield tree, spools
 
-    def lease(self, cache: Cache, kind: str, limits: Limits) -> Lease:
-        """The cache entry of this image in one form ("root", "squashfs", ...), made if need be."""
+    def lease(self, cache: Cache, kind: str, make: _Recipe, limits: Limits) -> Lease:
+        """The cache entry of this image in one form, by `make` if it is not there yet.
+
+        kind: names the form in the entry's key.  make: (tree, layers, path) -> the form at path.
+        """
         assert self.digest is not None
 
         def build(work: str, content: str) -> None:
             target = os.path.join(content, _CONTENT)
             with self.merged(work, limits) as (tree, spools):
-                if kind in _DIRECTORY_KINDS:
-                    os.mkdir(target, 0o700)
-                    recipes.make_directory(tree, spools, target)
-                else:
-                    recipes.make_disk(tree, spools, target)
+                make(tree, spools, target)
 
         key = f"{self.digest.replace(':', '-')}-{kind}-{recipes.VERSION}"
         with _readable_errors(f"{self.reference}"):
             lease = cache.obtain(key, build)
         self._leases.append(lease)
         return lease
-
-
-_CONTENT = "root"
-_DIRECTORY_KINDS = ("directory", "directory-of-user")
 
 
 def open_image(text: str, platform: str = "linux/amd64") -> Image:
@@ -152,22 +151,24 @@ def as_disk(
     image: Image,
     work_dir: str | os.PathLike[str],
     *,
+    fstype: recipes.Fstype | None = None,
     cache: Cache | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Disk:
     """The image's root as a read-only file system in a file, for virtio-blk.
 
     An OCI image's disk comes from the cache, made at first use; a `dir` is made anew in `work_dir`
-    on each call. Raises ImageError, and leaves nothing behind then.
+    on each call and takes no `fstype`. Raises ImageError, and leaves nothing behind then.
     """
     if image.digest is None:
         with _readable_errors(f"{image.reference}"):
-            path, fstype = recipes.make_disk_of_directory(
+            path, made = recipes.make_disk_of_directory(
                 str(image.path), os.path.join(os.path.abspath(work_dir), "root")
             )
-        return Disk(Path(path), fstype)
-    fstype = recipes.disk_format()
-    lease = image.lease(cache or Cache(default_directory()), fstype, limits)
+        return Disk(Path(path), made)
+    fstype = fstype or recipes.disk_format()
+    make = functools.partial(recipes.make_disk, fstype=fstype)
+    lease = image.lease(cache or Cache(default_directory()), fstype, make, limits)
     return Disk(Path(lease.path, _CONTENT), fstype, lease)
 
 
@@ -186,8 +187,8 @@ def as_directory(
     """
     if image.digest is None:
         return image.path
-    kind = _DIRECTORY_KINDS[0 if os.geteuid() == 0 else 1]
-    lease = image.lease(cache or Cache(default_directory()), kind, limits)
+    kind = "directory" if os.geteuid() == 0 else "directory-of-user"
+    lease = image.lease(cache or Cache(default_directory()), kind, recipes.make_directory, limits)
     return Path(lease.path, _CONTENT)
 
 

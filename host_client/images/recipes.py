@@ -8,7 +8,7 @@ import functools
 import os
 import subprocess
 from collections.abc import Sequence
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, Literal
 
 from host_client.errors import ImageError
 from host_client.images import export, squashfs
@@ -20,15 +20,17 @@ VERSION = 1
 
 _PROBE_SECONDS = 10
 
+Fstype = Literal["erofs", "squashfs"]
 
-def disk_format() -> str:
-    """The file system that `make_disk` will make on this host: "erofs" or "squashfs"."""
+
+def disk_format() -> Fstype:
+    """The file system that is made on this host unless another is asked for."""
     return "erofs" if "--tar" in _erofs_options() else "squashfs"
 
 
-def make_disk(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
-    """Write the tree as a read-only file system of `disk_format()` to the new file `path`."""
-    if disk_format() == "erofs":
+def make_disk(tree: Tree, layers: Sequence[BinaryIO], path: str, fstype: Fstype) -> None:
+    """Write the tree as a read-only file system to the new file `path`."""
+    if fstype == "erofs":
         _make_erofs(tree, layers, path)
     else:
         _make_squashfs(tree, layers, path)
@@ -36,10 +38,17 @@ def make_disk(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
 
 
 def _make_erofs(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
+    if "--tar" not in _erofs_options():
+        raise ImageError("an erofs disk of an image needs erofs-utils 1.7 or newer on this host")
+
     def feed(pipe: IO[bytes]) -> None:
         export.write_tar(tree, layers, export.EROFS, pipe)
 
-    run_command([require_command("mkfs.erofs"), "--tar=f", "--quiet", path], feed=feed)
+    run_command(
+        [require_command("mkfs.erofs"), "--tar=f", "--quiet", path],
+        feed=feed,
+        writes_to=os.path.dirname(path),
+    )
 
 
 def _make_squashfs(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
@@ -48,7 +57,7 @@ def _make_squashfs(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
 
     argv = [require_command("sqfstar"), "-quiet", "-no-progress", "-exit-on-error"]
     argv += [*("-comp", "lz4", "-noI"), *("-mem", "256M"), *("-mkfs-time", "0"), path]
-    said = run_command(argv, feed=feed)
+    said = run_command(argv, feed=feed, writes_to=os.path.dirname(path))
     if said:  # it can lose a file, say so, and end with status 0
         raise ImageError(f"sqfstar did not take the whole image: {said.strip()}")
     root = tree.root
@@ -57,11 +66,12 @@ def _make_squashfs(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
 
 
 def make_directory(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
-    """Unpack the tree into the existing empty directory `path`.
+    """Unpack the tree into the new directory `path`.
 
     As root: with owners, device nodes and all extended attributes. As a user: everything is the
     user's, device nodes and attributes outside "user." are left out.
     """
+    os.mkdir(path, 0o700)
     privileged = os.geteuid() == 0
     argv = [require_command("tar"), "--extract", "--file=-", "--directory", path]
     argv += ["--preserve-permissions", "--absolute-names", "--delay-directory-restore"]
@@ -72,34 +82,29 @@ def make_directory(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
     def feed(pipe: IO[bytes]) -> None:
         export.write_tar(tree, layers, abilities, pipe)
 
-    run_command(argv, feed=feed)
+    run_command(argv, feed=feed, writes_to=path)
 
 
-def make_disk_of_directory(source: str, stem: str) -> tuple[str, str]:
+def make_disk_of_directory(source: str, stem: str) -> tuple[str, Fstype]:
     """Make STEM.erofs, or STEM.squashfs where erofs-utils is missing; return (path, fstype).
 
     Uncompressed: it is made for one machine and read once or twice. Replaces an earlier one.
     """
-    if find_command("mkfs.erofs"):
-        fstype, argv = "erofs", [require_command("mkfs.erofs"), "--quiet"]
-        argv += ["--preserve-mtime"] if "--preserve-mtime" in _erofs_options() else []
-    else:
-        fstype, argv = "squashfs", [require_command("mksquashfs")]
+    fstype: Fstype = "erofs" if find_command("mkfs.erofs") else "squashfs"
     path = f"{stem}.{fstype}"
     temporary = f"{path}.tmp"
+    if fstype == "erofs":
+        argv = [require_command("mkfs.erofs"), "--quiet", "--preserve-mtime", temporary, source]
+    else:
+        argv = [require_command("mksquashfs"), source, temporary, "-quiet", "-no-progress"]
+        argv += ["-noappend", "-noI", "-noD", "-noF", "-noX"]
     try:
-        if fstype == "erofs":
-            run_command([*argv, temporary, source])
-        else:
-            run_command([*argv, source, temporary, "-quiet", "-no-progress", "-noappend", *_PLAIN])
+        run_command(argv, writes_to=os.path.dirname(path))
         os.rename(temporary, path)
     finally:
         if os.path.lexists(temporary):
             os.unlink(temporary)
     return path, fstype
-
-
-_PLAIN = ("-noI", "-noD", "-noF", "-noX")
 
 
 @functools.cache
