@@ -1,0 +1,209 @@
+"""The agent as PID 1 sees it: a child that is started, told what it needs, and started again.
+
+It runs the same program under another name, with nothing but a socket pair to PID 1. What it has to
+know is told anew after each start, so that an agent that died costs its connections and no more.
+"""
+
+import _socket
+import fcntl
+import os
+import time
+
+from guest import limits, supervision
+from guest.bootconfig import BootConfig
+from guest.record import RecordError
+from guest.status import exit_fields
+from guest.supervision import (
+    AGENT_FD,
+    AgentReady,
+    Configure,
+    MainExited,
+    MainStarted,
+    RootReady,
+)
+from init_shim.failure import Failure, call
+from init_shim.reporter import say
+from init_shim.workload import RunningWorkload
+
+TYPE_CHECKING = False  # typing itself is too heavy for PID 1
+if TYPE_CHECKING:
+    from guest.record import Record
+
+__all__ = ["AgentProcess"]
+
+NAME = "agent"  # argv[0]: how the program knows what it is to be
+HIGH_FD = 10  # the program's descriptor must not be where the child's socket goes
+
+
+class AgentProcess:
+    """`pid` is 0 while none runs. `ready` says whether the running one serves.
+
+    `root` and `workload` are what a later start has to be told about too.
+    """
+
+    def __init__(self, config: BootConfig, listener: _socket.socket) -> None:
+        self.pid = 0
+        self.ready = False
+        self.starts = 0
+        self.crashes = 0
+        self.restart_at: float | None = None  # time.monotonic()
+        self.root_fd = -1
+        self.workload: RunningWorkload | None = None
+        self._config = config
+        self._listener = listener
+        self._pair: _socket.socket | None = None
+        with call("open", "/proc/self/exe"):
+            program = os.open("/proc/self/exe", os.O_RDONLY | os.O_CLOEXEC)
+            self._program = fcntl.fcntl(program, fcntl.F_DUPFD_CLOEXEC, HIGH_FD)
+            os.close(program)
+
+    # ── its life ─────────────────────────────────────────────────────────────────────────────────
+
+    def start(self) -> None:
+        """Fork, exec, and tell it what is known so far. Raises Failure."""
+        with call("socketpair", NAME):
+            kind = _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC
+            ours, theirs = _socket.socketpair(_socket.AF_UNIX, kind)
+        ours.setblocking(False)
+        with call("fork", NAME):
+            pid = os.fork()
+        if pid == 0:
+            become_agent(self._program, theirs.fileno())
+        theirs.close()
+        self.pid, self._pair = pid, ours
+        self.ready = False
+        self.restart_at = None
+        self.starts += 1
+        self._introduce()
+
+    def ended(self, status: int) -> dict[str, int | bool]:
+        """It was reaped with this wait status. Returns the fields of its ExitStatus.
+
+        `restart_at` is set unless it has crashed AGENT_CRASH_LIMIT times.
+        """
+        self.pid, self.ready = 0, False
+        self._close()
+        self.crashes += 1
+        if self.crashes < limits.AGENT_CRASH_LIMIT:
+            delays = limits.AGENT_RESTART_DELAYS
+            delay = delays[min(self.crashes, len(delays)) - 1]
+            self.restart_at = time.monotonic() + delay
+        return exit_fields(status)
+
+    # ── what it is told ──────────────────────────────────────────────────────────────────────────
+
+    def root_ready(self, root_fd: int) -> None:
+        """The image's root is in place; `root_fd` is kept for later starts."""
+        self.root_fd = root_fd
+        self._send(RootReady(), [root_fd])
+
+    def main_started(self, workload: RunningWorkload) -> None:
+        """The workload runs with pipes; they are handed over."""
+        self.workload = workload
+        self._tell_workload()
+
+    def main_exited(self) -> None:
+        """The workload that it was told about ended."""
+        if self.workload is not None and self.workload.exit is not None:
+            fields = {**self.workload.exit, "duration": self.workload.duration}
+            self._send(MainExited.from_map(fields))
+
+    def _introduce(self) -> None:
+        listen = self._config.agent.listen
+        configure = Configure(
+            transport=listen.transport,
+            token=self._config.agent.token,
+            image=self._config.image,
+            starts=self.starts,
+            versions=versions(),
+        )
+        self._send(configure, [self._listener.fileno()])
+        if self.root_fd >= 0:
+            self._send(RootReady(), [self.root_fd])
+        if self.workload is not None:
+            self._tell_workload()
+            self.main_exited()
+
+    def _tell_workload(self) -> None:
+        assert self.workload is not None
+        stdin = self.workload.take_stdin()
+        fds = [stdin, self.workload.stdout, self.workload.stderr]
+        self._send(MainStarted(pid=self.workload.pid), fds)
+        os.close(stdin)
+
+    def _send(self, message: "Record", fds: list[int] | None = None) -> None:
+        """One packet, at once or not at all: an agent that reads nothing is as good as dead."""
+        if self._pair is None:
+            return
+        data = supervision.MESSAGES.encode(message)
+        if len(data) > limits.SUPERVISION_MESSAGE:
+            raise Failure(
+                f"{type(message).__name__} for the agent has {len(data)} bytes, at most"
+                f" {limits.SUPERVISION_MESSAGE} fit; make the image's environment smaller"
+            )
+        packed = b"".join(fd.to_bytes(4, "little") for fd in fds or ())
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, packed)] if packed else []
+        try:
+            self._pair.sendmsg([data], rights, _socket.MSG_NOSIGNAL)
+        except OSError as error:
+            self._give_up(f"takes no {type(message).__name__}: {error}")
+
+    # ── what it says ─────────────────────────────────────────────────────────────────────────────
+
+    def fileno(self) -> int:
+        """What to wait on; -1 while it has nothing to say."""
+        return -1 if self._pair is None else self._pair.fileno()
+
+    def receive(self) -> "Record | None":
+        """Its next message, or None. One that breaks the rules is killed, and so started again."""
+        if self._pair is None:
+            return None
+        try:
+            data = self._pair.recv(limits.SUPERVISION_MESSAGE + 1)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            self._give_up(f"cannot be heard: {error}")
+            return None
+        if not data:
+            self._close()  # its exit follows, or it goes on without us until it exits
+            return None
+        try:
+            message = supervision.MESSAGES.decode(data)
+        except RecordError as error:
+            self._give_up(f"sent nonsense: {error}")
+            return None
+        if isinstance(message, AgentReady):
+            self.ready = True
+        return message
+
+    def _give_up(self, why: str) -> None:
+        say(f"agent {self.pid} {why}")
+        self._close()
+        if self.pid:
+            os.kill(self.pid, 9)
+
+    def _close(self) -> None:
+        if self._pair is not None:
+            self._pair.close()
+            self._pair = None
+
+
+def become_agent(program: int, pair: int) -> None:
+    """In the child: a session of its own, the pair as AGENT_FD, no environment. Never returns."""
+    try:
+        os.setsid()
+        os.dup2(pair, AGENT_FD)
+        os.set_inheritable(AGENT_FD, True)
+        os.execve(program, [NAME], {})  # noqa: S606
+    except BaseException as error:  # noqa: BLE001  nothing may run on as a second PID 1
+        say(f"cannot start the agent: {error}")
+    finally:
+        os._exit(127)
+
+
+def versions() -> dict[str, str]:
+    """What this program is made of."""
+    from _guest_build import VERSIONS
+
+    return VERSIONS

@@ -1,0 +1,193 @@
+"""PID 1: `bootstrap` reads like the boot, `supervise` is the machine's life, `run` never returns.
+
+Standard library only, and little of it: what is imported here is paid for before the listener is
+open, and it stays in memory for as long as the machine lives. A test pins the list.
+"""
+
+import os
+
+from guest import bootconfig, limits
+from guest.bootconfig import BootConfig
+from guest.errors import BootConfigError
+from guest.report import BootFailed, Ready, WorkloadFailed, WorkloadStarted
+from init_shim import modules, mounts, network, power, root
+from init_shim.agent_process import AgentProcess
+from init_shim.failure import Failure, call
+from init_shim.listener import open_listener
+from init_shim.reporter import Reporter, say
+from init_shim.signals import Signals
+from init_shim.supervisor import Supervisor
+from init_shim.timeline import Timeline, boot_ms
+from init_shim.workload import WorkloadNotStarted, start_workload
+
+TYPE_CHECKING = False  # typing itself is too heavy for PID 1
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+__all__ = ["run"]
+
+
+def run() -> "NoReturn":
+    """Boot, supervise, power off. Whatever goes wrong on the way ends in the power-off too."""
+    try:
+        signals, reporter, timeline = Signals(), Reporter(), Timeline()
+        status, grace = live(signals, reporter, timeline)
+        power.power_off(status, grace, signals, reporter)
+    except BaseException as error:  # noqa: BLE001  PID 1 may not die: the kernel would panic
+        say(f"PID 1 failed: {last_line(error)}")
+    finally:
+        power.switch_off()
+
+
+def live(signals: Signals, reporter: Reporter, timeline: Timeline) -> tuple[str, float]:
+    """The machine's life. Returns the status that it ended with, and seconds of grace."""
+    try:
+        supervisor = bootstrap(signals, reporter, timeline)
+        supervisor.run(lambda: False)
+    except WorkloadNotStarted as error:
+        reporter.send(
+            WorkloadFailed(
+                code=error.code, message=error.message, step=error.step, errno=error.errno
+            )
+        )
+        return "workload-failed", limits.FAILED_GRACE
+    except BaseException as error:  # noqa: BLE001  see run()
+        timeline.end_deadline()
+        reporter.send(failed_boot(error, timeline))
+        return "boot-failed", limits.FAILED_GRACE
+    else:
+        return supervisor.status, supervisor.grace
+
+
+def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Supervisor:
+    """From the kernel's hands to a running workload. The steps' names are in docs/boot.md.
+
+    Raises Failure, or WorkloadNotStarted. The agent is started before the root is assembled: it
+    imports while PID 1 goes on.
+    """
+    step = timeline.step
+    timeline.start_deadline()
+    with step("api-mounts"):
+        own_session()
+        mounts.mount_api()
+        power.keyboard_as_signal()
+        protect_from_oom()
+    with step("config"):
+        config = take_config()
+        reporter.endpoint = config.report
+    with step("modules"):
+        if config.machine == "vm" and config.modules:
+            modules.load_modules()
+    with step("listener"):
+        listener = open_listener(config.agent.listen)
+    with step("report"):
+        reporter.connect()
+    with step("agent-start"):
+        agent = AgentProcess(config, listener)
+        supervisor = Supervisor(signals, reporter, agent)
+        agent.start()
+    with step("root-lower"):
+        root.mount_lowers(config.root.lower)
+    with step("root-upper"):
+        root.mount_upper(config.root.upper_size)
+    with step("root-overlay"):
+        root.mount_overlay(len(config.root.lower))
+    with step("switch-root"):
+        agent.root_ready(root.switch_root(config.machine))
+    with step("network"):
+        network.loopback_up()
+        network.set_hostname(config.hostname)
+    with step("agent-ready"):
+        await_agent(supervisor, agent)
+    if agent.ready:
+        reporter.send(Ready(steps=tuple(timeline.steps), token_proof=proof(config.agent.token)))
+    with step("workload"):
+        start_main(config, supervisor, agent, reporter)
+    timeline.end_deadline()
+    return supervisor
+
+
+def own_session() -> None:
+    """PID 1 of the namespaces launcher must not get what a person types at its terminal."""
+    try:
+        os.setsid()
+    except PermissionError:
+        pass  # it leads a session already
+
+
+def protect_from_oom() -> None:
+    """Choose anybody else when memory runs out; the agent inherits it, the workload does not."""
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("-1000")
+    except OSError:
+        pass  # an ordinary user's namespaces may not
+
+
+def take_config() -> BootConfig:
+    """Read the boot config and remove it: it has the token. Raises Failure."""
+    with call("open", bootconfig.PATH, hint="the host appends it to the initramfs"):
+        with open(bootconfig.PATH, "rb", buffering=0) as file:
+            text = file.read(bootconfig.CONFIG_SIZE + 1) or b""
+        os.unlink(bootconfig.PATH)
+    try:
+        return bootconfig.parse(text)
+    except BootConfigError as error:
+        raise Failure(str(error), path=bootconfig.PATH) from None
+
+
+def await_agent(supervisor: Supervisor, agent: AgentProcess) -> None:
+    """Until the agent serves, or the machine was told to end meanwhile."""
+    if not supervisor.run(lambda: agent.ready, timeout=limits.AGENT_READY_TIMEOUT):
+        raise Failure(
+            f"the agent does not serve after {limits.AGENT_READY_TIMEOUT:g} s and"
+            f" {agent.starts} starts; its messages are on the console"
+        )
+
+
+def proof(token: str) -> str:
+    """What shows the host that it is this boot which reports, without showing the token."""
+    import hashlib
+
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def start_main(
+    config: BootConfig, supervisor: Supervisor, agent: AgentProcess, reporter: Reporter
+) -> None:
+    """Start the workload, if there is one and nobody has asked for the end already."""
+    if config.workload is None or supervisor.status:
+        return
+    attached = config.workload.stdio == "attached"
+    workload = start_workload(config.workload, config.image)
+    supervisor.watch(workload, attached=attached)
+    reporter.send(WorkloadStarted(pid=workload.pid, boot_ms=boot_ms()))
+    if attached:
+        agent.main_started(workload)
+
+
+def failed_boot(error: BaseException, timeline: Timeline) -> BootFailed:
+    """What to tell about an exception that ended the boot, or later the supervision."""
+    steps = tuple(timeline.steps)
+    step = timeline.current or "start"
+    if isinstance(error, Failure):
+        return BootFailed(
+            step=step,
+            message=error.message,
+            syscall=error.syscall,
+            path=error.path,
+            errno=error.errno,
+            steps=steps,
+        )
+    return BootFailed(step=step, message=f"unexpected: {last_line(error)}", steps=steps)
+
+
+def last_line(error: BaseException) -> str:
+    """An exception with the place that raised it, without the weight of `traceback`."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = ""
+    if trace is not None:
+        where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+    return f"{type(error).__name__}: {error}{where}"

@@ -1,0 +1,130 @@
+"""The API file systems that every Linux program expects, and the flags of mount(2).
+
+What is mounted already stays as it is: in namespaces the launcher has prepared /proc, /sys and /dev
+because only it may.
+"""
+
+import errno
+import os
+import stat
+
+import _guestsys
+
+from init_shim.failure import Failure, call
+
+__all__ = [
+    "API_MOVED",
+    "BIND",
+    "DETACH",
+    "MOVE",
+    "NODEV",
+    "NOEXEC",
+    "NOSUID",
+    "PRIVATE",
+    "READ_ONLY",
+    "RECURSIVE",
+    "REMOUNT",
+    "ensure_directory",
+    "is_mount_point",
+    "mount",
+    "mount_api",
+]
+
+# linux/mount.h
+READ_ONLY = 0x1
+NOSUID = 0x2
+NODEV = 0x4
+NOEXEC = 0x8
+REMOUNT = 0x20
+BIND = 0x1000
+MOVE = 0x2000
+RECURSIVE = 0x4000
+PRIVATE = 0x40000
+
+DETACH = 0x2  # umount2(2): MNT_DETACH
+
+# target, type, flags, options, and whether a kernel may lack it
+API = (
+    ("/proc", "proc", NOSUID | NODEV | NOEXEC, "", False),
+    ("/sys", "sysfs", NOSUID | NODEV | NOEXEC, "", False),
+    ("/dev", "devtmpfs", NOSUID | NOEXEC, "mode=0755", False),
+    ("/dev/pts", "devpts", NOSUID | NOEXEC, "mode=0620,ptmxmode=0666", False),
+    ("/dev/shm", "tmpfs", NOSUID | NODEV, "mode=1777", False),  # noqa: S108  not a temporary file
+    ("/dev/mqueue", "mqueue", NOSUID | NODEV | NOEXEC, "", True),
+    ("/run", "tmpfs", NOSUID | NODEV, "mode=0755", False),
+    ("/sys/fs/cgroup", "cgroup2", NOSUID | NODEV | NOEXEC, "nsdelegate", True),
+)
+API_MOVED = ("/proc", "/sys", "/dev", "/run")  # the others are inside these
+ABSENT = (errno.ENODEV, errno.ENOENT, errno.EPERM, errno.EBUSY, errno.EROFS)
+
+
+def mount_api() -> None:
+    """Mount what is missing. A console is taken as stdio where this made /dev appear."""
+    for target, kind, flags, options, optional in API:
+        if is_mount_point(target):
+            continue
+        try:
+            if not os.path.isdir(target):
+                with call("mkdir", target):
+                    os.mkdir(target)
+            mount(kind, target, kind, flags, options)
+        except Failure as failure:
+            if not (optional and failure.errno in ABSENT):
+                raise
+            continue
+        if target == "/dev":
+            link_standard_streams()
+            take_console()
+
+
+def mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    """mount(2), failing with a sentence that says what was to be mounted."""
+    with call("mount", target, hint=f"type {kind}, source {source}" if kind else f"from {source}"):
+        _guestsys.mount(source, target, kind, flags, options or None)
+
+
+def is_mount_point(path: str) -> bool:
+    """Whether another file system than the parent's is seen at `path`; False if it is missing."""
+    try:
+        return os.stat(path).st_dev != os.stat(os.path.dirname(path)).st_dev
+    except OSError:
+        return False
+
+
+def ensure_directory(path: str, mode: int = 0o755) -> None:
+    """A real directory at `path`; its parent exists. A symlink or file of an image is replaced.
+
+    Mounting through an image's symlink would put the mount wherever the image likes.
+    """
+    try:
+        kind = os.lstat(path).st_mode
+    except FileNotFoundError:
+        kind = 0
+    if stat.S_ISDIR(kind):
+        return
+    if kind:
+        with call("unlink", path):
+            os.unlink(path)
+    with call("mkdir", path):
+        os.mkdir(path, mode)
+
+
+def link_standard_streams() -> None:
+    """/dev/fd and its relatives, which devtmpfs does not have."""
+    for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
+        try:
+            os.symlink(f"/proc/self/fd{target}", f"/dev/{name}")
+        except FileExistsError:
+            pass
+
+
+def take_console() -> None:
+    """The kernel's console as stdin, stdout and stderr; without one, they stay what they are."""
+    try:
+        console = os.open("/dev/console", os.O_RDWR | os.O_NOCTTY)
+    except OSError:
+        return
+    for fd in (0, 1, 2):
+        os.dup2(console, fd)
+    if console > 2:
+        os.close(console)

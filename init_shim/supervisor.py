@@ -1,0 +1,131 @@
+"""The loop that PID 1 lives in: signals, the agent's messages, children that ended, deadlines.
+
+Single-threaded; nothing in it blocks but `Signals.wait`. It alone waits for children: its two own
+are known by pid, everything else that ends is an orphan and needs no more than reaping.
+"""
+
+import os
+import time
+
+from guest import limits
+from guest.report import AgentExited, WorkloadExited
+from guest.supervision import MainCollected, ShutdownRequest
+from init_shim.agent_process import AgentProcess
+from init_shim.reporter import Reporter
+from init_shim.signals import Signals
+from init_shim.timeline import boot_ms
+from init_shim.workload import RunningWorkload
+
+TYPE_CHECKING = False  # typing itself is too heavy for PID 1
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Supervisor"]
+
+REAPED_AT_ONCE = 1024  # children per turn, so that a flood of orphans cannot starve the rest
+MESSAGES_AT_ONCE = 64
+
+
+class Supervisor:
+    """`status` is "" until the machine's end is decided; then as in `guest.report.Stopping`.
+
+    `grace` is how many seconds everything gets between TERM and KILL.
+    """
+
+    def __init__(self, signals: Signals, reporter: Reporter, agent: AgentProcess) -> None:
+        self.status = ""
+        self.grace = limits.STOP_GRACE
+        self.workload: RunningWorkload | None = None
+        self._signals = signals
+        self._reporter = reporter
+        self._agent = agent
+        self._attached = False
+        self._collect_until: float | None = None  # time.monotonic()
+        self._more_to_reap = False
+
+    def watch(self, workload: RunningWorkload, *, attached: bool) -> None:
+        """From now on the end of `workload` is the end of the machine."""
+        self.workload = workload
+        self._attached = attached
+
+    def run(self, done: "Callable[[], bool]", *, timeout: float | None = None) -> bool:
+        """Turn until `done()`, until the machine's end is decided, or for `timeout` seconds.
+
+        Returns False if the time was up.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not (done() or self.status):
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            self._turn(deadline)
+        return True
+
+    def _turn(self, deadline: float | None) -> None:
+        readable = self._signals.wait(self._agent.fileno(), self._patience(deadline))
+        if self._signals.stop_requested:
+            self._end("shutdown")
+        if readable:
+            self._hear_agent()
+        ended = reap()
+        self._more_to_reap = len(ended) == REAPED_AT_ONCE
+        for pid, status in ended:
+            self._ended(pid, status)
+        now = time.monotonic()
+        if self._agent.restart_at is not None and now >= self._agent.restart_at:
+            self._agent.start()
+        if self._collect_until is not None and now >= self._collect_until:
+            self._end("done")
+
+    def _patience(self, deadline: float | None) -> float | None:
+        """Seconds until the next thing that has to happen by itself."""
+        if self._more_to_reap:
+            return 0.0
+        moments = (deadline, self._agent.restart_at, self._collect_until)
+        known = [moment for moment in moments if moment is not None]
+        return max(0.0, min(known) - time.monotonic()) if known else None
+
+    def _hear_agent(self) -> None:
+        for _ in range(MESSAGES_AT_ONCE):
+            message = self._agent.receive()
+            if message is None:
+                return
+            if isinstance(message, ShutdownRequest):
+                if 0.0 <= message.grace <= limits.STOP_GRACE_MAX:
+                    self.grace = message.grace
+                self._end("shutdown")
+            elif isinstance(message, MainCollected) and self._collect_until is not None:
+                self._end("done")
+
+    def _ended(self, pid: int, status: int) -> None:
+        if pid == self._agent.pid:
+            fields = self._agent.ended(status)
+            delay = None
+            if self._agent.restart_at is not None:
+                delay = max(0.0, round(self._agent.restart_at - time.monotonic(), 3))
+            about = {"crashes": self._agent.crashes, "restart_in": delay}
+            self._reporter.send(AgentExited.from_map({**fields, **about}))
+        elif self.workload is not None and pid == self.workload.pid:
+            fields = self.workload.ended(status)
+            self._reporter.send(WorkloadExited.from_map({**fields, "boot_ms": boot_ms()}))
+            if self._attached:
+                self._agent.main_exited()
+                self._collect_until = time.monotonic() + limits.OUTPUT_GRACE
+            else:
+                self._end("done")
+
+    def _end(self, status: str) -> None:
+        self.status = self.status or status
+
+
+def reap(most: int = REAPED_AT_ONCE) -> list[tuple[int, int]]:
+    """(pid, wait status) of children that ended, at most `most`."""
+    ended: list[tuple[int, int]] = []
+    while len(ended) < most:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            break
+        if pid == 0:
+            break
+        ended.append((pid, status))
+    return ended
