@@ -1,0 +1,173 @@
+"""Starting a machine, from the image to an agent that answers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
+
+from host_client import images
+from host_client.errors import BootFailed, DeadlineExceeded, MachineError
+from host_client.machines.bundle import Bundle, find_bundle
+from host_client.machines.console import printable, read_log
+from host_client.machines.folder import Folder, claim, sweep
+from host_client.machines.link import Link
+from host_client.machines.machine import Machine
+from host_client.machines.namespaces import NamespacesBackend
+from host_client.machines.plan import MachineState, Plan
+from host_client.machines.prepare import Preparation
+from host_client.machines.qemu import QemuBackend
+from host_client.machines.settings import Settings
+
+__all__ = ["BACKENDS", "Backend", "boot", "start"]
+
+MONITOR_ALLOWANCE: Final = 15.0  # seconds beyond the boot's own deadline, which the monitor keeps
+CONSOLE_SHOWN: Final = 4000  # characters of the console in a BootFailed
+
+
+class Backend(Protocol):
+    """One kind of machine."""
+
+    name: str
+
+    def check(self, settings: Settings) -> None:
+        """MachineError for what this host or this kind cannot do, before anything is made."""
+
+    def plan(self, preparation: Preparation) -> Plan:
+        """Prepare the run folder and say what the monitor shall start."""
+
+
+BACKENDS: Final[dict[str, Backend]] = {
+    backend.name: backend for backend in (QemuBackend(), NamespacesBackend())
+}
+
+
+def boot(
+    image: str,
+    *,
+    machine: str = "qemu",
+    memory: str = "512M",
+    cpus: int = 1,
+    name: str | None = None,
+    kernel: str | None = None,
+    bundle: str | None = None,
+    command: Sequence[str] | None = None,
+    entrypoint: Sequence[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    user: str | None = None,
+    cwd: str | None = None,
+    hostname: str | None = None,
+    upper_size: str = "50%",
+    timeout: float = 60.0,
+) -> Machine:
+    """Start a machine from an image and wait until its agent serves. Use it in a `with` block.
+
+    image: oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:ROOTFS. machine: "qemu", or "namespaces",
+    which runs the same PID 1 without a VM and isolates nothing. memory: with M or G; for qemu, as
+    cpus. name: None makes one up. kernel: path, instead of the bundle's. bundle: folder, instead of
+    where it is looked for. command, entrypoint: lists of words, by docker's rules; with neither the
+    machine idles until it is stopped. env, user, cwd: over the image's, for every process.
+    upper_size: of the tmpfs that takes writes, as tmpfs(5) has it. timeout: seconds from the launch
+    to the ready agent; making a disk of an image that is new here is not counted.
+
+    Raises ImageError, MachineError, and BootFailed where the guest did not come up. Nothing is left
+    behind then, nor after the end or death of this program.
+    """
+    settings = Settings(
+        image=image,
+        machine=machine,
+        memory=memory,
+        cpus=cpus,
+        name=name,
+        kernel=kernel,
+        command=command,
+        entrypoint=entrypoint,
+        env=dict(env or {}),
+        user=user,
+        cwd=cwd,
+        hostname=hostname,
+        upper_size=upper_size,
+        timeout=timeout,
+    )
+    return start(settings, bundle=bundle)
+
+
+def start(settings: Settings, *, bundle: str | None = None) -> Machine:
+    """The machine of these settings, ready. Raises as `boot` does."""
+    backend = BACKENDS.get(settings.machine)
+    if backend is None:
+        raise MachineError(f"machine {settings.machine!r:.40} is none of: {', '.join(BACKENDS)}")
+    backend.check(settings)
+    found = find_bundle(bundle)
+    sweep()
+    folder = claim(settings.name)
+    try:
+        link = Link(folder)
+    except BaseException:
+        folder.remove()
+        raise
+    try:
+        return bring_up(backend, settings, folder, found, link)
+    except BaseException:
+        link.close()
+        raise
+
+
+def bring_up(
+    backend: Backend, settings: Settings, folder: Folder, bundle: Bundle, link: Link
+) -> Machine:
+    """Everything between the empty folder and the ready machine; the link's end undoes it."""
+    token = new_token()
+    try:
+        folder.write("token", token.encode())
+        with images.open_image(settings.image) as image:
+            plan = backend.plan(Preparation(settings, folder, bundle, image, token))
+            link.send(plan)
+            await_ready(link, folder, settings.timeout)
+    except OSError as error:
+        if isinstance(error, DeadlineExceeded):
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        raise MachineError(
+            f"cannot prepare machine {folder.name}: {error.strerror}{where}"
+        ) from error
+    return Machine(link, folder.path, token)
+
+
+def await_ready(link: Link, folder: Folder, timeout: float) -> None:
+    """Until the guest has announced itself. BootFailed where it did not, and says why."""
+    import time
+
+    deadline = time.monotonic() + timeout + MONITOR_ALLOWANCE
+    while True:
+        state = link.listen(max(0.0, deadline - time.monotonic()))
+        if any(step.name == "ready" for step in state.timeline):
+            return
+        if state.ended or link.over:
+            raise boot_failed(state, folder)
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(
+                f"the monitor of machine {folder.name} does not answer", seconds=timeout
+            )
+
+
+def boot_failed(state: MachineState, folder: Folder) -> BootFailed:
+    """The error for a machine that ended before it was ready."""
+    console = printable(read_log(f"{folder.path}/console.log").decode("utf-8", "replace"))
+    reason = state.error or "its monitor process died"
+    report = state.boot_failed
+    message = f"machine {state.name} did not come up: {reason}"
+    if report is None:
+        return BootFailed(message, console=console[-CONSOLE_SHOWN:])
+    return BootFailed(
+        message,
+        step=report.step,
+        syscall=report.syscall,
+        path=report.path,
+        errno=report.errno,
+        console=console[-CONSOLE_SHOWN:],
+    )
+
+
+def new_token() -> str:
+    """32 random bytes as hexadecimal digits."""
+    import secrets
+
+    return secrets.token_hex(32)

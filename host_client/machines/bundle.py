@@ -1,0 +1,97 @@
+"""Where the guest's kernel, initramfs and program are on this host."""
+
+import os
+from dataclasses import dataclass
+
+from guest.errors import ManifestError
+from guest.manifest import INITRAMFS, KERNEL, MANIFEST, PROGRAM, Manifest
+from host_client.errors import MachineError
+
+__all__ = ["Bundle", "candidates", "find_bundle"]
+
+MANIFEST_MAX = 1024 * 1024  # bytes
+HASH_CHUNK = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle whose files are there and have the size that its manifest says."""
+
+    folder: str
+    manifest: Manifest
+
+    @property
+    def kernel(self) -> str:
+        """Path of the kernel."""
+        return os.path.join(self.folder, KERNEL)
+
+    @property
+    def initramfs(self) -> str:
+        """Path of the initramfs, without a boot config."""
+        return os.path.join(self.folder, INITRAMFS)
+
+    @property
+    def program(self) -> str:
+        """Path of the program that is PID 1 and agent."""
+        return os.path.join(self.folder, PROGRAM)
+
+    def verify(self) -> None:
+        """Check every file's SHA-256. MachineError for the first that is another."""
+        import hashlib
+
+        for name, record in self.manifest.files.items():
+            path = os.path.join(self.folder, name)
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while chunk := file.read(HASH_CHUNK):
+                    digest.update(chunk)
+            if digest.hexdigest() != record.sha256:
+                raise MachineError(f"{path} is not what {MANIFEST} says: build it with: make guest")
+
+
+def candidates(arch: str) -> list[str]:
+    """Where a bundle is looked for, in order."""
+    if chosen := os.environ.get("MICROGUEST_BUNDLE", ""):
+        return [chosen]
+    data = os.environ.get("XDG_DATA_HOME", "")
+    if not os.path.isabs(data):
+        data = os.path.expanduser("~/.local/share")
+    project = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return [
+        os.path.join(project, "dist", "guest", arch),
+        os.path.join(data, "microguest", "guest", arch),
+    ]
+
+
+def find_bundle(folder: str | None = None) -> Bundle:
+    """The bundle in `folder`, else this architecture's. MachineError says where it is not."""
+    places = [folder] if folder is not None else candidates(os.uname().machine)
+    for place in places:
+        path = os.path.join(place, MANIFEST)
+        try:
+            with open(path, "rb") as file:
+                manifest = Manifest.from_json(file.read(MANIFEST_MAX))
+        except FileNotFoundError:
+            continue
+        except (OSError, ManifestError) as error:
+            raise MachineError(f"the guest bundle {place} cannot be used: {error}") from error
+        _check_sizes(place, manifest)
+        return Bundle(place, manifest)
+    raise MachineError(
+        f"no guest bundle in {' or '.join(places)}: build it with `make guest`, or set "
+        "MICROGUEST_BUNDLE to its folder"
+    )
+
+
+def _check_sizes(folder: str, manifest: Manifest) -> None:
+    for name, record in manifest.files.items():
+        path = os.path.join(folder, name)
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise MachineError(f"guest bundle: {path}: {error.strerror}") from error
+        if size != record.size:
+            raise MachineError(
+                f"guest bundle: {path} has {size} bytes, {MANIFEST} says {record.size}: "
+                "build it again with `make guest`"
+            )

@@ -1,0 +1,68 @@
+"""A machine's console on disk: bounded, however much the guest writes.
+
+Used by the monitor, so it imports next to nothing.
+"""
+
+import os
+from typing import Final
+
+__all__ = ["HALF_MAX", "TAIL_MAX", "RotatingLog", "printable", "read_log"]
+
+HALF_MAX: Final = 4 * 1024 * 1024  # bytes of the current and of the previous file, each
+TAIL_MAX: Final = 16 * 1024  # bytes at the end that stay in memory, for errors
+
+
+class RotatingLog:
+    """Appends to PATH; at `half_max` bytes it becomes PATH.1 and a new one begins."""
+
+    def __init__(self, path: str, half_max: int = HALF_MAX) -> None:
+        self._path = path
+        self._half_max = half_max
+        self._fd = -1
+        self._size = 0
+        self._tail = bytearray()
+        self.lost = 0  # bytes that could not be written: the disk is full
+        self._open()
+
+    def write(self, data: bytes) -> None:
+        """Append. A full disk loses the bytes, never the machine."""
+        self._tail += data
+        del self._tail[:-TAIL_MAX]
+        try:
+            if self._size + len(data) > self._half_max and self._size:
+                os.close(self._fd)
+                os.rename(self._path, f"{self._path}.1")
+                self._open()
+            self._size += os.write(self._fd, data)
+        except OSError:
+            self.lost += len(data)
+
+    def tail(self) -> str:
+        """The last lines."""
+        return bytes(self._tail).decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        os.close(self._fd)
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._fd = os.open(self._path, flags, 0o600)
+        self._size = 0
+
+
+def read_log(path: str) -> bytes:
+    """Both halves of a log, oldest first; b"" where there is none."""
+    data = b""
+    for half in (f"{path}.1", path):
+        try:
+            with open(half, "rb") as file:
+                data += file.read(2 * HALF_MAX)
+        except FileNotFoundError:
+            continue
+    return data
+
+
+def printable(text: str) -> str:
+    """Console text without what could drive the reader's terminal."""
+    return "".join(c for c in text.replace("\r\n", "\n") if c.isprintable() or c in "\n\t")

@@ -1,0 +1,149 @@
+"""Machines that another program started: by name, through their folders."""
+
+import os
+import select
+import signal
+import time
+from types import TracebackType
+from typing import Final, Self
+
+from guest import limits
+from guest.errors import MicroguestError
+from host_client.address import parse
+from host_client.agent import Agent
+from host_client.errors import MachineError
+from host_client.machines.folder import (
+    check_name,
+    is_alive,
+    machines_root,
+    read_state,
+    remove_dead,
+)
+from host_client.machines.machine import KILL_WAIT, POWER_OFF_WAIT
+from host_client.machines.plan import MachineState
+
+__all__ = ["FoundMachine", "agent_of", "find"]
+
+TOKEN_MAX: Final = limits.TOKEN_MAX
+TERM_WAIT: Final = KILL_WAIT
+
+
+def agent_of(name: str, *, timeout: float = 10.0) -> Agent:
+    """The agent of a running machine of this user. MachineError where there is none."""
+    machine = find(name)
+    agent = machine.agent(timeout=timeout)
+    try:
+        agent.ping()
+    except BaseException:
+        agent.close()
+        raise
+    return agent
+
+
+def find(name: str) -> "FoundMachine":
+    """A running machine. MachineError where none of that name runs."""
+    check_name(name)
+    state = read_state(name)
+    if not is_alive(name):
+        if state is not None and state.ended:
+            raise MachineError(state.describe_end())
+        raise MachineError(f"no machine named {name} runs: see microguest ls")
+    if state is None or not state.monitor:
+        raise MachineError(f"machine {name} is only being started: try again")
+    return FoundMachine(state)
+
+
+class FoundMachine:
+    """A machine that runs, held by nothing but its name."""
+
+    def __init__(self, state: MachineState) -> None:
+        self.name = state.name
+        self.started = state
+
+    @property
+    def state(self) -> MachineState:
+        """The state on disk; after a machine that keeps none has ended, the one found first."""
+        return read_state(self.name) or self.started
+
+    def agent(self, *, timeout: float = 10.0) -> Agent:
+        """Its agent, not dialled yet."""
+        path = os.path.join(machines_root(), self.name, "token")
+        try:
+            with open(path, "rb") as file:
+                token = file.read(TOKEN_MAX).decode("ascii")
+        except (OSError, UnicodeDecodeError) as error:
+            raise MachineError(f"cannot read the token of machine {self.name}: {error}") from error
+        return Agent(parse(self.started.url), token, timeout=timeout, obituary=self._obituary)
+
+    def stop(self, grace: float = limits.STOP_GRACE) -> None:
+        """End it as `Machine.stop` does, and wait until nothing of it runs."""
+        with Watch(self) as watch:
+            try:
+                with self.agent() as agent:
+                    agent.shutdown(grace=grace)
+                ended = watch.wait(grace + POWER_OFF_WAIT)
+            except MicroguestError:
+                ended = False
+            if not ended:
+                watch.signal(signal.SIGTERM)
+                if not watch.wait(TERM_WAIT):
+                    watch.signal(signal.SIGKILL)
+                    watch.wait(TERM_WAIT)
+                    remove_dead(self.name)
+
+    def _obituary(self, seconds: float) -> str:
+        deadline = time.monotonic() + seconds
+        while is_alive(self.name):
+            state = read_state(self.name)
+            if state is not None and state.ended:
+                return state.describe_end()
+            if time.monotonic() >= deadline:
+                return ""
+            time.sleep(0.05)
+        return self.state.describe_end() or f"machine {self.name} has ended"
+
+
+class Watch:
+    """The monitor's process of a machine, so that its end can be awaited and not mistaken."""
+
+    def __init__(self, machine: FoundMachine) -> None:
+        self._machine = machine
+        self._pidfd = -1
+
+    def __enter__(self) -> Self:
+        try:
+            self._pidfd = os.pidfd_open(self._machine.started.monitor)
+        except ProcessLookupError:
+            return self
+        if not is_alive(self._machine.name):  # the number may be another process's by now
+            self._close()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended within that time."""
+        if self._pidfd < 0:
+            return True
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(int(seconds * 1000)))
+
+    def signal(self, number: int) -> None:
+        """Send the monitor a signal, if it still is there."""
+        if self._pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self._pidfd, number)
+            except ProcessLookupError:
+                pass
+
+    def _close(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1

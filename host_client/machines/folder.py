@@ -1,0 +1,209 @@
+"""Machines' folders on this host: who has a name, what is left of dead ones.
+
+    ${XDG_STATE_HOME:-~/.local/state}/microguest/machines/NAME/
+        state.json  token  console.log  vmm.log  monitor.log  run/
+
+A folder is locked (flock on the folder itself) as long as its machine's caller or monitor lives, so
+the kernel frees the name of whatever dies. All of it is 0700: the token is in there.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import time
+from typing import Final
+
+from guest.record import RecordError
+from host_client.errors import MachineError
+from host_client.machines.plan import STATE_MAX, MachineState
+
+__all__ = [
+    "Folder",
+    "check_name",
+    "claim",
+    "is_alive",
+    "machines_root",
+    "names",
+    "read_state",
+    "sweep",
+]
+
+NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+CLAIM_WAIT: Final = 0.5  # seconds; somebody may be looking whether the folder is locked
+KEPT_MACHINES: Final = 20  # ended ones whose state and console stay
+
+
+def machines_root() -> str:
+    """The folder of all machines of this user; a relative XDG_STATE_HOME is ignored."""
+    base = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(base):
+        base = os.path.expanduser("~/.local/state")
+    return os.path.join(base, "microguest", "machines")
+
+
+def check_name(name: str) -> str:
+    """The name itself. MachineError where it cannot be one."""
+    if not NAME.fullmatch(name):
+        raise MachineError(
+            f"{name!r:.80} cannot name a machine: use up to 63 small letters, digits and hyphens"
+        )
+    return name
+
+
+class Folder:
+    """One machine's folder, locked by this process until `release` or `remove`."""
+
+    def __init__(self, name: str, path: str, fd: int) -> None:
+        self.name = name
+        self.path = path
+        self.fd = fd
+
+    @property
+    def run(self) -> str:
+        """What exists only while the machine runs: sockets, boot files."""
+        return os.path.join(self.path, "run")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file that only this user can read; all of it or nothing."""
+        write_file(os.path.join(self.path, name), data)
+
+    def release(self) -> None:
+        """Let go of the lock: somebody else holds the folder now."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def remove(self) -> None:
+        """Delete the folder, then let go."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+
+def claim(name: str | None) -> Folder:
+    """A new machine's folder. MachineError where the name is taken or nothing can be written."""
+    wanted = check_name(name) if name is not None else f"m-{os.urandom(4).hex()}"
+    path = os.path.join(machines_root(), wanted)
+    try:
+        os.makedirs(machines_root(), mode=0o700, exist_ok=True)
+        fd = _lock_new(path, time.monotonic() + CLAIM_WAIT)
+        if fd is None:
+            raise MachineError(
+                f"a machine named {wanted} exists already: choose another name, or end it with: "
+                f"microguest stop {wanted}"
+            )
+        _clear(path)  # what a dead machine of that name has left
+        os.mkdir(os.path.join(path, "run"), 0o700)
+    except OSError as error:
+        raise MachineError(
+            f"cannot make the machine's folder {path}: {error.strerror}: set XDG_STATE_HOME to a "
+            "directory that can be written"
+        ) from error
+    return Folder(wanted, path, fd)
+
+
+def names() -> list[str]:
+    """Every machine that has a folder, running or not."""
+    try:
+        found = os.listdir(machines_root())
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in found if NAME.fullmatch(name))
+
+
+def is_alive(name: str) -> bool:
+    """Whether somebody holds the machine's folder."""
+    path = os.path.join(machines_root(), check_name(name))
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def read_state(name: str) -> MachineState | None:
+    """The machine's state as its monitor wrote it last; None where there is none."""
+    path = os.path.join(machines_root(), check_name(name), "state.json")
+    try:
+        with open(path, "rb") as file:
+            return MachineState.from_json(file.read(STATE_MAX + 1), ignore_unknown=True)
+    except (FileNotFoundError, RecordError):
+        return None
+
+
+def sweep() -> None:
+    """Remove what dead monitors left, and the oldest of the ended machines that were kept."""
+    ended: list[tuple[float, str]] = []
+    for name in names():
+        if is_alive(name):
+            continue
+        state = read_state(name)
+        if state is not None and state.ended and state.kept:
+            ended.append((state.created, name))
+        else:
+            remove_dead(name)
+    for _, name in sorted(ended)[:-KEPT_MACHINES]:
+        remove_dead(name)
+
+
+def remove_dead(name: str) -> bool:
+    """Remove the folder of a machine that nobody holds. False where somebody does."""
+    path = os.path.join(machines_root(), check_name(name))
+    fd = _lock_existing(path)
+    if fd is None:
+        return False
+    Folder(name, path, fd).remove()
+    return True
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Replace a file, 0600, so that a reader sees the old or the new one."""
+    temporary = f"{path}.new"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb", buffering=0) as file:
+        file.write(data)
+    os.rename(temporary, path)
+
+
+def _lock_new(path: str, give_up: float) -> int | None:
+    """Make the folder where it is missing and lock it; None where another has it."""
+    while True:
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+        fd = _lock_existing(path)
+        if fd is not None or time.monotonic() > give_up:
+            return fd
+        time.sleep(0.01)
+
+
+def _lock_existing(path: str) -> int | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Removed or replaced while we opened it: then this lock is worth nothing.
+        if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(fd)
+    return None
+
+
+def _clear(path: str) -> None:
+    with os.scandir(path) as listing:
+        for item in listing:
+            if item.is_dir(follow_symlinks=False):
+                shutil.rmtree(item.path)
+            else:
+                os.unlink(item.path)

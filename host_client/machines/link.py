@@ -1,0 +1,154 @@
+"""The caller's end of a machine's monitor: it starts it, sends the plan, hears the state."""
+
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Final
+
+from guest.record import Record, RecordError
+from host_client.errors import MachineError
+from host_client.machines.folder import Folder
+from host_client.machines.plan import COMMANDS, STATE_MAX, MachineState
+
+__all__ = ["Link"]
+
+REAP_WAIT: Final = 10.0  # seconds for a monitor that closed its link to be gone
+TURN: Final = 0.2  # seconds that one thread listens before another may
+
+# The monitor must run whatever the caller's environment, folder and site-packages are: isolated,
+# without `site`, with just the folders that hold our two packages.
+PROGRAM: Final = (
+    "import os, sys; sys.path += sys.argv[1].split(os.pathsep); "
+    "from host_client.machines.monitor import main; sys.exit(main(sys.argv[2:]))"
+)
+
+
+class Link:
+    """Thread-safe. The machine ends when this is closed, unless it was detached."""
+
+    def __init__(self, folder: Folder) -> None:
+        """Start the monitor, which takes over the folder's lock."""
+        self.name = folder.name
+        self.state = MachineState(name=folder.name)
+        self._lock = threading.Lock()
+        self._closed_by_monitor = False
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._process = start_monitor(folder, theirs)
+        except OSError as error:
+            self._socket.close()
+            raise MachineError(f"cannot start a monitor process: {error}") from error
+        finally:
+            theirs.close()
+        folder.release()
+
+    def send(self, command: Record) -> None:
+        """Give a command; a monitor that is gone is noticed when its state is asked for."""
+        try:
+            self._socket.send(COMMANDS.encode(command), socket.MSG_NOSIGNAL)
+        except OSError:
+            pass
+
+    def listen(self, seconds: float) -> MachineState:
+        """The newest state, waiting so long for another one than the last."""
+        deadline = time.monotonic() + seconds
+        with self._lock:
+            before = self.state
+            while True:
+                left = max(0.0, deadline - time.monotonic())
+                if not self._receive(min(left, TURN)) or self.state is not before or not left:
+                    return self.state
+
+    @property
+    def over(self) -> bool:
+        """Whether the monitor is gone and with it every trace of the machine."""
+        return self._closed_by_monitor
+
+    def await_over(self, seconds: float) -> bool:
+        """Wait until nothing is left of the machine. False where that takes longer."""
+        deadline = time.monotonic() + seconds
+        while not self._closed_by_monitor and time.monotonic() < deadline:
+            self.listen(max(0.0, deadline - time.monotonic()))
+        if self._closed_by_monitor:
+            self._reap()
+        return self._closed_by_monitor
+
+    def kill(self) -> None:
+        """The monitor does not answer: kill it, and by that the VMM."""
+        self._process.kill()
+        self._reap()
+
+    def abandon(self) -> None:
+        """Stop listening: a detached machine goes on without us."""
+        self._socket.close()
+        self._process.returncode = 0  # not ours to reap any more: init inherits it
+
+    def close(self) -> None:
+        """Close the link, by which an attached machine ends, and wait for that."""
+        if self._socket.fileno() >= 0:
+            self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.close()
+        self._reap()
+
+    def _receive(self, seconds: float) -> bool:
+        """Take one packet. False when the monitor has closed."""
+        if self._closed_by_monitor or self._socket.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        if not poll.poll(int(seconds * 1000)):
+            return True
+        try:
+            packet = self._socket.recv(STATE_MAX + 1)
+        except OSError:
+            packet = b""
+        if not packet:
+            self._closed_by_monitor = True
+            return False
+        try:
+            self.state = MachineState.from_json(packet)
+        except RecordError as error:
+            raise MachineError(f"the monitor of {self.name} sent nonsense: {error}") from None
+        return True
+
+    def _reap(self) -> None:
+        try:
+            self._process.wait(REAP_WAIT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def start_monitor(folder: Folder, link: socket.socket) -> "subprocess.Popen[bytes]":
+    """In a session of its own: what a person types at the terminal is not for it."""
+    import guest
+    import host_client
+
+    homes = {
+        os.path.dirname(os.path.dirname(os.path.abspath(p.__file__ or "")))
+        for p in (guest, host_client)
+    }
+    log = os.open(
+        os.path.join(folder.path, "monitor.log"),
+        os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC,
+        0o600,
+    )
+    descriptors = (link.fileno(), folder.fd)
+    try:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-I", "-S", "-c", PROGRAM, os.pathsep.join(sorted(homes))),
+                *(folder.path, *map(str, descriptors)),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=descriptors,
+            start_new_session=True,
+        )
+    finally:
+        os.close(log)

@@ -1,0 +1,139 @@
+"""A machine of this program: its agent, its state, its end."""
+
+import os
+import threading
+import time
+from types import TracebackType
+from typing import Final, Self
+
+from guest import limits
+from guest.errors import MicroguestError
+from guest.report import Step
+from host_client.address import parse
+from host_client.agent import Agent
+from host_client.errors import DeadlineExceeded
+from host_client.machines.console import printable, read_log
+from host_client.machines.link import Link
+from host_client.machines.plan import Detach, End, MachineState
+
+__all__ = ["Machine"]
+
+POWER_OFF_WAIT: Final = 15.0  # seconds beyond the grace until a stopping machine is killed
+KILL_WAIT: Final = 10.0  # seconds for the monitor to kill and clean up
+
+
+class Machine:
+    """Made by `boot`. As a context manager it is stopped at the end, and nothing of it stays."""
+
+    def __init__(self, link: Link, path: str, token: str) -> None:
+        self._link = link
+        self._path = path
+        self._console = b""
+        self._closing = threading.Lock()
+        self.agent = Agent(parse(link.state.url), token, obituary=self._obituary)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            self.kill()  # Ctrl-C: no time for a clean end
+        else:
+            self.stop()
+
+    def __repr__(self) -> str:
+        return f"Machine({self.name!r}, {self.state.phase})"
+
+    @property
+    def name(self) -> str:
+        """Its name; also what `connect` and the command line take."""
+        return self._link.name
+
+    @property
+    def url(self) -> str:
+        """Where its agent is."""
+        return self._link.state.url
+
+    @property
+    def state(self) -> MachineState:
+        """All that is known of it now."""
+        return self._link.listen(0.0)
+
+    def timeline(self) -> list[Step]:
+        """When what happened, in milliseconds since the launch: VMM, kernel, each step of PID 1,
+        ready, and the first result of a command."""
+        steps = list(self.state.timeline)
+        if self.agent.first_exec_at is not None:
+            at = round((self.agent.first_exec_at - self.state.launched) * 1000, 3)
+            steps.append(Step(name="first-exec", start_ms=at, end_ms=at))
+        return steps
+
+    def console(self) -> str:
+        """What the machine has written to its console; the last few MiB of it."""
+        self._keep_console()
+        return printable(self._console.decode("utf-8", "replace"))
+
+    def stop(self, grace: float = limits.STOP_GRACE) -> MachineState:
+        """End it: TERM to all processes, `grace` seconds, KILL, power off; then remove all of it.
+
+        A machine that does not manage is killed POWER_OFF_WAIT seconds later. Returns the last
+        state. May be called again.
+        """
+        if not self._link.over and not self.state.ended:
+            try:
+                self.agent.shutdown(grace=grace)
+                deadline = time.monotonic() + grace + POWER_OFF_WAIT
+                while not self.state.ended and not self._link.over and time.monotonic() < deadline:
+                    self._link.listen(1.0)
+            except MicroguestError:
+                pass  # it is dead or deaf: killed below
+        return self.kill()
+
+    def kill(self) -> MachineState:
+        """End it at once, without a word to what runs in it. Returns the last state."""
+        with self._closing:
+            self.agent.close()
+            self._keep_console()
+            if not self._link.over:
+                self._link.send(End())
+                if not self._link.await_over(KILL_WAIT):
+                    self._link.kill()
+            self._link.close()
+            return self._link.state
+
+    def wait(self, timeout: float | None = None) -> MachineState:
+        """Until it has ended by itself. DeadlineExceeded after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not (self._link.over or self._link.state.ended):
+            left = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
+            if left <= 0:
+                raise DeadlineExceeded(
+                    f"machine {self.name} still runs after {timeout:g} s", seconds=timeout or 0.0
+                )
+            self._link.listen(left)
+        return self.kill()
+
+    def detach(self) -> None:
+        """Let it outlive this program. Find it again by its name."""
+        self.agent.close()
+        self._link.send(Detach())
+        self._link.abandon()
+
+    def _keep_console(self) -> None:
+        """The file goes away with the machine."""
+        self._console = read_log(os.path.join(self._path, "console.log")) or self._console
+
+    def _obituary(self, seconds: float) -> str:
+        """For the agent's connections: how the machine ended, "" where it seems to live."""
+        deadline = time.monotonic() + seconds
+        while True:
+            state = self._link.listen(max(0.0, deadline - time.monotonic()))
+            if state.ended or self._link.over:
+                return state.describe_end() or f"machine {self.name} has ended: its monitor died"
+            if time.monotonic() >= deadline:
+                return ""

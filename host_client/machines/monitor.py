@@ -1,0 +1,427 @@
+"""The process that a machine belongs to: starts the VMM, serves its vsock, cleans up after it.
+
+One per machine, single-threaded, one event loop. Its life, from the top:
+
+    wait for the plan ─▶ start the VMM ─▶ until `ready` ─▶ until the VMM ends ─▶ drain ─▶ clean up
+
+Whatever ends it, nothing of the machine stays: the caller's death closes the link and that kills
+the VMM; the VMM has this process as its death signal; this process's own death frees the folder's
+lock, and the next command of anybody sweeps the folder. It imports no more than it needs.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from select import EPOLLIN
+from typing import Final
+
+from guest import limits
+from guest.record import Record, RecordError
+from guest.report import (
+    CONSOLE_MARK,
+    REPORTS,
+    AgentExited,
+    BootFailed,
+    Ready,
+    Step,
+    Stopping,
+    WorkloadExited,
+    WorkloadFailed,
+    WorkloadStarted,
+)
+from host_client.machines.console import RotatingLog, printable
+from host_client.machines.folder import write_file
+from host_client.machines.plan import (
+    AGENT_EXITS_MAX,
+    COMMANDS,
+    PACKET_MAX,
+    STEPS_MAX,
+    Detach,
+    End,
+    MachineState,
+    Plan,
+)
+from host_client.machines.reports import ReportReader
+from host_client.machines.vmm import Device, Vmm
+from host_client.vhost_vsock.loop import EventLoop
+
+__all__ = ["Monitor", "main"]
+
+STOPPING_WAIT: Final = 15.0  # seconds from PID 1's last report to the VMM's exit
+FAILED_WAIT: Final = 5.0  # seconds from a failed boot's report to the VMM's exit
+KILLED_WAIT: Final = 5.0  # seconds for a killed VMM to be gone
+DRAIN_WAIT: Final = 1.0  # seconds for the guest's last bytes to reach their readers
+CONSOLE_CHUNK: Final = 64 * 1024
+
+
+def main(arguments: list[str]) -> int:
+    """`FOLDER LINK_FD LOCK_FD`: the machine's folder, the link to its caller, the folder's lock."""
+    folder, link_fd, lock_fd = arguments[0], int(arguments[1]), int(arguments[2])
+    os.set_inheritable(link_fd, False)
+    os.set_inheritable(lock_fd, False)
+    link = socket.socket(fileno=link_fd)
+    keep = False
+    try:
+        plan = await_plan(link)
+        if plan is not None:
+            keep = Monitor(folder, link, plan).run() and plan.keep
+    finally:
+        remove_leftovers(folder, keep=keep)
+        link.close()
+    return 0
+
+
+def await_plan(link: socket.socket) -> Plan | None:
+    """The plan, which comes when the image is ready; None where the caller gave up or died."""
+    try:
+        packet = link.recv(PACKET_MAX)
+        command = COMMANDS.decode(packet) if packet else None
+    except (OSError, RecordError):
+        return None
+    return command if isinstance(command, Plan) else None
+
+
+def remove_leftovers(folder: str, *, keep: bool) -> None:
+    """Everything, or all but the state and the logs."""
+    os.chdir("/")
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    shutil.rmtree(os.path.join(folder, "run"), ignore_errors=True)
+    for name in ("token", "monitor.log"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, name))
+
+
+class Monitor:
+    """One machine's life after its plan is there."""
+
+    def __init__(self, folder: str, link: socket.socket, plan: Plan) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.loop = EventLoop()
+        self.state = MachineState(
+            name=plan.name,
+            machine=plan.machine,
+            image=plan.image,
+            command=plan.command,
+            url=plan.url,
+            monitor=os.getpid(),
+            created=time.time(),
+            kept=plan.keep,
+        )
+        self._link: socket.socket | None = link
+        self._unsent = False
+        self._attached = True
+        self._over = False
+        self._reports = ReportReader(self.loop, self._on_report, self._on_bad_report)
+        self._console = RotatingLog(os.path.join(folder, "console.log"))
+        self._messages = RotatingLog(os.path.join(folder, "vmm.log"), 64 * 1024)
+        self._console_fd = -1
+        self._vmm: Vmm | None = None
+        self._device: Device | None = None
+        self._wakeup = socket.socketpair()
+
+    def run(self) -> bool:
+        """Until the machine has ended and is known to have. True where it ever came up."""
+        os.chdir(os.path.join(self.folder, "run"))
+        assert self._link is not None
+        self._link.setblocking(False)
+        self.loop.add(self._link.fileno(), lambda _events: self._on_link(), EPOLLIN)
+        self._take_signals()
+        lease = hold_lease(self.plan.lease)
+        self._launch()
+        self.loop.run()
+        self._console.close()
+        self._messages.close()
+        if lease >= 0:
+            os.close(lease)
+        return any(step.name == "ready" for step in self.state.timeline)
+
+    # ── the start ────────────────────────────────────────────────────────────────────────────────
+
+    def _launch(self) -> None:
+        try:
+            if self.plan.report_socket:
+                self._reports.listen(listening_at(self.plan.report_socket))
+            self._device = Device(self.plan, self.loop, self._reports, self._on_device_failure)
+            self._device.start(self._start_vmm)
+        except OSError as error:
+            self._never_started(f"cannot prepare the machine: {error}")
+
+    def _start_vmm(self) -> None:
+        assert self._device is not None
+        launched = time.monotonic()
+        try:
+            self._vmm = Vmm(self.plan, self.loop, self._device)
+        except OSError as error:
+            self._never_started(f"cannot start {self.plan.argv[0]}: {error.strerror}")
+            return
+        self._vmm.watch(self._on_console, self._messages.write, self._on_vmm_exit)
+        step = Step(name="launch", start_ms=0.0, end_ms=ms_since(launched))
+        self._change(launched=launched, vmm=self._vmm.pid, timeline=(step,))
+        self.loop.call_later(self.plan.boot_timeout, self._boot_timeout)
+
+    def _never_started(self, error: str) -> None:
+        self._note_end("boot-failed", error)
+        self._finish()
+
+    def _boot_timeout(self) -> None:
+        if self.state.phase == "starting":
+            seconds = self.plan.boot_timeout
+            self._end("boot-failed", f"it was not ready {seconds:g} s after its launch")
+
+    def _take_signals(self) -> None:
+        """A signal ends the machine; it is taken in the loop, not between two of its lines."""
+        reader, writer = self._wakeup
+        for end in self._wakeup:
+            end.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda _number, _frame: None)
+
+        def taken(_events: int) -> None:
+            reader.recv(64)
+            self._end("killed")
+
+        self.loop.add(reader.fileno(), taken, EPOLLIN)
+
+    # ── the caller ───────────────────────────────────────────────────────────────────────────────
+
+    def _on_link(self) -> None:
+        assert self._link is not None
+        try:
+            packet = self._link.recv(PACKET_MAX)
+            command = COMMANDS.decode(packet) if packet else None
+        except (OSError, RecordError):
+            command = None
+        if isinstance(command, Detach):
+            self._attached = False
+        elif isinstance(command, End):
+            self._end("killed")
+        elif command is None:
+            self._close_link()
+            if self._attached:
+                self._end("lost")
+
+    def _close_link(self) -> None:
+        if self._link is not None:
+            self.loop.remove(self._link.fileno())
+            self._link.close()
+            self._link = None
+
+    def _change(self, **fields: object) -> None:
+        """The state is another now: to disk, and to the caller."""
+        self.state = self.state.replace(**fields)
+        document = self.state.to_json().encode("ascii")
+        try:
+            write_file(os.path.join(self.folder, "state.json"), document)
+        except OSError as error:
+            print(f"state.json: {error}", file=sys.stderr)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Send the state. A caller that does not read gets the newest one when it does again."""
+        if self._link is None:
+            return
+        try:
+            self._link.send(self.state.to_json().encode("ascii"), socket.MSG_NOSIGNAL)
+            self._unsent = False
+        except BlockingIOError:
+            if not self._unsent:
+                self._unsent = True
+                self.loop.call_later(0.05, self._tell_again)
+        except OSError:
+            pass  # its end is noticed by `_on_link`
+
+    def _tell_again(self) -> None:
+        if self._unsent:
+            self._unsent = False
+            self._tell()
+
+    # ── the guest ────────────────────────────────────────────────────────────────────────────────
+
+    def _on_console(self, data: bytes) -> None:
+        self._console.write(data)
+
+    def _on_bad_report(self, what: str) -> None:
+        print(what, file=sys.stderr)
+
+    def _on_report(self, report: Record) -> None:
+        match report:
+            case Ready():
+                self._on_ready(report)
+            case BootFailed():
+                self._on_boot_failed(report)
+            case WorkloadStarted():
+                self._change(workload_pid=report.pid)
+            case WorkloadFailed():
+                self._change(workload_failed=report)
+            case WorkloadExited():
+                self._change(workload_exited=report)
+            case AgentExited():
+                latest = (*self.state.agent_exits, report)[-AGENT_EXITS_MAX:]
+                self._change(agent_exits=latest)
+            case Stopping():
+                if not self.state.status:
+                    self._change(phase="stopping", status=report.status)
+                self._end_after(STOPPING_WAIT, "it did not power off")
+            case _:
+                pass
+
+    def _on_ready(self, report: Ready) -> None:
+        if self.state.phase != "starting":
+            return
+        if report.token_proof != self.plan.token_proof:
+            self._end("boot-failed", "what came up has another token than this machine was given")
+            return
+        steps = (*self.state.timeline, *self._on_our_clock(report.steps))
+        for name in self.plan.boot_files:
+            os.unlink(name)
+        self._change(phase="running", timeline=steps)
+
+    def _on_our_clock(self, steps: tuple[Step, ...]) -> list[Step]:
+        """The guest's steps in milliseconds since the launch, the kernel's before them.
+
+        The report left the guest when its last step ended and is here now: that ties the clocks.
+        """
+        now = ms_since(self.state.launched)
+        ready = Step(name="ready", start_ms=now, end_ms=now)
+        if not steps:
+            return [ready]
+        kept = steps[:STEPS_MAX]
+        offset = now - kept[-1].end_ms
+        shifted = [
+            Step(name=s.name[:64], start_ms=s.start_ms + offset, end_ms=s.end_ms + offset)
+            for s in kept
+        ]
+        if self.plan.machine != "namespaces":  # there CLOCK_BOOTTIME is the host's
+            start = max(0.0, offset)
+            shifted.insert(0, Step(name="kernel", start_ms=start, end_ms=shifted[0].start_ms))
+        return [*shifted, ready]
+
+    def _on_boot_failed(self, report: BootFailed) -> None:
+        # steps: a hostile guest must not make the state larger than a packet
+        self._change(
+            boot_failed=report.replace(
+                step=report.step[:64], message=report.message[:2048], path=report.path[:2048],
+                steps=report.steps[:STEPS_MAX],
+            )
+        )  # fmt: skip
+        self._note_end("boot-failed", f"boot failed in step {report.step}: {report.message}"[:4096])
+        self._end_after(FAILED_WAIT, "")
+
+    # ── the end ──────────────────────────────────────────────────────────────────────────────────
+
+    def _end(self, status: str, error: str = "") -> None:
+        """Kill the VMM; the first reason that is given is the one that counts."""
+        if self._over:
+            return
+        self._note_end(status, error)
+        if self._vmm is None:
+            self._finish()
+        else:
+            self._vmm.kill()
+            self.loop.call_later(KILLED_WAIT, self._finish)
+
+    def _end_after(self, seconds: float, error: str) -> None:
+        self.loop.call_later(seconds, lambda: self._end("crashed", error))
+
+    def _note_end(self, status: str, error: str = "") -> None:
+        if not self.state.status:
+            self._change(phase="stopping", status=status, error=error)
+
+    def _on_device_failure(self, reason: str) -> None:
+        self._end("crashed", f"its vsock device failed: {reason}")
+
+    def _on_vmm_exit(self) -> None:
+        """What the guest said last may still be on its way."""
+        assert self._device is not None
+        self._device.drain(self._drained, DRAIN_WAIT)
+
+    def _drained(self) -> None:
+        self._reports.drain()
+        self._finish()
+
+    def _finish(self) -> None:
+        """Everything is known: say so, and leave the loop."""
+        if self._over:
+            return
+        self._over = True
+        code = None
+        if self._vmm is not None:
+            code = self._vmm.close()
+        if not self.state.status:
+            self._explain_exit(code)
+        self._reports.close()
+        if self._device is not None:
+            self._device.close()
+        self._change(phase="ended", vmm_code=code)
+        self._last_word()
+        self.loop.stop()
+
+    def _explain_exit(self, code: int | None) -> None:
+        """The VMM ended and nobody had said why."""
+        failure = failure_on_console(self._console.tail())
+        if failure is not None:
+            self._on_boot_failed(failure)
+            return
+        how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        last = printable(self._messages.tail()).strip().splitlines()[-1:]
+        when = "before the guest was ready" if self.state.phase == "starting" else "unexpectedly"
+        status = "boot-failed" if self.state.phase == "starting" else "crashed"
+        said = f": {last[0]}"[:500] if last else ""
+        self._note_end(status, f"{self.plan.argv[0]} ended {when} ({how}){said}")
+
+    def _last_word(self) -> None:
+        """The final state must reach a caller that reads, even if its queue is full just now."""
+        if self._link is None or not self._unsent:
+            return
+        self._link.settimeout(1.0)
+        with contextlib.suppress(OSError):
+            self._link.send(self.state.to_json().encode("ascii"), socket.MSG_NOSIGNAL)
+
+
+def failure_on_console(text: str) -> BootFailed | None:
+    """The report of a failed boot whose connection never came up; None where there is none."""
+    for line in reversed(text.splitlines()):
+        mark = line.find(CONSOLE_MARK)
+        if mark >= 0:
+            try:
+                report = REPORTS.decode(line[mark + len(CONSOLE_MARK) :][: limits.REPORT_LINE])
+            except RecordError:
+                continue
+            if isinstance(report, BootFailed):
+                return report
+    return None
+
+
+def hold_lease(path: str) -> int:
+    """A shared lock on an entry of the image cache, so that it stays; -1 without one."""
+    if not path:
+        return -1
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return fd
+
+
+def listening_at(path: str) -> socket.socket:
+    """A Unix socket below the current folder, which keeps its path short."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(path)
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def ms_since(moment: float) -> float:
+    """Milliseconds from a moment of the monotonic clock until now."""
+    return round((time.monotonic() - moment) * 1000, 3)

@@ -1,0 +1,98 @@
+"""What a machine's caller and its monitor say to each other, and what state.json holds.
+
+Every message is one packet of a SOCK_SEQPACKET pair: commands go to the monitor, the machine's
+whole state comes back whenever it has changed. Imports nothing but the contract.
+"""
+
+from typing import Final
+
+from guest.record import Catalogue, Record
+from guest.report import AgentExited, BootFailed, Step, WorkloadExited, WorkloadFailed
+
+__all__ = ["COMMANDS", "PACKET_MAX", "STATE_MAX", "Detach", "End", "MachineState", "Plan"]
+
+PACKET_MAX: Final = 128 * 1024  # bytes; the kernel's default socket buffer takes it in one piece
+STATE_MAX: Final = 120 * 1024
+STEPS_MAX: Final = 64  # steps of a boot that are kept; the guest makes a dozen
+AGENT_EXITS_MAX: Final = 32  # the latest ones are kept
+
+
+class Plan(Record):
+    """How to start one machine. Relative paths are below the machine's `run` folder."""
+
+    name: str
+    machine: str  # "qemu" or "namespaces"
+    image: str  # as the caller named it
+    command: str  # the workload, for people
+    url: str  # where the agent will be
+    # The VMM's words. {vsock} and {console} become numbers of inherited descriptors, {monitor} the
+    # monitor's process id.
+    argv: tuple[str, ...]
+    console: str  # "socket": an inherited one; "stdout": the VMM's own output
+    vsock: str = ""  # "built-in", "daemon", "kernel"; "" where the machine has none
+    guest_cid: int = 3
+    daemon_argv: tuple[str, ...] = ()  # for "daemon": runs beside the VMM
+    daemon_socket: str = ""  # exists as soon as the daemon can be connected to
+    report_socket: str = ""  # Unix socket that the guest's reports come to
+    report_port: int = 0  # the vsock port that they come to, where there is no such socket
+    lease: str = ""  # a directory of the image cache to keep locked
+    token_proof: str  # what the guest's `ready` must carry
+    boot_timeout: float  # seconds from launch to `ready`
+    boot_files: tuple[str, ...] = ()  # are removed when the guest is ready: they hold the token
+    keep: bool = False  # keep state and console after the end
+
+
+class Detach(Record):
+    """The machine shall outlive its caller."""
+
+
+class End(Record):
+    """Kill the machine now."""
+
+
+COMMANDS = Catalogue({"plan": Plan, "detach": Detach, "end": End}, maximum=PACKET_MAX)
+
+
+class MachineState(Record):
+    """All that is known of a machine. Times are milliseconds since its launch where not said."""
+
+    schema: int = 1
+    name: str
+    machine: str = ""
+    image: str = ""
+    command: str = ""
+    url: str = ""
+    phase: str = "starting"  # "starting", "running", "stopping", "ended"
+    monitor: int = 0  # process id
+    vmm: int = 0
+    created: float = 0.0  # seconds since the epoch
+    launched: float = 0.0  # CLOCK_MONOTONIC in seconds
+    kept: bool = False
+    timeline: tuple[Step, ...] = ()
+    workload_pid: int | None = None
+    workload_exited: WorkloadExited | None = None
+    workload_failed: WorkloadFailed | None = None
+    boot_failed: BootFailed | None = None
+    agent_exits: tuple[AgentExited, ...] = ()
+    # Why it ended: as in guest.report.Stopping, or "killed" (by its caller), "lost" (its caller
+    # died), "crashed" (the VMM ended by itself), "boot-failed".
+    status: str = ""
+    error: str = ""  # a sentence, where the end was not a good one
+    vmm_code: int | None = None  # as subprocess has it: minus a signal's number
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing of it runs any more."""
+        return self.phase == "ended"
+
+    def describe_end(self) -> str:
+        """How it ended, as one sentence; "" while it runs."""
+        if not self.status:
+            return ""
+        reason = {
+            "done": "its workload ended",
+            "shutdown": "it was shut down",
+            "killed": "it was killed",
+            "lost": "the program that started it is gone",
+        }.get(self.status, self.status)
+        return f"machine {self.name} has ended: {self.error or reason}"

@@ -1,0 +1,187 @@
+"""`machine="qemu"`: a virtual machine. The command line is the one of docs/machines.md.
+
+All paths in it are relative to the run folder, so that no comma or length of a path matters; the
+exception is the root's disk.
+"""
+
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from typing import Final
+
+from guest import cpio
+from guest.bootconfig import AGENT_PORT, PATH, REPORT_PORT, Endpoint, Lower
+from host_client import images
+from host_client.address import HybridAddress, VsockAddress
+from host_client.errors import MachineError
+from host_client.machines.host import VsockChoice, accelerator, qemu_command, vsock_choice
+from host_client.machines.plan import HYBRID_SOCKET, Plan
+from host_client.machines.prepare import Preparation, lease_of
+from host_client.machines.settings import Settings, mebibytes
+
+__all__ = ["QemuBackend"]
+
+INITRAMFS: Final = "initramfs.cpio"
+DAEMON_SOCKET: Final = "vhost.sock"
+DISK_SERIAL: Final = "root"
+PRIVATE_CID: Final = 3  # of a device that only this machine has
+KERNEL_CIDS: Final = range(2048, 2**31)  # shared by all machines of the host's kernel; see plan()
+KERNEL_LINE: Final = "console=ttyS0 quiet panic=-1 reboot=t"
+KERNEL_HEAD: Final = 0x206  # bytes that show what a file is
+# Magic numbers: "HdrS" of a bzImage (x86 boot protocol) or "ARM\x64" of an arm64 Image at their
+# offsets, an ELF file, gzip as arm64 kernels may be packed.
+KERNEL_MAGIC: Final = ((0x202, b"HdrS"), (56, b"ARM\x64"), (0, b"\x7fELF"), (0, b"\x1f\x8b"))
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """A QEMU machine type: its options, and what virtio devices are called on it."""
+
+    options: tuple[str, ...]
+    suffix: str
+    kernel_line: str = KERNEL_LINE
+
+
+Q35: Final = Board(("-M", "q35"), "pci")
+
+
+class QemuBackend:
+    """KVM where it works, else software emulation."""
+
+    name = "qemu"
+
+    def check(self, settings: Settings) -> None:
+        """MachineError where QEMU or a given kernel is missing or is not what it should be."""
+        qemu_command()
+        if settings.kernel is not None:
+            check_kernel(settings.kernel)
+
+    def plan(self, preparation: Preparation) -> Plan:
+        """Write the initramfs, have the disk made, and say what to start."""
+        settings, folder = preparation.settings, preparation.folder
+        vsock = vsock_choice()
+        # The kernel refuses a CID that is taken already; of 2**31 that is not worth a register.
+        cid = random.SystemRandom().choice(KERNEL_CIDS) if vsock.kind == "kernel" else PRIVATE_CID
+        # In the kernel all guests reach the same ports of the host: each gets one of its own.
+        report_port = cid if vsock.kind == "kernel" else REPORT_PORT
+        disk = images.as_disk(preparation.image, folder.run)
+        config = preparation.boot_config(
+            "vm",
+            Lower(kind="disk", serial=DISK_SERIAL, fstype=disk.fstype),
+            Endpoint(transport="vsock", port=AGENT_PORT),
+            Endpoint(transport="vsock", port=report_port),
+        )
+        write_initramfs(preparation.bundle.initramfs, os.path.join(folder.run, INITRAMFS), config)
+        kernel = os.path.abspath(settings.kernel or preparation.bundle.kernel)
+        address = (
+            VsockAddress(cid, AGENT_PORT)
+            if vsock.kind == "kernel"
+            else HybridAddress(os.path.join(folder.run, HYBRID_SOCKET), AGENT_PORT)
+        )
+        daemon = vsock.kind == "daemon"
+        return Plan(
+            name=folder.name,
+            machine=self.name,
+            image=settings.image,
+            command=preparation.command,
+            url=str(address),
+            argv=command_line(
+                Q35,
+                settings,
+                name=folder.name,
+                kernel=kernel,
+                disk=str(disk.path),
+                vsock=vsock,
+                cid=cid,
+            ),
+            console="socket",
+            vsock=vsock.kind,
+            guest_cid=cid,
+            daemon_argv=daemon_command(vsock, cid) if daemon else (),
+            daemon_socket=DAEMON_SOCKET if daemon else "",
+            report_socket=f"{HYBRID_SOCKET}_{report_port}" if daemon else "",
+            report_port=report_port,
+            lease=lease_of(preparation.image, disk.path),
+            token_proof=preparation.token_proof,
+            boot_timeout=settings.timeout,
+            boot_files=(INITRAMFS,),
+            keep=settings.keep,
+        )
+
+
+def command_line(
+    board: Board,
+    settings: Settings,
+    *,
+    name: str,
+    kernel: str,
+    disk: str,
+    vsock: VsockChoice,
+    cid: int,
+) -> tuple[str, ...]:
+    """QEMU's words; {vsock} and {console} stand for descriptors that the monitor passes on."""
+    qemu, size = qemu_command(), mebibytes(settings.memory)
+    return (
+        *(qemu, *board.options, *accelerator(qemu).options),
+        *("-m", f"{size}M", "-smp", str(settings.cpus)),
+        # vhost-user devices read the guest's memory: it must be shared, and exactly that large.
+        *("-object", f"memory-backend-memfd,id=mem,size={size}M,share=on"),
+        *("-machine", "memory-backend=mem"),
+        *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+        *("-name", f"microguest-{name}"),
+        *("-chardev", "socket,id=console,fd={console}", "-serial", "chardev:console"),
+        *vsock_options(board, vsock, cid),
+        # Without it getrandom(2) blocks for seconds: an emulated CPU has no RDRAND.
+        *("-device", f"virtio-rng-{board.suffix}"),
+        *("-blockdev", f"driver=file,node-name=file,filename={escaped(disk)},read-only=on"),
+        *("-blockdev", "driver=raw,node-name=disk,file=file,read-only=on"),
+        *("-device", f"virtio-blk-{board.suffix},drive=disk,serial={DISK_SERIAL}"),
+        *("-kernel", kernel, "-initrd", INITRAMFS, "-append", board.kernel_line),
+    )
+
+
+def vsock_options(board: Board, vsock: VsockChoice, cid: int) -> tuple[str, ...]:
+    """The device by which the guest has vsock."""
+    if vsock.kind == "kernel":
+        return ("-device", f"vhost-vsock-{board.suffix},guest-cid={cid}")
+    where = f"path={DAEMON_SOCKET}" if vsock.kind == "daemon" else "fd={vsock}"
+    return (
+        *("-chardev", f"socket,id=vs,{where}"),
+        *("-device", f"vhost-user-vsock-{board.suffix},chardev=vs"),
+    )
+
+
+def daemon_command(vsock: VsockChoice, cid: int) -> tuple[str, ...]:
+    """rust-vmm's vhost-device-vsock for one machine."""
+    return (
+        *(vsock.command, "--vm"),
+        f"guest-cid={cid},socket={DAEMON_SOCKET},uds-path={HYBRID_SOCKET}",
+    )
+
+
+def write_initramfs(base: str, path: str, config: bytes) -> None:
+    """The bundle's initramfs with the boot config as a second segment; only this user reads it."""
+    segment = cpio.segment(
+        [cpio.directory("microguest"), cpio.regular(PATH.lstrip("/"), config, 0o600)]
+    )
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb", buffering=0) as target, open(base, "rb", buffering=0) as source:
+        shutil.copyfileobj(source, target, 1024 * 1024)
+        target.write(bytes(-target.tell() % cpio.ALIGNMENT) + segment)
+
+
+def check_kernel(path: str) -> None:
+    """MachineError where the file cannot be read or is no kernel that QEMU could start."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(KERNEL_HEAD)
+    except OSError as error:
+        raise MachineError(f"cannot read the kernel {path}: {error.strerror}") from error
+    if not any(head[at : at + len(magic)] == magic for at, magic in KERNEL_MAGIC):
+        raise MachineError(f"{path} is not a Linux kernel: neither bzImage, Image nor vmlinux")
+
+
+def escaped(path: str) -> str:
+    """A path as a value among QEMU's comma-separated options."""
+    return path.replace(",", ",,")

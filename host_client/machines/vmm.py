@@ -1,0 +1,253 @@
+"""The processes of one machine, as its monitor has them: the VMM, and what serves its vsock."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from select import EPOLLIN
+from typing import Final
+
+from host_client.machines.plan import Plan
+from host_client.machines.reports import ReportReader
+from host_client.vhost_vsock.loop import EventLoop
+
+__all__ = ["HYBRID_SOCKET", "Device", "Vmm"]
+
+HYBRID_SOCKET: Final = "vsock.sock"  # in the run folder; host programs dial the guest there
+DAEMON_WAIT: Final = 5.0  # seconds for a vsock daemon to listen
+DAEMON_POLL: Final = 0.01
+CHUNK: Final = 64 * 1024
+CHUNKS_AT_END: Final = 64  # of console that is read after the VMM's exit; a socket holds less
+PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def dies_with(parent: int) -> Callable[[], None]:
+    """For subprocess's preexec_fn: be killed with `parent`, and at once if it is dead already.
+
+    The monitor has one thread, so nothing can hold a lock across the fork.
+    """
+
+    def ask() -> None:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask
+
+
+def spawn(
+    argv: list[str], *, stdout: int, stderr: int, keep: tuple[int, ...] = ()
+) -> "subprocess.Popen[bytes]":
+    """A child that ends with this process. OSError where it cannot be started."""
+    return subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        pass_fds=keep,
+        preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509
+        start_new_session=True,
+    )
+
+
+class Device:
+    """The machine's vsock on this side: built in, a daemon, the kernel's, or none."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        loop: EventLoop,
+        reports: ReportReader,
+        on_failure: Callable[[str], None],
+    ) -> None:
+        self._plan = plan
+        self._loop = loop
+        self._reports = reports
+        self._on_failure = on_failure
+        self._daemon: subprocess.Popen[bytes] | None = None
+        self._daemon_pidfd = -1
+        self._closed = False
+        self.vmm_end: socket.socket | None = None  # is inherited by the VMM
+        self._built_in = self._make_built_in() if plan.vsock == "built-in" else None
+
+    def start(self, ready: Callable[[], None]) -> None:
+        """Call `ready` as soon as the VMM can be started."""
+        if self._plan.vsock == "kernel":
+            self._listen_in_kernel()
+        if not self._plan.daemon_argv:
+            ready()
+            return
+        self._daemon = spawn(
+            list(self._plan.daemon_argv), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self._daemon_pidfd = os.pidfd_open(self._daemon.pid)
+        self._loop.add(self._daemon_pidfd, lambda _events: self._daemon_died(), EPOLLIN)
+        self._await_daemon(ready, int(DAEMON_WAIT / DAEMON_POLL))
+
+    def drain(self, done: Callable[[], None], timeout: float) -> None:
+        """The VMM has ended: deliver what the guest sent, then call `done`."""
+        if self._built_in is not None:
+            self._built_in.drain(done, timeout)
+        else:
+            self._loop.defer(done)
+
+    def close(self) -> None:
+        """End all of it."""
+        self._closed = True
+        if self._built_in is not None:
+            self._built_in.close()
+        if self.vmm_end is not None:
+            self.vmm_end.close()
+        if self._daemon is not None:
+            self._loop.remove(self._daemon_pidfd)
+            os.close(self._daemon_pidfd)
+            self._daemon.kill()
+            self._daemon.wait()
+
+    def _make_built_in(self) -> "VsockDevice":
+        from host_client.vhost_vsock import VsockDevice
+
+        ours, self.vmm_end = socket.socketpair()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(HYBRID_SOCKET)
+        listener.listen(128)
+        return VsockDevice(
+            self._loop,
+            guest_cid=self._plan.guest_cid,
+            control=ours,
+            hybrid_listener=listener,
+            connect_to_host=self._dialled_by_guest,
+            on_failure=self._on_failure,
+        )
+
+    def _dialled_by_guest(self, port: int) -> socket.socket | None:
+        return self._reports.dialled() if port == self._plan.report_port else None
+
+    def _listen_in_kernel(self) -> None:
+        """Reports over the kernel's vsock: any guest may dial, but the token's proof is one's own."""
+        listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        listener.bind((socket.VMADDR_CID_ANY, self._plan.report_port))
+        listener.listen(16)
+        self._reports.listen(listener)
+
+    def _await_daemon(self, ready: Callable[[], None], tries: int) -> None:
+        if self._closed:
+            return
+        if os.path.exists(self._plan.daemon_socket):
+            ready()
+        elif tries == 0:
+            self._on_failure(f"{self._plan.daemon_argv[0]} does not listen after {DAEMON_WAIT:g} s")
+        else:
+            self._loop.call_later(DAEMON_POLL, lambda: self._await_daemon(ready, tries - 1))
+
+    def _daemon_died(self) -> None:
+        self._loop.remove(self._daemon_pidfd)
+        self._on_failure(f"{self._plan.daemon_argv[0]} ended")
+
+
+class Vmm:
+    """The VMM's process, its console and what it complains about."""
+
+    def __init__(self, plan: Plan, loop: EventLoop, device: Device) -> None:
+        """Start it. OSError where that fails."""
+        self._loop = loop
+        self._on_exit: Callable[[], None] | None = None
+        self._inputs: dict[int, Callable[[bytes], None]] = {}
+        keep: list[int] = [] if device.vmm_end is None else [device.vmm_end.fileno()]
+        names = {"vsock": str(keep[0] if keep else ""), "monitor": str(os.getpid()), "console": ""}
+        messages, messages_end = os.pipe2(os.O_CLOEXEC)
+        console_end = messages_end
+        self._messages = self._console = messages
+        if plan.console == "socket":
+            ours, theirs = socket.socketpair()
+            self._console, console_end = ours.detach(), theirs.detach()
+            keep.append(console_end)
+            names["console"] = str(console_end)
+        argv = [filled(word, names) for word in plan.argv]
+        try:
+            self._process = spawn(argv, stdout=messages_end, stderr=messages_end, keep=tuple(keep))
+        except OSError:
+            for fd in {self._messages, self._console}:
+                os.close(fd)
+            raise
+        finally:
+            for fd in {messages_end, console_end}:
+                os.close(fd)
+            if device.vmm_end is not None:
+                device.vmm_end.close()
+        self.pid = self._process.pid
+        self._pidfd = os.pidfd_open(self.pid)
+
+    def watch(
+        self,
+        on_console: Callable[[bytes], None],
+        on_message: Callable[[bytes], None],
+        on_exit: Callable[[], None],
+    ) -> None:
+        """Begin to call back. Where the console is the VMM's output, there are no messages."""
+        self._inputs[self._messages] = on_message
+        self._inputs[self._console] = on_console
+        for fd in self._inputs:
+            os.set_blocking(fd, False)
+            self._loop.add(fd, lambda _events, fd=fd: self._readable(fd), EPOLLIN)
+        self._on_exit = on_exit
+        self._loop.add(self._pidfd, lambda _events: self._exited(), EPOLLIN)
+
+    def kill(self) -> None:
+        """SIGKILL, once it runs."""
+        self._process.kill()
+
+    def close(self) -> int | None:
+        """Read what is left, reap it, and give its return code; None where it cannot be killed."""
+        for fd in list(self._inputs):
+            for _ in range(CHUNKS_AT_END):
+                if not self._readable(fd):
+                    break
+            self._forget(fd)
+        self._loop.remove(self._pidfd)
+        os.close(self._pidfd)
+        return self._process.poll()
+
+    def _readable(self, fd: int) -> bool:
+        """One read(2). False where there is no more now."""
+        callback = self._inputs.get(fd)
+        if callback is None:
+            return False
+        try:
+            data = os.read(fd, CHUNK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self._forget(fd)
+            return False
+        callback(data)
+        return True
+
+    def _forget(self, fd: int) -> None:
+        if self._inputs.pop(fd, None) is not None:
+            self._loop.remove(fd)
+            os.close(fd)
+
+    def _exited(self) -> None:
+        self._loop.remove(self._pidfd)
+        self._process.wait()
+        assert self._on_exit is not None
+        self._on_exit()
+
+
+def filled(word: str, names: dict[str, str]) -> str:
+    """`word` with {name} replaced; other braces stay as they are, also in a user's path."""
+    for name, value in names.items():
+        word = word.replace(f"{{{name}}}", value)
+    return word
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from host_client.vhost_vsock import VsockDevice
