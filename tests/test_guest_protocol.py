@@ -191,6 +191,11 @@ def test_every_error_code_is_documented() -> None:
                 match node:
                     case ast.keyword(arg="code", value=ast.Constant(value=str(code))):
                         used.add(code)
+                    case ast.Call(
+                        func=ast.Name(id="OperationError" | "StartError"),
+                        args=[ast.Constant(value=str(code)), *_],
+                    ):
+                        used.add(code)
     assert len(used) > len(START_CODES)
     assert not [code for code in sorted(used) if not named(code)]
 
