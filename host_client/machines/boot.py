@@ -1,5 +1,6 @@
 """Starting a machine, from the image to an agent that answers."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
@@ -133,8 +134,6 @@ def bring_up(
 
 def await_ready(link: Link, folder: Folder, timeout: float) -> None:
     """Until the guest has announced itself. BootFailed where it did not, and says why."""
-    import time
-
     deadline = time.monotonic() + timeout + MONITOR_ALLOWANCE
     while True:
         state = link.listen(max(0.0, deadline - time.monotonic()))

@@ -9,7 +9,18 @@ from typing import Final
 from guest.record import Catalogue, Record
 from guest.report import AgentExited, BootFailed, Step, WorkloadExited, WorkloadFailed
 
-__all__ = ["COMMANDS", "PACKET_MAX", "STATE_MAX", "Detach", "End", "MachineState", "Plan"]
+__all__ = [
+    "COMMANDS",
+    "HYBRID_SOCKET",
+    "PACKET_MAX",
+    "STATE_MAX",
+    "Detach",
+    "End",
+    "MachineState",
+    "Plan",
+]
+
+HYBRID_SOCKET: Final = "vsock.sock"  # in the run folder; host programs dial the guest there
 
 PACKET_MAX: Final = 128 * 1024  # bytes; the kernel's default socket buffer takes it in one piece
 STATE_MAX: Final = 120 * 1024

@@ -47,7 +47,7 @@ class ReportReader:
         self._taken = True
         connection.setblocking(False)
         self._socket = connection
-        self._loop.add(connection.fileno(), lambda _events: self._readable(), EPOLLIN)
+        self._loop.add(connection.fileno(), self._on_readable, EPOLLIN)
 
     def dialled(self) -> socket.socket | None:
         """The other end of a new connection; None where the guest has had its one."""
@@ -75,6 +75,9 @@ class ReportReader:
             return
         self._close_listener()
         self.take(connection)
+
+    def _on_readable(self, _events: int) -> None:
+        self._readable()
 
     def _readable(self) -> bool:
         """One recv(2). False where nothing was there, or nothing can come any more."""

@@ -53,7 +53,7 @@ class Settings:
 
 
 def mebibytes(memory: str) -> int:
-    """The size in MiB of "512M", "2G" or a number of bytes. MachineError for anything else or too little."""
+    """The size in MiB of "512M", "2G" or a number of bytes. MachineError where it is none."""
     match = MEMORY.fullmatch(memory)
     if match is None:
         raise MachineError(f"memory {memory!r:.40} is not a size: write 512M or 2G")

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from select import EPOLLIN
 from typing import Final
 
-from host_client.machines.plan import Plan
+from host_client.machines.plan import HYBRID_SOCKET, Plan
 from host_client.machines.reports import ReportReader
 from host_client.vhost_vsock.loop import EventLoop
 
-__all__ = ["HYBRID_SOCKET", "Device", "Vmm"]
+__all__ = ["Device", "Vmm"]
 
-HYBRID_SOCKET: Final = "vsock.sock"  # in the run folder; host programs dial the guest there
 DAEMON_WAIT: Final = 5.0  # seconds for a vsock daemon to listen
 DAEMON_POLL: Final = 0.01
 CHUNK: Final = 64 * 1024
@@ -128,7 +127,7 @@ class Device:
         return self._reports.dialled() if port == self._plan.report_port else None
 
     def _listen_in_kernel(self) -> None:
-        """Reports over the kernel's vsock: any guest may dial, but the token's proof is one's own."""
+        """Any guest of the host may dial this, but only ours has the token's proof."""
         listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
         listener.bind((socket.VMADDR_CID_ANY, self._plan.report_port))
         listener.listen(16)
@@ -193,7 +192,7 @@ class Vmm:
         self._inputs[self._console] = on_console
         for fd in self._inputs:
             os.set_blocking(fd, False)
-            self._loop.add(fd, lambda _events, fd=fd: self._readable(fd), EPOLLIN)
+            self._loop.add(fd, self._reader(fd), EPOLLIN)
         self._on_exit = on_exit
         self._loop.add(self._pidfd, lambda _events: self._exited(), EPOLLIN)
 
@@ -211,6 +210,12 @@ class Vmm:
         self._loop.remove(self._pidfd)
         os.close(self._pidfd)
         return self._process.poll()
+
+    def _reader(self, fd: int) -> Callable[[int], None]:
+        def ready(_events: int) -> None:
+            self._readable(fd)
+
+        return ready
 
     def _readable(self, fd: int) -> bool:
         """One read(2). False where there is no more now."""
