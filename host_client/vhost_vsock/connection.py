@@ -156,8 +156,7 @@ class Connection:
         elif taken < size:
             self._keep(buffers, taken)
         self.forwarded = (self.forwarded + taken) & MASK32
-        if (self.forwarded - self.announced) & MASK32 >= self._carrier.window // 2:
-            self.grant_credit()
+        self.refresh_credit()
 
     def _keep(self, buffers: list[memoryview], skip: int) -> None:
         backlog = self._backlog
@@ -171,6 +170,16 @@ class Connection:
                 skip = 0
         if len(backlog) > self._carrier.window:  # the guest sent more than it was allowed to
             self.reset()
+
+    def refresh_credit(self) -> None:
+        """Grant credit when half of what the guest may have in flight has left for the host.
+
+        That is the smaller of both windows: Linux (since early 2026, stable kernels too) sends
+        no more ahead than its own buffer size, and would wait for ever for half of a larger one.
+        """
+        in_flight = min(self._carrier.window, self.peer_window)
+        if (self.forwarded - self.announced) & MASK32 >= in_flight // 2:
+            self.grant_credit()
 
     def grant_credit(self) -> None:
         """Tell the guest how much has left for the host, once per queued packet."""
@@ -217,8 +226,8 @@ class Connection:
         if not backlog:
             self._carrier.loop.modify(self._fd, _READ_EVENTS)
             self._flushed()
-        elif (self.forwarded - self.announced) & MASK32 >= self._carrier.window // 2:
-            self.grant_credit()
+        else:
+            self.refresh_credit()
 
     def _flushed(self) -> None:
         if self.guest_shut == SHUT_BOTH:

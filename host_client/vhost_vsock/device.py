@@ -308,6 +308,8 @@ class VsockDevice:
 
     def _take_control(self, connection: Connection, op: int, flags: int) -> None:
         if op == CREDIT_UPDATE:
+            if connection.forwarded != connection.announced:
+                connection.refresh_credit()
             if connection.readable:
                 self.schedule(connection)
         elif op == CREDIT_REQUEST:
