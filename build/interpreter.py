@@ -73,11 +73,12 @@ class Interpreter:
 
 def make_interpreter(cache: Cache, pins: Pins, toolchain: Toolchain, source: str) -> Interpreter:
     """Build both interpreters, or find them in the cache. About two minutes on two cores."""
-    native_key = digest_of(pins.cpython.sha256, NATIVE_OPTIONS, NATIVE_LINK, platform.machine())
+    this_recipe = read_bytes(os.path.abspath(__file__))
+    native_key = digest_of(pins.cpython.sha256, this_recipe, platform.machine())
     native = cache.stage("native-python", native_key, lambda to: _build_native(source, to))
     python = os.path.join(native, "bin", "python3")
-    recipe = digest_of(read_bytes(SETUP_LOCAL), CROSS_ANSWERS, CROSS_OPTIONS, COMPILE_FLAGS)
-    key = digest_of(pins.cpython.sha256, toolchain.key, toolchain.arch, recipe)
+    recipe = (this_recipe, read_bytes(SETUP_LOCAL), toolchain.key, toolchain.arch)
+    key = digest_of(pins.cpython.sha256, recipe)
     folder = cache.stage(
         f"libpython-{toolchain.arch}", key, lambda to: _build_cross(source, toolchain, python, to)
     )
@@ -105,38 +106,40 @@ def _build_native(source: str, folder: str) -> None:
 
 def _build_cross(source: str, toolchain: Toolchain, python: str, folder: str) -> None:
     with tempfile.TemporaryDirectory(prefix="microguest-cross-") as work:
-        # Paths reach the archive through __FILE__ (assertions): name them by their role instead.
-        prefix_maps = f"-ffile-prefix-map={work}=. -ffile-prefix-map={source}=cpython"
+        # Paths reach the archive through __FILE__ and VPATH: give configure a relative one.
+        os.symlink(source, os.path.join(work, "cpython"))
+        tree = os.path.join(work, "tree")
+        os.mkdir(tree)
         environment = {
             **toolchain.environment,
             "CC": toolchain.tool("cc"),
             "AR": toolchain.tool("ar"),
             "RANLIB": toolchain.tool("ranlib"),
             "READELF": "readelf",
-            "CFLAGS": " ".join((*COMPILE_FLAGS, prefix_maps)),
+            "CFLAGS": " ".join((*COMPILE_FLAGS, f"-ffile-prefix-map={work}=.")),
             "LDFLAGS": "-static",
             "LINKFORSHARED": " ",
             "MODULE_BUILDTYPE": "static",
         }
         machine = f"{platform.machine()}-pc-linux-gnu"
-        command = [os.path.join(source, "configure"), f"--host={toolchain.target}"]
+        command = ["../cpython/configure", f"--host={toolchain.target}"]
         command += [f"--build={machine}", f"--with-build-python={python}"]
         log = os.path.join(work, "log")
-        run([*command, *CROSS_OPTIONS, *CROSS_ANSWERS], cwd=work, env=environment, log=log)
-        shutil.copy(SETUP_LOCAL, os.path.join(work, "Modules", "Setup.local"))
-        run(["make", _jobs(), "libpython3.13.a"], cwd=work, env=environment, log=log)
-        _keep_cross(source, work, folder)
+        run([*command, *CROSS_OPTIONS, *CROSS_ANSWERS], cwd=tree, env=environment, log=log)
+        shutil.copy(SETUP_LOCAL, os.path.join(tree, "Modules", "Setup.local"))
+        run(["make", _jobs(), "libpython3.13.a"], cwd=tree, env=environment, log=log)
+        _keep_cross(source, tree, folder)
 
 
-def _keep_cross(source: str, work: str, folder: str) -> None:
+def _keep_cross(source: str, tree: str, folder: str) -> None:
     """Copy what linking needs out of the build tree."""
     include = os.path.join(folder, "include")
     shutil.copytree(os.path.join(source, "Include"), include)
-    shutil.copy(os.path.join(work, "pyconfig.h"), include)
-    shutil.copy(os.path.join(work, "libpython3.13.a"), os.path.join(folder, "libpython.a"))
-    shutil.copy(os.path.join(work, "Modules", "_hacl", "libHacl_Hash_SHA2.a"), folder)
+    shutil.copy(os.path.join(tree, "pyconfig.h"), include)
+    shutil.copy(os.path.join(tree, "libpython3.13.a"), os.path.join(folder, "libpython.a"))
+    shutil.copy(os.path.join(tree, "Modules", "_hacl", "libHacl_Hash_SHA2.a"), folder)
     with open(os.path.join(folder, "inittab"), "w", encoding="utf-8") as file:
-        file.writelines(f"{name}\n" for name in _inittab(os.path.join(work, "Modules/config.c")))
+        file.writelines(f"{name}\n" for name in _inittab(os.path.join(tree, "Modules/config.c")))
 
 
 def _inittab(config_c: str) -> list[str]:

@@ -25,6 +25,8 @@ from stages import BuildError, Cache, read_bytes, run, tree_sha256
 from toolchain import Toolchain, make_toolchain
 
 GUESTSYS = os.path.join(NATIVE, "guestsys.c")
+# What of native/ ends up in the ELF or shapes it, beyond what earlier stages have consumed.
+LINKED_FILES = ("_guest_check.py", "entry.py", "freezer.py", "guestsys.c")
 # Asserts stay in the frozen code (native/freezer.py), so the interpreter says so too.
 OPTIMIZATION = 0
 # musl gives threads a stack of what PT_GNU_STACK asks for, else 128 KiB, where CPython's recursion
@@ -47,8 +49,36 @@ class Program:
     versions: dict[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """All that is linked: `key` is a digest of it."""
+
+    toolchain: Toolchain
+    interpreter: Interpreter
+    packer: str
+    runtime: Blob
+    application: list[Source]
+    checked_modules: tuple[str, ...]
+    versions: dict[str, str]
+    key: str
+
+
 def make_program(cache: Cache, pins: Pins, arch: str) -> Program:
     """Build what is not in the cache, and check the result by running it."""
+    parts = gather_parts(cache, pins, arch)
+
+    def make(folder: str) -> None:
+        program = os.path.join(folder, "microguest")
+        link_program(parts, program)
+        self_check(program)
+
+    folder = cache.stage(f"elf-{arch}", parts.key, make)
+    cache.keep_newest(f"elf-{arch}", 4)
+    return Program(path=os.path.join(folder, "microguest"), versions=parts.versions)
+
+
+def gather_parts(cache: Cache, pins: Pins, arch: str) -> Parts:
+    """Compiler, interpreter and modules, each from the cache where its inputs have not changed."""
     toolchain = make_toolchain(cache, pins, arch)
     interpreter = make_interpreter(cache, pins, toolchain, cpython_source(cache, pins))
     backend = [pin for pin in pins.analysis if pin.name == "setuptools"]
@@ -58,32 +88,29 @@ def make_program(cache: Cache, pins: Pins, arch: str) -> Program:
     runtime_folder, runtime = freeze_runtime(cache, pins, interpreter, msgpack, roots)
     versions = program_versions(pins)
     key = digest_of(
-        [runtime_folder, interpreter.key, toolchain.key, LINK_FLAGS, OPTIMIZATION, versions],
+        [runtime_folder, interpreter.key, versions, read_bytes(os.path.abspath(__file__))],
         [tree_sha256(os.path.join(PROJECT, name), (".py",)) for name in APPLICATION],
-        [
-            read_bytes(os.path.join(NATIVE, name))
-            for name in ("guestsys.c", "entry.py", "_guest_check.py")
-        ],
-        read_bytes(os.path.abspath(__file__)),
+        [read_bytes(os.path.join(NATIVE, name)) for name in LINKED_FILES],
+    )
+    return Parts(
+        toolchain=toolchain,
+        interpreter=interpreter,
+        packer=_packer_object(cache, toolchain, interpreter, msgpack),
+        runtime=runtime,
+        application=application,
+        checked_modules=(*(item.name for item in application), *imported_modules(roots)),
+        versions=versions,
+        key=key,
     )
 
-    def make(folder: str) -> None:
-        linker = Linker(toolchain=toolchain, interpreter=interpreter)
-        packer = _packer_object(cache, linker, msgpack)
-        with tempfile.TemporaryDirectory(prefix="microguest-link-") as work:
-            checked = [item.name for item in application] + imported_modules(roots)
-            code = freeze(
-                interpreter,
-                [*application, *_inside_only(work, versions, checked)],
-                work,
-                "application",
-            )
-            linker.link(work, [runtime, code], packer, os.path.join(folder, "microguest"))
-        self_check(os.path.join(folder, "microguest"))
 
-    folder = cache.stage(f"elf-{arch}", key, make)
-    cache.keep_newest(f"elf-{arch}", 4)
-    return Program(path=os.path.join(folder, "microguest"), versions=versions)
+def link_program(parts: Parts, output: str) -> None:
+    """Freeze the application, compile the C, link everything into the file `output`."""
+    linker = Linker(toolchain=parts.toolchain, interpreter=parts.interpreter)
+    with tempfile.TemporaryDirectory(prefix="microguest-link-") as work:
+        inside_only = _inside_only(work, parts.versions, parts.checked_modules)
+        code = freeze(parts.interpreter, [*parts.application, *inside_only], work, "application")
+        linker.link(work, [parts.runtime, code], parts.packer, output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +184,7 @@ def program_versions(pins: Pins) -> dict[str, str]:
     }
 
 
-def _inside_only(work: str, versions: dict[str, str], checked: list[str]) -> list[Source]:
+def _inside_only(work: str, versions: dict[str, str], checked: tuple[str, ...]) -> list[Source]:
     """The modules that exist only in the binary, `__main__` among them."""
     generated = os.path.join(work, "_guest_build.py")
     with open(generated, "w", encoding="utf-8") as file:
@@ -172,13 +199,16 @@ def _inside_only(work: str, versions: dict[str, str], checked: list[str]) -> lis
     return [Source(name=name, path=path, is_package=False) for name, path in files.items()]
 
 
-def _packer_object(cache: Cache, linker: Linker, msgpack: str) -> str:
+def _packer_object(
+    cache: Cache, toolchain: Toolchain, interpreter: Interpreter, msgpack: str
+) -> str:
     """msgpack's C packer, compiled."""
-    key = digest_of(linker.interpreter.key, msgpack)
+    key = digest_of(interpreter.key, msgpack)
 
     def make(folder: str) -> None:
         source = os.path.join(msgpack, "msgpack", "_cmsgpack.c")
         output = os.path.join(folder, "_cmsgpack.o")
+        linker = Linker(toolchain=toolchain, interpreter=interpreter)
         # Generated by Cython: its warnings are not ours to fix.
         linker.compile(source, output, "-w", f"-I{msgpack}", cwd=folder)
 
