@@ -40,7 +40,7 @@ def build_guest(
     arch: str, kernel_spec: str, dist: str, *, refresh_kernel: bool, sizes: bool
 ) -> None:
     """Make `dist`/guest/`arch`/. Everything that is in the cache already is not built again."""
-    ensure_packages()
+    ensure_packages("guest")
     pins = load_pins()
     source = kernel_source(kernel_spec, pins)
     with open_cache() as cache:

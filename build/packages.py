@@ -1,31 +1,73 @@
-"""What the build machine itself must have, and its installation where that is possible."""
+"""What the machine must have, and its installation where that is possible.
+
+    python3 build/packages.py GROUP
+
+The Makefile runs it before each target, before there is a virtual environment. Standard library only.
+"""
 
 import os
 import shutil
 import subprocess
+import sys
 
 from stages import BuildError, run, say
 
-# Debian's and Ubuntu's names; each is needed to build or to unpack, none at run time of the guest.
+# Debian's and Ubuntu's names, by what needs them.
 APT_PACKAGES = {
-    "gcc": "native Python of the guest's version, which freezes the modules",
-    "libc6-dev": "the same",
-    "libffi-dev": "its ctypes, which PyInstaller imports",
-    "make": "CPython's makefiles",
-    "binutils": "readelf, which CPython's configure asks for",
-    "xz-utils": "source tarballs and compressed kernel modules",
-    "zlib1g-dev": "its zlib, which PyInstaller imports",
-    "zstd": "sizes in the final table, compressed kernel modules",
+    "setup": {"python3-venv": "the virtual environment"},
+    "guest": {
+        "binutils": "readelf, which CPython's configure asks for",
+        "gcc": "native Python of the guest's version, which freezes the modules",
+        "libc6-dev": "the same",
+        "libffi-dev": "its ctypes, which PyInstaller imports",
+        "make": "CPython's makefiles",
+        "xz-utils": "source tarballs",
+        "zlib1g-dev": "native Python's zlib, which PyInstaller imports",
+        "zstd": "the table of sizes, compressed kernel modules",
+    },
+    "image": {
+        "busybox-static": "what the demo image holds",
+        "skopeo": "making OCI layouts",
+        "umoci": "making OCI layouts",
+    },
+    "run": {
+        "erofs-utils": "mkfs.erofs: images become disks",
+        "qemu-system-x86": "the virtual machine",
+        "squashfs-tools": "the other disk format",
+    },
+    "test": {
+        "attr": "setfattr: layers with extended attributes",
+        "busybox-static": "the smallest roots",
+        "cpio": "reads what our cpio writer wrote",
+        "mmdebstrap": "a Debian root to boot",
+    },
 }
 
 
-def ensure_packages() -> None:
-    """Install what is missing with apt-get, as root on Debian or Ubuntu; elsewhere leave it to the
-    commands themselves to say what they lack. Raises BuildError where apt-get fails."""
+def main(argv: list[str]) -> int:
+    """Install one group. Exit status 1 and one message where that failed, 2 for a wrong call."""
+    if len(argv) != 1 or argv[0] not in APT_PACKAGES:
+        sys.stderr.write(f"usage: packages.py {'|'.join(APT_PACKAGES)}\n")
+        return 2
+    try:
+        ensure_packages(argv[0])
+    except BuildError as error:
+        say(f"failed: {error}")
+        return 1
+    return 0
+
+
+def ensure_packages(group: str) -> None:
+    """Install what the group lacks with apt-get, as root on Debian or Ubuntu.
+
+    Elsewhere it is left to the programs themselves to say what they miss. Raises BuildError where
+    packages are missing and cannot be installed.
+    """
     dpkg_query = shutil.which("dpkg-query")
     if dpkg_query is None:
         return
-    missing = sorted(set(APT_PACKAGES) - _installed(dpkg_query))
+    wanted = set(APT_PACKAGES[group])
+    missing = sorted(wanted - _installed(dpkg_query, wanted))
     if not missing:
         return
     command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
@@ -40,10 +82,14 @@ def ensure_packages() -> None:
         run(command, env=environment)
 
 
-def _installed(dpkg_query: str) -> set[str]:
-    """Those of APT_PACKAGES that are fully installed."""
-    query = [dpkg_query, "-W", "-f=${binary:Package} ${Status}\\n", *APT_PACKAGES]
+def _installed(dpkg_query: str, names: set[str]) -> set[str]:
+    """Those of `names` that are fully installed."""
+    query = [dpkg_query, "-W", "-f=${binary:Package} ${Status}\\n", *sorted(names)]
     # Exit status 1 only says that a name is unknown, which is an answer here.
     done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
     lines = [line for line in done.stdout.splitlines() if line.endswith(" ok installed")]
     return {line.partition(" ")[0].partition(":")[0] for line in lines}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
