@@ -1,8 +1,8 @@
 """A running agent without PID 1, and a plain blocking host for it.
 
 `AgentProcess` plays PID 1: it starts the frozen program under the name "agent" with one end of a
-supervision pair as descriptor 3. `Host` speaks the protocol over a blocking socket and nothing else,
-so that tests can also say what a proper client never would.
+supervision pair as descriptor 3. `Host` speaks the protocol over a blocking socket and nothing
+else, so that tests can also say what a proper client never would.
 """
 
 import hashlib
@@ -15,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
+
+import pytest
 
 from guest.bootconfig import ImageDefaults
 from guest.connection import Connection, Data, End, Event, Request, Response, Role
@@ -42,7 +44,7 @@ from guest.supervision import (
 )
 
 ROOT = pathlib.Path(__file__).parent.parent
-TOKEN = "correct horse battery staple"  # noqa: S105
+TOKEN = "correct horse battery staple"
 WAIT = 20.0  # seconds that no single answer may take
 
 
@@ -51,12 +53,17 @@ def program() -> list[str]:
     override = os.environ.get("MICROGUEST_AGENT")
     if override:
         return override.split()
-    machine = os.uname().machine
-    return [str(ROOT / "dist" / "guest" / machine / "microguest")]
+    path = ROOT / "dist" / "guest" / os.uname().machine / "microguest"
+    if not path.is_file():
+        pytest.fail(f"{path} does not exist: build it with `make guest`")
+    return [str(path)]
 
 
 class AgentProcess:
-    """One agent. `pid1` is PID 1's end of its supervision pair, `ready_seconds` from exec to ready."""
+    """One agent. `pid1`: PID 1's end of its pair. `ready_seconds`: from exec to ready.
+
+    `root` None: the root is not announced. `prepare` runs in the child before exec.
+    """
 
     def __init__(
         self,
@@ -65,6 +72,7 @@ class AgentProcess:
         image: ImageDefaults | None = None,
         prepare: Any = None,
     ) -> None:
+        command = program()
         self.folder = tempfile.TemporaryDirectory(prefix="agent-")
         self.path = f"{self.folder.name}/agent.sock"
         listener = socket.socket(socket.AF_UNIX)
@@ -82,7 +90,7 @@ class AgentProcess:
         with theirs, listener:
             self.send(configure, [listener.fileno()])
             started = time.monotonic()
-            self.popen = start_with_pair(theirs, prepare)
+            self.popen = start_with_pair(command, theirs, prepare)
         try:
             assert isinstance(self.receive(), AgentReady)
             self.ready_seconds = time.monotonic() - started
@@ -135,9 +143,13 @@ class AgentProcess:
         self.close()
 
 
-def start_with_pair(theirs: socket.socket, prepare: Any) -> subprocess.Popen[bytes]:
-    """Exec the agent with its end of the pair as AGENT_FD."""
-    command = program()
+def start_with_pair(
+    command: list[str], theirs: socket.socket, prepare: Any
+) -> subprocess.Popen[bytes]:
+    """Exec the agent with its end of the pair as AGENT_FD.
+
+    It inherits the end under its old number as well: one descriptor that no child may see.
+    """
     fd = theirs.fileno()
 
     def before_exec() -> None:
@@ -151,7 +163,7 @@ def start_with_pair(theirs: socket.socket, prepare: Any) -> subprocess.Popen[byt
         executable=command[0],
         stdin=subprocess.DEVNULL,
         pass_fds=[AGENT_FD, fd] if fd != AGENT_FD else [fd],
-        preexec_fn=before_exec,
+        preexec_fn=before_exec,  # noqa: PLW1509  no threads run while agents are started
         start_new_session=True,
     )
 
@@ -186,7 +198,6 @@ class Host:
         self.sock.connect(agent.path)
         self.connection = Connection(Role.HOST)
         self._events: list[Event] = []
-        self._unsent = b""
         if hello:
             self.send(Hello(token=token, client="test"))
 
@@ -241,6 +252,28 @@ class Host:
         result = self.request("attach", Attach())
         assert isinstance(result, Started)
         return result
+
+    def send_raw(self, data: bytes) -> None:
+        """Whatever bytes, past the state machine."""
+        self.sock.sendall(data)
+
+    def read_until_closed(self) -> bytes:
+        """What the agent still says before it closes."""
+        data = b""
+        try:
+            while piece := self.sock.recv(65536):
+                data += piece
+        except ConnectionResetError:
+            pass
+        return data
+
+    def refusal(self) -> Failure:
+        """The error frame that must come next."""
+        try:
+            event = self.receive()
+        except Refused as refused:
+            return refused.failure
+        raise AssertionError(f"expected an error frame, got {event!r}")
 
     def write(self, data: bytes, *, end: bool = False) -> None:
         if data:

@@ -1,0 +1,379 @@
+"""What a host gets from processes that the agent starts: every byte, the status, a typed error."""
+
+import hashlib
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from agentharness import AgentProcess, Host, Refused, Result, execute
+
+from guest import frames, limits, messages
+from guest.bootconfig import ImageDefaults
+
+MIB = 1024 * 1024
+GONE = 5.0  # seconds in which a killed process must have disappeared
+
+
+@pytest.fixture(scope="module")
+def agent() -> Iterator[AgentProcess]:
+    image = ImageDefaults(env={"FROM_IMAGE": "yes"})
+    with AgentProcess(image=image) as process:
+        yield process
+
+
+def shell(agent: AgentProcess, script: str, **options: object) -> Result:
+    return execute(agent, "sh", "-c", script, **options)
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + GONE
+    while is_running(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    """Not gone, and no zombie that only waits for whoever inherited it."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+# ── output and status ────────────────────────────────────────────────────────────────────────────
+
+
+def test_output_and_errors_are_separate(agent: AgentProcess) -> None:
+    result = shell(agent, "echo out; echo err >&2")
+    assert (result.stdout, result.stderr) == (b"out\n", b"err\n")
+    assert result.exited.code == 0
+    assert 0 < result.exited.duration < 10
+    assert result.exited.open_streams == ()
+
+
+@pytest.mark.parametrize("code", [0, 1, 7, 126, 255])
+def test_exit_codes_are_exact(agent: AgentProcess, code: int) -> None:
+    assert shell(agent, f"exit {code}").exited.code == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, 34])
+def test_death_by_signal_is_not_an_exit_code(agent: AgentProcess, number: int) -> None:
+    exited = shell(agent, f"kill -{int(number)} $$").exited
+    assert exited.signal == number
+    assert exited.code is None
+
+
+def test_every_byte_written_before_the_exit_arrives(agent: AgentProcess) -> None:
+    for size in (1, 4095, 65536):
+        for _ in range(10):
+            result = execute(agent, "head", "-c", str(size), "/dev/zero")
+            assert len(result.stdout) == size
+
+
+def test_large_output_arrives_whole(agent: AgentProcess) -> None:
+    script = "seq 1 400000; seq 1 100000 >&2"
+    expected = [b"".join(b"%d\n" % n for n in range(1, end + 1)) for end in (400000, 100000)]
+    result = shell(agent, script)
+    assert [result.stdout, result.stderr] == expected
+
+
+def test_stdin_is_at_its_end_unless_asked_for(agent: AgentProcess) -> None:
+    assert execute(agent, "cat").stdout == b""
+
+
+def test_stdin_arrives_with_the_request(agent: AgentProcess) -> None:
+    with Host(agent) as host:
+        host.start("cat", stdin=True)
+        host.write(b"one ")
+        host.write(b"two", end=True)
+        assert host.collect().stdout == b"one two"
+
+
+def test_stdin_that_nobody_reads_is_discarded(agent: AgentProcess) -> None:
+    with Host(agent) as host:
+        host.start("sh", "-c", "exec <&-; sleep 0.2; echo done", stdin=True)
+        for _ in range(4):
+            host.write(b"x" * MIB)
+        host.write(b"", end=True)
+        assert host.collect().stdout == b"done\n"
+
+
+def test_bulk_in_both_directions(agent: AgentProcess) -> None:
+    chunk = os.urandom(MIB)
+    expected = hashlib.sha256(chunk * 20).hexdigest()
+    with Host(agent) as host:
+        host.start("cat", stdin=True)
+        digest, size, exited = host.exchange([chunk] * 20)
+    assert (digest, size, exited.code) == (expected, 20 * MIB, 0)
+
+
+# ── what the process sees ────────────────────────────────────────────────────────────────────────
+
+
+def test_environment_is_the_images_with_dockers_defaults(agent: AgentProcess) -> None:
+    lines = execute(agent, "env", env={"A": "b c"}).stdout.decode().splitlines()
+    assert sorted(lines) == [
+        "A=b c",
+        "FROM_IMAGE=yes",
+        "HOME=/root",
+        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    ]
+
+
+def test_process_has_a_clean_state(agent: AgentProcess) -> None:
+    script = (
+        "ls /proc/self/fd; umask; pwd; ulimit -n; cat /proc/self/oom_score_adj; cut -d' ' -f5,6 "
+        "/proc/self/stat; grep -E 'Sig(Blk|Ign)' /proc/self/status"
+    )
+    limit = shell(agent, "ulimit -n").stdout.decode().strip()
+    with Host(agent) as host:
+        started = host.start("sh", "-c", script)
+        lines = host.collect().stdout.decode().splitlines()
+    assert lines == [
+        *["0", "1", "2", "3", "0022", "/", limit, "0"],
+        f"{started.pid} {started.pid}",
+        "SigBlk:\t0000000000000000",
+        "SigIgn:\t0000000000000000",
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_user_is_taken_from_the_roots_files(agent: AgentProcess) -> None:
+    script = "id -u; id -g; id -G; echo $HOME"
+    by_name = shell(agent, script, user="daemon").stdout.decode().split("\n")
+    assert by_name[:2] == ["1", "1"]
+    assert by_name[3] == "/usr/sbin"
+    by_number = shell(agent, script, user="4711:4712").stdout.decode().split("\n")
+    assert by_number[:4] == ["4711", "4712", "4712", "/"]
+
+
+def test_cwd_and_relative_program(agent: AgentProcess, tmp_path: pathlib.Path) -> None:
+    program = tmp_path / "here"
+    program.write_text("#!/bin/sh\npwd\n")
+    program.chmod(0o755)
+    result = execute(agent, "./here", cwd=str(tmp_path))
+    assert result.stdout.decode() == f"{tmp_path}\n"
+
+
+def test_any_bytes_in_arguments(agent: AgentProcess) -> None:
+    raw = bytes(range(1, 256))
+    assert execute(agent, "printf", "%s", os.fsdecode(raw)).stdout == raw
+
+
+# ── what cannot be started ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("programs")
+    for name, content, mode in (
+        ("plain", "echo hi\n", 0o644),
+        ("no-format", "\x00\x01 not a program", 0o755),
+        ("lost", "#!/no/such/interpreter\n", 0o755),
+    ):
+        (folder / name).write_text(content)
+        (folder / name).chmod(mode)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("argv", "options", "code"),
+    [
+        (["no-such-program"], {}, "not_found"),
+        (["/no/such/program"], {}, "not_found"),
+        (["/etc/passwd/x"], {}, "not_found"),
+        (["{files}/plain"], {}, "permission_denied"),
+        (["/"], {}, "permission_denied"),
+        (["{files}/no-format"], {}, "not_executable"),
+        (["{files}/lost"], {}, "bad_interpreter"),
+        (["true"], {"cwd": "/no/such/folder"}, "bad_cwd"),
+        (["true"], {"cwd": "/etc/passwd"}, "bad_cwd"),
+        (["true"], {"cwd": "relative"}, "bad_cwd"),
+        (["true"], {"user": "no-such-user"}, "bad_user"),
+        (["true"], {"user": "root:no-such-group"}, "bad_user"),
+        (["true", "x" * 3 * MIB], {}, "argument_list_too_long"),
+        ([], {}, "bad_request"),
+        (["a\0b"], {}, "bad_request"),
+    ],
+)
+def test_refused_starts_are_typed(
+    agent: AgentProcess,
+    files: pathlib.Path,
+    argv: list[str],
+    options: dict[str, object],
+    code: str,
+) -> None:
+    before = agent.open_descriptors()
+    with Host(agent) as host, pytest.raises(Refused) as caught:
+        host.start(*(word.replace("{files}", str(files)) for word in argv), **options)
+    assert caught.value.failure.code == code
+    assert agent.children() == []
+    settle(agent, before)
+
+
+# ── endings ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_grandchild_that_holds_stdout_does_not_hold_the_result(agent: AgentProcess) -> None:
+    started = time.monotonic()
+    result = shell(agent, "sleep 30 & echo $!; exit 4")
+    os.kill(int(result.stdout), signal.SIGKILL)
+    assert time.monotonic() - started < limits.STREAM_CAP_AFTER_EXIT + 0.5
+    assert result.exited.code == 4
+    assert result.exited.open_streams == ("stdout", "stderr")
+
+
+def test_grandchild_that_keeps_writing_is_cut_at_the_cap(agent: AgentProcess) -> None:
+    script = "(while :; do echo tick; sleep 0.02; done) 2>&- & echo $! >&2"
+    started = time.monotonic()
+    result = shell(agent, script)
+    os.kill(int(result.stderr), signal.SIGKILL)
+    elapsed = time.monotonic() - started
+    assert limits.STREAM_CAP_AFTER_EXIT <= elapsed < limits.STREAM_CAP_AFTER_EXIT + 0.5
+    assert result.exited.open_streams == ("stdout",)
+    assert result.stdout.count(b"tick") > 5
+
+
+def test_slow_host_gets_what_was_written_before_the_exit(agent: AgentProcess) -> None:
+    """The cut of a held stream counts only while somebody reads."""
+    with Host(agent) as host:
+        host.start("sh", "-c", "head -c 900000 /dev/zero; sleep 30 & echo $! >&2")
+        time.sleep(limits.STREAM_CAP_AFTER_EXIT + 0.5)
+        result = host.collect()
+    os.kill(int(result.stderr), signal.SIGKILL)
+    assert len(result.stdout) == 900000
+    assert "stdout" in result.exited.open_streams
+
+
+def test_lost_host_ends_the_whole_tree(agent: AgentProcess) -> None:
+    with Host(agent) as host:
+        host.start("sh", "-c", "trap '' TERM HUP; sleep 100 & echo $$ $!; wait; sleep 100")
+        event = host.receive()
+        pids = [int(word) for word in event.data.split()]  # type: ignore[union-attr]
+    for pid in pids:
+        wait_until_gone(pid)
+
+
+def test_lost_host_is_noticed_while_stdin_is_stuck(agent: AgentProcess) -> None:
+    with Host(agent) as host:
+        started = host.start("sleep", "100", stdin=True)
+        host.sock.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            host.write(b"x" * MIB)
+    wait_until_gone(started.pid)
+
+
+def test_lost_host_is_noticed_while_output_is_stuck(agent: AgentProcess) -> None:
+    with Host(agent) as host:
+        started = host.start("yes")
+        time.sleep(0.2)
+    wait_until_gone(started.pid)
+
+
+def test_signals_reach_the_process_or_its_group(agent: AgentProcess) -> None:
+    child = "trap 'echo child; exit' USR1; echo up; while :; do sleep 0.05; done"
+    script = f'trap "echo parent" USR1; sh -c "{child}" & wait; wait'
+    for target, expected in (("group", b"child"), ("process", b"parent")):
+        with Host(agent) as host:
+            host.start("sh", "-c", script)
+            assert host.receive().data == b"up\n"  # type: ignore[union-attr]
+            host.signal(signal.SIGUSR1, target)
+            seen = host.receive().data  # type: ignore[union-attr]
+            if target == "process":
+                assert seen == b"parent\n"
+            while expected not in seen:
+                seen += host.receive().data  # type: ignore[union-attr]
+            host.signal(signal.SIGKILL)
+
+
+def test_unknown_signal_is_an_error(agent: AgentProcess) -> None:
+    with Host(agent) as host:
+        started = host.start("sleep", "100")
+        payload = messages.pack({"signal": 99})
+        host.send_raw(frames.header(len(payload), frames.Kind.CONTROL) + payload)
+        assert host.refusal().code == "bad_request"
+    wait_until_gone(started.pid)
+
+
+def test_timeout_ends_the_tree_gently(agent: AgentProcess) -> None:
+    result = shell(agent, "trap 'echo bye; exit 9' TERM; while :; do sleep 0.02; done", timeout=0.2)
+    assert result.exited.timed_out
+    assert (result.stdout, result.exited.code) == (b"bye\n", 9)
+
+
+def test_timeout_ends_what_ignores_it(agent: AgentProcess) -> None:
+    started = time.monotonic()
+    result = shell(agent, "trap '' TERM; echo $$; while :; do sleep 0.02; done", timeout=0.2)
+    assert result.exited.timed_out
+    assert result.exited.signal == signal.SIGKILL
+    assert time.monotonic() - started < 0.2 + limits.TIMEOUT_GRACE + 1
+    wait_until_gone(int(result.stdout))
+
+
+def test_no_timeout_no_flag(agent: AgentProcess) -> None:
+    assert not shell(agent, "exit 0", timeout=10.0).exited.timed_out
+
+
+# ── many ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def settle(agent: AgentProcess, descriptors: int) -> None:
+    """The agent must return to what it had; closing may be a moment behind the last frame."""
+    deadline = time.monotonic() + GONE
+    while agent.open_descriptors() > descriptors or agent.children():
+        assert time.monotonic() < deadline, (agent.open_descriptors(), agent.children())
+        time.sleep(0.01)
+
+
+def test_nothing_grows_over_many_processes(agent: AgentProcess) -> None:
+    execute(agent, "true")
+    before = agent.open_descriptors()
+    for number in range(300):
+        assert shell(agent, f"exit {number % 8}").exited.code == number % 8
+    settle(agent, before)
+
+
+def test_many_at_once_do_not_mix(agent: AgentProcess) -> None:
+    execute(agent, "true")
+    before = agent.open_descriptors()
+    failures: list[object] = []
+
+    def run(number: int) -> None:
+        result = shell(agent, f"echo {number}; sleep 0.05; echo {number} >&2; exit {number}")
+        expected = b"%d\n" % number
+        if (result.stdout, result.stderr, result.exited.code) != (expected, expected, number):
+            failures.append((number, result.stdout, result.stderr, result.exited))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    settle(agent, before)
+
+
+def test_a_host_that_does_not_read_disturbs_nobody(agent: AgentProcess) -> None:
+    resident = agent.resident_kib()
+    stalled = [Host(agent) for _ in range(8)]
+    try:
+        for host in stalled:
+            host.start("yes")
+        time.sleep(0.3)
+        started = time.monotonic()
+        for _ in range(10):
+            assert execute(agent, "echo", "ok").stdout == b"ok\n"
+        assert time.monotonic() - started < 2
+        assert agent.resident_kib() - resident < 4096
+    finally:
+        for host in stalled:
+            host.sock.close()
+    deadline = time.monotonic() + GONE
+    while agent.children():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

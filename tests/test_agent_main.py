@@ -1,0 +1,126 @@
+"""The workload that PID 1 started, as hosts that attach to it see it."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+from agentharness import AgentProcess, Host, Refused
+
+from guest.connection import Data, Request
+from guest.messages import Attach
+from guest.status import exit_fields
+from guest.supervision import MainCollected, MainExited, MainStarted
+
+
+class Workload:
+    """A process with pipes, started and waited for by the test as PID 1 would."""
+
+    def __init__(self, agent: AgentProcess, *argv: str) -> None:
+        self.agent = agent
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            argv, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+        ) as popen:
+            assert popen.stdin
+            assert popen.stdout
+            assert popen.stderr
+            streams = [popen.stdin, popen.stdout, popen.stderr]
+            self.pid = popen.pid
+            agent.send(MainStarted(pid=popen.pid), [stream.fileno() for stream in streams])
+            for stream in streams:
+                stream.close()
+            popen.returncode = 0  # the test waits for it itself
+
+    def wait(self) -> None:
+        _, status = os.waitpid(self.pid, 0)
+        self.agent.send(MainExited(**exit_fields(status), duration=1.25))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def agent() -> Iterator[AgentProcess]:
+    with AgentProcess() as process:
+        yield process
+
+
+def test_output_status_and_collection(agent: AgentProcess) -> None:
+    workload = Workload(agent, "sh", "-c", "echo out; echo err >&2; exit 6")
+    workload.wait()
+    with Host(agent) as host:
+        started = host.attach()
+        assert (started.id, started.pid) == ("main", workload.pid)
+        result = host.collect()
+    assert (result.stdout, result.stderr) == (b"out\n", b"err\n")
+    assert result.exited.code == 6
+    assert result.exited.duration == 1.25
+    assert agent.receive() == MainCollected()
+
+
+def test_attach_before_the_workload_exists(agent: AgentProcess) -> None:
+    with Host(agent) as host:
+        host.send(Request(op="attach", args=Attach()))
+        time.sleep(0.1)
+        workload = Workload(agent, "echo", "here")
+        host.receive()
+        workload.wait()
+        assert host.collect().stdout == b"here\n"
+
+
+def test_stdin_and_signals(agent: AgentProcess) -> None:
+    workload = Workload(agent, "sh", "-c", "read line; echo got $line; exec sleep 100")
+    with Host(agent) as host:
+        host.attach()
+        host.write(b"hello\n")
+        event = host.receive()
+        assert isinstance(event, Data)
+        assert event.data == b"got hello\n"
+        host.signal(signal.SIGTERM)
+        workload.wait()
+        assert host.collect().exited.signal == signal.SIGTERM
+
+
+def test_losing_the_host_does_not_end_the_workload(agent: AgentProcess) -> None:
+    workload = Workload(agent, "cat")
+    with Host(agent) as host:
+        host.attach()
+        host.write(b"first\n")
+        host.receive()
+    deadline = time.monotonic() + 5
+    while True:
+        with Host(agent) as host:
+            try:
+                host.attach()
+            except Refused:
+                assert time.monotonic() < deadline  # the first may not be noticed to be gone yet
+                continue
+            host.write(b"second\n", end=True)
+            workload.wait()
+            assert host.collect().stdout == b"second\n"
+            break
+    assert agent.receive() == MainCollected()
+
+
+def test_only_one_host_at_a_time(agent: AgentProcess) -> None:
+    workload = Workload(agent, "cat")
+    with Host(agent) as first:
+        first.attach()
+        with Host(agent) as second:
+            second.send(Request(op="attach", args=Attach()))
+            assert second.refusal().code == "too_busy"
+        first.write(b"", end=True)
+        workload.wait()
+        assert first.collect().exited.code == 0
+
+
+def test_attaching_again_after_the_end_gives_the_status(agent: AgentProcess) -> None:
+    workload = Workload(agent, "echo", "once")
+    workload.wait()
+    outputs = []
+    for _ in range(2):
+        with Host(agent) as host:
+            host.attach()
+            outputs.append(host.collect().stdout)
+        assert agent.receive() == MainCollected()
+    assert outputs == [b"once\n", b""]

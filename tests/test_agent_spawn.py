@@ -1,0 +1,83 @@
+"""Starting programs on kernels that lack the newer calls, and what starting the agent may cost."""
+
+import ctypes
+import errno
+import pathlib
+import struct
+import subprocess
+import sys
+
+import pytest
+from agentharness import AgentProcess, Host, Refused, execute
+
+PROJECT = pathlib.Path(__file__).parent.parent
+
+PR_SET_SECCOMP = 22
+PR_SET_NO_NEW_PRIVS = 38
+SECCOMP_MODE_FILTER = 2
+SECCOMP_RET_ALLOW = 0x7FFF0000
+SECCOMP_RET_ERRNO = 0x00050000
+LOAD_NUMBER = 0x20  # BPF_LD | BPF_W | BPF_ABS, of seccomp_data.nr at offset 0
+JUMP_EQUAL = 0x15
+RETURN = 0x06
+CLONE3, CLOSE_RANGE = 435, 436  # the same on every architecture
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def hide_newer_calls() -> None:
+    """Let clone3 and close_range fail as on a kernel before 5.3 and 5.9, from here on."""
+    program = [
+        (LOAD_NUMBER, 0, 0, 0),
+        (JUMP_EQUAL, 2, 0, CLONE3),
+        (JUMP_EQUAL, 1, 0, CLOSE_RANGE),
+        (RETURN, 0, 0, SECCOMP_RET_ALLOW),
+        (RETURN, 0, 0, SECCOMP_RET_ERRNO | errno.ENOSYS),
+    ]
+    code = b"".join(struct.pack("=HBBI", *line) for line in program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    filters = struct.pack("@HP", len(program), ctypes.addressof(buffer))
+    for arguments in (
+        (PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),
+        (PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filters, 0, 0),
+    ):
+        if LIBC.prctl(*arguments):
+            raise OSError(ctypes.get_errno(), "prctl")
+
+
+def test_older_kernels_start_programs_too() -> None:
+    with AgentProcess(prepare=hide_newer_calls) as agent:
+        result = execute(agent, "sh", "-c", "ls /proc/self/fd; exit 3")
+        assert (result.stdout.split(), result.exited.code) == ([b"0", b"1", b"2", b"3"], 3)
+        before = agent.open_descriptors()
+        with Host(agent) as host, pytest.raises(Refused) as caught:
+            host.start("true", cwd="/no/such/folder")
+        assert caught.value.failure.code == "bad_cwd"
+        assert caught.value.failure.fields["step"] == "chdir"
+        assert agent.children() == []
+        assert agent.open_descriptors() <= before + 1
+        for _ in range(50):
+            assert execute(agent, "true").exited.code == 0
+
+
+# What the agent may import beyond trio and msgpack; each is start-up time of every machine. json
+# comes with the first message on the supervision pair.
+OWN = ("agent", "guest")
+STANDARD_LIBRARY = {"resource", "termios"}
+
+COUNT = """
+import sys, types
+sys.modules["_guestsys"] = types.ModuleType("_guestsys")
+import trio, msgpack
+before = set(sys.modules)
+import agent.main
+print("\\n".join(set(sys.modules) - before))
+"""
+
+
+def test_agent_imports_next_to_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    foreign = {name for name in done.stdout.split() if name.split(".")[0] not in OWN}
+    assert foreign == STANDARD_LIBRARY
