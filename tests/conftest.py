@@ -37,13 +37,12 @@ def nothing_left_behind() -> Iterator[None]:
     """Fail a test that leaves a descriptor, thread or child process, naming it."""
     before = {kind: look() for kind, look in RESOURCES.items()}
     yield
-    gc.collect()
     deadline = time.monotonic() + LEAK_GRACE
     while left := _left(before):
         if time.monotonic() > deadline:
             pytest.fail("the test left behind: " + "; ".join(left))
+        gc.collect()  # only now: it takes long, and what is in a cycle was left behind so far
         time.sleep(0.01)
-        gc.collect()
 
 
 def _left(before: dict[str, dict[str, str]]) -> list[str]:
