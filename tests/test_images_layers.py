@@ -374,6 +374,11 @@ def home_of_a_user() -> Iterator[Path]:
     shutil.rmtree(home)
 
 
+def test_disk_of_a_directory_is_not_made_inside_it(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="where its disk is to be made"):
+        images.as_disk(images.open_image(f"dir:{tmp_path.parent}"), tmp_path)
+
+
 def test_a_user_can_prepare_images_too(home_of_a_user: Path) -> None:
     """A user's directory is the user's own; a user's disk has the image's owners all the same."""
     factory.require("tar", "sqfstar", "mount", root=True)

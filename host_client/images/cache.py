@@ -150,7 +150,7 @@ class Cache:
 
     def _record(self, content: str) -> None:
         record = json.dumps({"bytes": _disk_usage(content)})
-        with open(os.path.join(content, "entry.json"), "w", encoding="ascii") as file:
+        with open(os.path.join(content, "entry.json"), "w", encoding="utf-8") as file:
             file.write(record)
 
     def _recorded_bytes(self, key: str) -> int:

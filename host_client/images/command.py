@@ -79,10 +79,12 @@ def run_command(
     timer = threading.Timer(seconds, expire)
     timer.start()
     try:
+        fed = not feed
         with contextlib.suppress(BrokenPipeError):  # its exit status says why it stopped reading
             if feed and process.stdin:
                 with process.stdin:
                     feed(process.stdin)
+                    fed = True
         if drain and process.stdout:
             with process.stdout:
                 drain(process.stdout)
@@ -97,6 +99,8 @@ def run_command(
         raise ImageError(f"command was not done after {seconds:g} s and was killed: {_line(argv)}")
     if process.returncode != 0:
         raise _failure(argv, process.returncode, said, writes_to)
+    if not fed:
+        raise ImageError(f"command stopped reading its input too early: {_line(argv)}\n{said}")
     return said
 
 

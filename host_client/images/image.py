@@ -161,6 +161,8 @@ def as_disk(
     on each call and takes no `fstype`. Raises ImageError, and leaves nothing behind then.
     """
     if image.digest is None:
+        if Path(work_dir).resolve().is_relative_to(image.path.resolve()):
+            raise ImageError(f"{image.reference} holds {work_dir}, where its disk is to be made")
         with _readable_errors(f"{image.reference}"):
             path, made = recipes.make_disk_of_directory(
                 str(image.path), os.path.join(os.path.abspath(work_dir), "root")

@@ -46,7 +46,7 @@ COMMAND_OUTPUT_BYTES = 8 << 10
 class Limits:
     """What one image may cost. Tests lower these; there is no reason to raise them in a program.
 
-    entries:    tar entries over all layers (an entry costs about 0.5 KiB of memory).
+    entries:    tar entries over all layers (an entry costs about 0.6 KiB of memory).
     bytes:      decompressed bytes over all layers, which is also the temporary disk space.
     """
 

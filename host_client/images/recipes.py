@@ -44,11 +44,9 @@ def _make_erofs(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
     def feed(pipe: IO[bytes]) -> None:
         export.write_tar(tree, layers, export.EROFS, pipe)
 
-    run_command(
-        [require_command("mkfs.erofs"), "--tar=f", "--quiet", path],
-        feed=feed,
-        writes_to=os.path.dirname(path),
-    )
+    argv = [require_command("mkfs.erofs"), "--quiet"]
+    argv += ["-zlz4", "-C16384"] if "lz4" in _erofs_options() else []
+    run_command([*argv, "--tar=f", path], feed=feed, writes_to=os.path.dirname(path))
 
 
 def _make_squashfs(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:

@@ -110,9 +110,7 @@ class _Header:
     def __init__(self, block: bytes, where: int) -> None:
         self.where = where
         stored = self._number(block[148:156], "checksum")
-        blanked = block[:148] + b" " * 8 + block[156:]
-        signed = sum(b - 256 if b > 127 else b for b in blanked)
-        if stored not in (sum(blanked), signed):
+        if stored != _checksum(block) and stored != _signed_checksum(block):
             raise self.bad("a wrong checksum: this is not a tar archive, or it is damaged")
         self.name = _string(block[0:100])
         self.mode = self._number(block[100:108], "mode") & 0o7777
@@ -146,6 +144,16 @@ class _Header:
 
     def bad(self, what: str) -> ImageError:
         return ImageError(f"tar archive has, in the header at byte {self.where}, {what}")
+
+
+def _checksum(block: bytes) -> int:
+    """The sum of all bytes, those of the checksum itself counted as spaces."""
+    return sum(block) - sum(block[148:156]) + 8 * 0x20
+
+
+def _signed_checksum(block: bytes) -> int:
+    """As some historic tars summed: with signed bytes."""
+    return _checksum(block) - 256 * sum(b > 127 for b in block[:148] + block[156:])
 
 
 def _string(raw: bytes) -> bytes:
