@@ -96,6 +96,8 @@ def parse(arguments: list[str]) -> tuple[str, str, int]:
         values[name] = value
     if len(arguments) % 2 or not (values["--root"] and values["--run"]):
         raise ValueError("needs --root DIR and --run DIR")
+    if not values["--parent"].isdecimal():
+        raise ValueError("--parent needs a process id")
     return values["--root"], values["--run"], int(values["--parent"])
 
 

@@ -89,12 +89,15 @@ def mount_overlay(layers: int) -> None:
     """The layers 0 to `layers` - 1 under the upper, at NEW_ROOT."""
     # The merged root directory has the upper's owner and mode; it should have the image's.
     top = os.stat(f"{LAYERS}/0")
-    with call("chown", f"{UPPER}/upper"):
-        os.chown(f"{UPPER}/upper", top.st_uid, top.st_gid)
-    os.chmod(f"{UPPER}/upper", stat.S_IMODE(top.st_mode))
+    unprivileged = in_user_namespace()  # the owner is then somebody who has no number here
+    if not unprivileged:
+        with call("chown", f"{UPPER}/upper"):
+            os.chown(f"{UPPER}/upper", top.st_uid, top.st_gid)
+    with call("chmod", f"{UPPER}/upper"):
+        os.chmod(f"{UPPER}/upper", stat.S_IMODE(top.st_mode))
     lower = ":".join(f"{LAYERS}/{index}" for index in range(layers))
     options = f"lowerdir={lower},upperdir={UPPER}/upper,workdir={UPPER}/work"
-    if in_user_namespace():
+    if unprivileged:
         options += ",userxattr"  # trusted.* attributes are not for us (kernel: overlayfs.rst)
     ensure_directory(NEW_ROOT)
     mount("overlay", NEW_ROOT, "overlay", 0, options)

@@ -1,0 +1,266 @@
+"""The frozen program run as PID 1 in namespaces, straight through its launcher, for test_init_*.
+
+Nothing of host_client is involved: the boot config is written by hand and the reports are read off
+the socket line by line.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+PROGRAM = PROJECT / "dist" / "guest" / platform.machine() / "microguest"
+BUSYBOX = shutil.which("busybox")
+TOKEN = "0123456789abcdef0123456789abcdef"
+CONSOLE_MARK = "microguest-report: "
+# In boot order, as docs/boot.md lists them; `ready` is reported after the last of these.
+STEPS = (
+    "api-mounts",
+    "config",
+    "modules",
+    "listener",
+    "report",
+    "agent-start",
+    "root-lower",
+    "root-upper",
+    "root-overlay",
+    "switch-root",
+    "network",
+    "agent-ready",
+)
+
+Found = TypeVar("Found")
+Config = dict[str, Any]
+Report = tuple[str, dict[str, Any]]
+
+
+def require_program() -> None:
+    if not PROGRAM.exists():
+        pytest.skip(f"{PROGRAM} is missing: make guest")
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    if BUSYBOX is None:
+        pytest.skip("needs busybox: apt install busybox-static")
+
+
+def make_root(folder: Path) -> Path:
+    """A small image: busybox under all its names, passwd and group with a user `tester`."""
+    assert BUSYBOX is not None
+    for name in ("bin", "etc", "tmp"):
+        (folder / name).mkdir(parents=True)
+    folder.chmod(0o755)
+    (folder / "tmp").chmod(0o1777)
+    shutil.copy(BUSYBOX, folder / "bin" / "busybox")
+    listing = subprocess.run([BUSYBOX, "--list"], check=True, capture_output=True, text=True)
+    for applet in listing.stdout.split():
+        if applet != "busybox":
+            (folder / "bin" / applet).symlink_to("busybox")
+    (folder / "etc" / "passwd").write_text(
+        "root:x:0:0::/root:/bin/sh\ntester:x:1000:1000::/home/tester:/bin/sh\n"
+    )
+    (folder / "etc" / "group").write_text("root:x:0:\ntester:x:1000:\nextra:x:2000:tester\n")
+    return folder
+
+
+def boot_config(argv: list[str] | None = None, **workload: object) -> Config:
+    """A boot config that works, with `argv` as the workload (None: no workload)."""
+    config: Config = {
+        "machine": "namespaces",
+        "root": {"lower": [{"kind": "directory", "path": "/microguest/lower"}]},
+        "agent": {
+            "listen": {"transport": "unix", "path": "/microguest/host/agent.sock"},
+            "token": TOKEN,
+        },
+        "report": {"transport": "unix", "path": "/microguest/host/report.sock"},
+    }
+    if argv is not None:
+        config["workload"] = {"argv": argv, **workload}
+    return config
+
+
+class Machine:
+    """`with Machine(root, config) as machine:` starts it; leaving kills what is left of it."""
+
+    def __init__(
+        self,
+        root: Path,
+        config: Config | str,
+        *,
+        listen: bool = True,
+        user: int | None = None,
+    ) -> None:
+        self.root = root
+        self.config = config if isinstance(config, str) else json.dumps(config)
+        self.listen = listen
+        self.user = user
+
+    def __enter__(self) -> Self:
+        self._cleanup = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            self._start(stack)
+            self._cleanup = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._cleanup.close()
+
+    def _start(self, stack: contextlib.ExitStack) -> None:
+        # A short path: a Unix socket's has at most 107 characters.
+        self.run = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mg-")))
+        self.host = self.run / "host"
+        self.host.mkdir()
+        boot = self.run / "boot.json"
+        boot.touch(mode=0o600)
+        boot.write_text(self.config)
+        self._listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        if self.listen:
+            self._listener.bind(str(self.host / "report.sock"))
+            self._listener.listen(1)
+        if self.user is not None:
+            for path in (self.run, self.host, *self.host.iterdir(), boot):
+                os.chown(path, self.user, self.user)
+        self._console = stack.enter_context((self.run / "console").open("w+b"))
+        self._reports: Iterator[Report] | None = None
+        identity: dict[str, Any] = {}
+        if self.user is not None:
+            identity = {"user": self.user, "group": self.user, "extra_groups": []}
+        command = [str(PROGRAM), "namespaces", "--root", str(self.root), "--run", str(self.run)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._console,
+            stderr=self._console,
+            **identity,
+        )
+        stack.callback(self._end)
+
+    def _end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def wait(self, timeout: float = 10.0) -> int:
+        """The launcher's exit code."""
+        return self.process.wait(timeout)
+
+    @property
+    def console(self) -> str:
+        """All that was written to the console so far."""
+        return (self.run / "console").read_text(errors="backslashreplace")
+
+    def console_report(self) -> Report:
+        """The one report on the console."""
+        lines = [line for line in self.console.splitlines() if line.startswith(CONSOLE_MARK)]
+        assert len(lines) == 1, self.console
+        return parse(lines[0].removeprefix(CONSOLE_MARK))
+
+    def report(self, name: str, timeout: float = 20.0) -> dict[str, Any]:
+        """The fields of the next report, which must be `name`."""
+        if self._reports is None:
+            self._reports = self._read_reports(timeout)
+        found, fields = next(self._reports, ("no report", {}))
+        assert found == name, f"{found} {fields}; console: {self.console}"
+        return fields
+
+    def no_more_reports(self) -> None:
+        """PID 1 closed the connection without another report."""
+        assert self._reports is not None
+        assert next(self._reports, None) is None
+
+    def _read_reports(self, timeout: float) -> Iterator[Report]:
+        self._listener.settimeout(timeout)
+        try:
+            connection, _ = self._listener.accept()
+        except TimeoutError:
+            pytest.fail(f"no report connection; console: {self.console}")
+        self._cleanup.enter_context(connection)
+        connection.settimeout(timeout)
+        file = self._cleanup.enter_context(connection.makefile("rb"))
+        for line in file:
+            yield parse(line)
+
+    def init_pid(self) -> int:
+        """PID 1, as the host numbers it."""
+        return wait_for(lambda: next(iter(children(self.process.pid)), 0), "PID 1")
+
+    def agent_pid(self) -> int:
+        """The agent, as the host numbers it."""
+        init = self.init_pid()
+        return wait_for(
+            lambda: next((pid for pid in children(init) if command_of(pid) == ["agent"]), 0),
+            "the agent",
+        )
+
+    def everybody(self) -> set[int]:
+        """Every process inside, and the launcher."""
+        found = {self.process.pid}
+        for pid in found.copy():
+            found |= descendants(pid)
+        return found
+
+
+def parse(line: str | bytes) -> Report:
+    ((name, fields),) = json.loads(line).items()
+    return name, fields
+
+
+def children(parent: int) -> list[int]:
+    """Pids of the processes whose parent is `parent`."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and _stat(int(name))[1:2] == [str(parent)]:
+            found.append(int(name))
+    return sorted(found)
+
+
+def descendants(pid: int) -> set[int]:
+    found: set[int] = set()
+    for child in children(pid):
+        found |= {child} | descendants(child)
+    return found
+
+
+def state_of(pid: int) -> str:
+    """As in ps(1); "" where there is no such process."""
+    return next(iter(_stat(pid)), "")
+
+
+def _stat(pid: int) -> list[str]:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()
+
+
+def command_of(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
+    except OSError:
+        return []
+
+
+def wait_for(look: Callable[[], Found], what: str, timeout: float = 10.0) -> Found:
+    """What `look()` returns, once that is true."""
+    deadline = time.monotonic() + timeout
+    while not (found := look()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what}: not after {timeout} s")
+        time.sleep(0.01)
+    return found

@@ -1,0 +1,114 @@
+"""PID 1 and its agent: a crash is an event that neither listener nor workload notices."""
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from init_machine import TOKEN, Machine, boot_config, make_root, require_program, state_of, wait_for
+
+from guest.connection import Connection, Event, Role
+from guest.messages import Hello, Welcome
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require_program()
+    return make_root(tmp_path_factory.mktemp("image"))
+
+
+def call_agent(machine: Machine) -> socket.socket:
+    """A connection to the agent's socket, with a hello sent on it."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(15)
+    connection.connect(str(machine.host / "agent.sock"))
+    connection.sendall(Connection(Role.HOST).send(Hello(token=TOKEN)))
+    return connection
+
+
+def assert_welcomed(connection: socket.socket) -> None:
+    protocol = Connection(Role.HOST)
+    protocol.send(Hello(token=TOKEN))
+    events: list[Event] = []
+    while not events:
+        data = connection.recv(65536)
+        assert data, "closed without a welcome"
+        events = protocol.receive(data)
+    assert isinstance(events[0], Welcome)
+
+
+def test_a_host_that_is_early_waits_in_the_backlog(root: Path) -> None:
+    with Machine(root, boot_config()) as machine:
+        wait_for((machine.host / "agent.sock").exists, "the listener")
+        wait_for(lambda: _connects(machine), "a backlog")
+        with call_agent(machine) as connection:
+            assert_welcomed(connection)
+
+
+def _connects(machine: Machine) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(machine.host / "agent.sock")) == 0
+
+
+def test_socket_is_for_its_user_only(root: Path) -> None:
+    with Machine(root, boot_config()) as machine:
+        machine.report("ready")
+        assert (machine.host / "agent.sock").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_killed_agent_is_reported_and_started_again(root: Path) -> None:
+    with Machine(root, boot_config(["sleep", "1000"])) as machine:
+        machine.report("ready")
+        machine.report("workload_started")
+        for crashes, restart_in in ((1, 0.0), (2, 0.1)):
+            first = machine.agent_pid()
+            os.kill(first, signal.SIGSTOP)  # it cannot answer what comes now
+            with call_agent(machine) as connection:
+                os.kill(first, signal.SIGKILL)
+                exited = machine.report("agent_exited")
+                assert exited["signal"] == signal.SIGKILL
+                assert exited["crashes"] == crashes
+                assert exited["restart_in"] == pytest.approx(restart_in, abs=0.05)
+                assert_welcomed(connection)
+            assert machine.agent_pid() != first
+        machine.process.terminate()
+        assert machine.report("stopping")["status"] == "shutdown"
+        assert machine.wait(10) == 0
+
+
+def test_an_attached_workload_outlives_the_agent(root: Path) -> None:
+    script = "while :; do echo line; sleep 0.02; done"
+    config = boot_config(["sh", "-c", script], stdio="attached")
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        machine.report("workload_started")
+        first = machine.agent_pid()
+        os.kill(first, signal.SIGKILL)
+        machine.report("agent_exited")
+        second = wait_for(lambda: (pid := machine.agent_pid()) != first and pid, "another agent")
+        wait_for(lambda: _script_runs(machine), "the workload")
+        with call_agent(machine) as connection:
+            assert_welcomed(connection)
+        assert machine.agent_pid() == second
+        assert _script_runs(machine)
+        machine.process.terminate()
+        assert machine.report("stopping")["status"] == "shutdown"
+        assert machine.wait(10) == 0
+
+
+def _script_runs(machine: Machine) -> bool:
+    return any(
+        "echo line" in Path(f"/proc/{pid}/cmdline").read_text()
+        for pid in machine.everybody()
+        if state_of(pid)
+    )
+
+
+def test_agent_is_named_and_has_no_environment(root: Path) -> None:
+    with Machine(root, boot_config()) as machine:
+        machine.report("ready")
+        process = Path(f"/proc/{machine.agent_pid()}")
+        assert (process / "cmdline").read_bytes() == b"agent\0"
+        assert (process / "comm").read_text() == "agent\n"
+        assert (process / "environ").read_bytes() == b""

@@ -1,0 +1,142 @@
+"""Boots that cannot work: each says which step failed on what, and ends within five seconds."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from init_machine import Config, Machine, boot_config, make_root, require_program
+
+BOUND = 5.0  # seconds from the launch to the power-off
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require_program()
+    return make_root(tmp_path_factory.mktemp("image"))
+
+
+def missing_lower(config: Config) -> None:
+    config["root"]["lower"][0]["path"] = "/microguest/nothing"
+
+
+def lower_is_a_file(config: Config) -> None:
+    config["root"]["lower"][0]["path"] = "/init"
+
+
+def no_such_listen_folder(config: Config) -> None:
+    config["agent"]["listen"]["path"] = "/nowhere/agent.sock"
+
+
+def same_layer_twice(config: Config) -> None:
+    config["root"]["lower"] *= 2
+
+
+def image_too_large(config: Config) -> None:
+    config["image"] = {"env": {"BIG": "x" * 70_000}}
+
+
+@pytest.mark.parametrize(
+    ("damage", "step", "syscall", "path", "number"),
+    [
+        (missing_lower, "root-lower", "open", "/microguest/nothing", errno.ENOENT),
+        (lower_is_a_file, "root-lower", "open", "/init", errno.ENOTDIR),
+        (no_such_listen_folder, "listener", "bind", "/nowhere/agent.sock", errno.ENOENT),
+        (same_layer_twice, "root-overlay", "mount", "/newroot", errno.ELOOP),
+    ],
+)
+def test_a_failing_call_is_told_to_the_host_and_on_the_console(
+    root: Path,
+    damage: Callable[[Config], None],
+    step: str,
+    syscall: str,
+    path: str,
+    number: int,
+) -> None:
+    config = boot_config(["true"])
+    damage(config)
+    with Machine(root, config) as machine:
+        assert machine.wait(BOUND) == 0
+        failed = machine.report("boot_failed")
+        assert (failed["step"], failed["syscall"]) == (step, syscall)
+        assert (failed["path"], failed["errno"]) == (path, number)
+        assert path in failed["message"]
+        done = [entry["name"] for entry in failed.pop("steps")]
+        assert done[:2] == ["api-mounts", "config"]
+        assert step not in done
+        assert machine.console_report() == ("boot_failed", failed)
+        assert machine.report("stopping")["status"] == "boot-failed"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not a JSON document"),
+        ("", "not a JSON document"),
+        ("[1]", "expected a map"),
+        (json.dumps({**boot_config(), "colour": "red"}), "unknown field colour"),
+        (json.dumps({**boot_config(), "root": {"lower": []}}), "root.lower"),
+        (json.dumps({**boot_config(), "hostname": 7}), "hostname"),
+        (json.dumps({**boot_config(), "schema": 99}), "schema: 99"),
+    ],
+)
+def test_a_bad_config_is_told_on_the_console(root: Path, text: str, said: str) -> None:
+    with Machine(root, text) as machine:
+        assert machine.wait(BOUND) == 0
+        name, failed = machine.console_report()
+        assert (name, failed["step"]) == ("boot_failed", "config")
+        assert said in failed["message"]
+        assert failed["path"] == "/microguest/boot.json"
+
+
+def test_the_token_of_a_bad_config_is_not_shown(root: Path) -> None:
+    config = boot_config()
+    config["agent"]["token"] = "secret-but-7"
+    with Machine(root, config) as machine:
+        assert machine.wait(BOUND) == 0
+        assert "token" in machine.console
+        assert "secret" not in machine.console
+
+
+def test_nobody_listens_for_reports(root: Path) -> None:
+    with Machine(root, boot_config(["true"]), listen=False) as machine:
+        assert machine.wait(BOUND) == 0
+        _, failed = machine.console_report()
+        assert (failed["step"], failed["syscall"]) == ("report", "connect")
+        assert failed["path"] == "/microguest/host/report.sock"
+        assert failed["errno"] == errno.ENOENT
+
+
+def test_no_report_endpoint_is_no_failure(root: Path) -> None:
+    config = boot_config(["echo", "ran"])
+    del config["report"]
+    with Machine(root, config, listen=False) as machine:
+        assert machine.wait() == 0
+        assert machine.console == "ran\n"
+
+
+def test_image_defaults_that_no_message_holds(root: Path) -> None:
+    config = boot_config(["true"])
+    image_too_large(config)
+    with Machine(root, config) as machine:
+        assert machine.wait(BOUND) == 0
+        _, failed = machine.console_report()
+        assert failed["step"] in ("config", "agent-start")
+        assert "environment" in failed["message"] or "image" in failed["message"]
+
+
+def test_a_host_that_never_reads_does_not_hold_up_the_boot(root: Path) -> None:
+    with Machine(root, boot_config(["true"])) as machine:
+        assert machine.wait() == 0
+
+
+def test_a_missing_disk_is_named_with_those_that_are_there(root: Path) -> None:
+    config = boot_config(["true"])
+    config["root"]["lower"] = [{"kind": "disk", "serial": "no-such", "fstype": "erofs"}]
+    with Machine(root, config) as machine:
+        assert machine.wait(15) == 0
+        failed = machine.report("boot_failed")
+        assert failed["step"] == "root-lower"
+        assert "no-such" in failed["message"]
+        assert "disks:" in failed["message"]

@@ -1,0 +1,124 @@
+"""The launcher: what it refuses, how it ends, and that nothing of a machine is left on the host."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from init_machine import (
+    PROGRAM,
+    Machine,
+    boot_config,
+    make_root,
+    require_program,
+    state_of,
+    wait_for,
+)
+
+NOBODY = 65534
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require_program()
+    return make_root(tmp_path_factory.mktemp("image"))
+
+
+def mounts() -> str:
+    return Path("/proc/self/mountinfo").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_powers_off(root: Path, number: signal.Signals) -> None:
+    with Machine(root, boot_config(["sleep", "1000"])) as machine:
+        machine.report("ready")
+        machine.report("workload_started")
+        machine.process.send_signal(number)
+        assert machine.report("stopping")["status"] == "shutdown"
+        assert machine.wait(5) == 0
+
+
+def test_a_signal_at_any_moment_of_the_boot_powers_off(root: Path) -> None:
+    for delay in (0.0, 0.005, 0.01, 0.02, 0.04, 0.08):
+        with Machine(root, boot_config()) as machine:
+            assert machine.init_pid()
+            time.sleep(delay)
+            machine.process.send_signal(signal.SIGTERM)
+            assert machine.wait(8) == 0, machine.console
+
+
+def test_a_workload_that_ignores_term_is_killed(root: Path) -> None:
+    script = "trap '' TERM; echo ready; while :; do sleep 1; done"
+    with Machine(root, boot_config(["sh", "-c", script])) as machine:
+        wait_for(lambda: "ready" in machine.console, "the trap")
+        machine.process.terminate()
+        assert machine.wait(10) == 0
+
+
+def test_kill_9_of_the_launcher_leaves_no_process(root: Path) -> None:
+    with Machine(root, boot_config(["sh", "-c", "setsid sleep 1000 & sleep 1000"])) as machine:
+        machine.report("ready")
+        machine.report("workload_started")
+        wait_for(lambda: len(machine.everybody()) >= 6, "all processes")
+        everybody = machine.everybody()
+        machine.process.kill()
+        machine.wait()
+        wait_for(lambda: not any(state_of(pid) for pid in everybody), "the end of all", 3)
+
+
+def test_no_mount_is_left_on_the_host(root: Path) -> None:
+    before = mounts()
+    with Machine(root, boot_config(["sleep", "1000"])) as machine:
+        machine.report("ready")
+        assert mounts() == before
+        machine.process.terminate()
+        assert machine.wait(5) == 0
+        assert mounts() == before
+        assert sorted(os.listdir(machine.run)) == ["boot.json", "console", "host"]
+
+
+def test_ordinary_users_may_do_it_too(root: Path) -> None:
+    for folder in (root, *root.parents[:-1]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    with Machine(root, boot_config(), user=NOBODY) as machine:
+        try:
+            machine.report("ready")
+        except AssertionError:
+            if "unshare user namespace" in machine.console:
+                pytest.skip("user namespaces are forbidden to users here")
+            raise
+        machine.process.terminate()
+        assert machine.report("stopping")["status"] == "shutdown"
+        assert machine.wait(10) == 0
+        assert machine.console == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 2, "--root"),
+        (["--root", "/"], 2, "--run"),
+        (["--root", "/", "--run"], 2, "--run"),
+        (["--colour", "red"], 2, "--colour"),
+        (["--root", "/", "--run", "/", "--parent", "x"], 2, "--parent"),
+        (["--root", "/", "--run", "/nothing"], 1, "open /nothing/boot.json: No such file"),
+        (["--root", "/", "--run", "{run}", "--parent", "1"], 1, "process 1"),
+        (["--root", "/nothing", "--run", "{run}"], 1, "open /nothing: No such file"),
+        (["--root", "/etc/passwd", "--run", "{run}"], 1, "open /etc/passwd: Not a directory"),
+        (["--root", "/", "--run", "{run}"], 1, "/host: No such file"),
+    ],
+)
+def test_what_it_cannot_do_is_one_line(
+    tmp_path: Path, arguments: list[str], code: int, said: str
+) -> None:
+    require_program()
+    (tmp_path / "boot.json").write_text("{}")
+    command = [word.format(run=tmp_path) for word in arguments]
+    done = subprocess.run(
+        [PROGRAM, "namespaces", *command], capture_output=True, text=True, timeout=10, check=False
+    )
+    assert (done.returncode, done.stdout) == (code, "")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
