@@ -60,7 +60,7 @@ class Record:
         return type(other) is type(self) and self._values() == other._values()
 
     def __hash__(self) -> int:
-        return hash((type(self), repr(self)))
+        return hash((type(self), _hashable(tuple(self._values().values()))))
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={value!r}" for name, value in self._values().items())
@@ -160,6 +160,14 @@ class Catalogue:
         if name not in self.records:
             raise RecordError(f"unknown record {name!r:.100}")
         return self.records[name].from_map(fields, where=name, ignore_unknown=True)
+
+
+def _hashable(value: object) -> object:
+    if isinstance(value, tuple):
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return frozenset((key, _hashable(item)) for key, item in value.items())
+    return value
 
 
 def _plain(value: object) -> object:
