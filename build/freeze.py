@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from interpreter import Interpreter
 from pins import Pins, digest_of
 from sources import install_packages
-from stages import BuildError, Cache, read_bytes, run, tree_sha256
+from stages import BuildError, Cache, file_sha256, read_bytes, run, tree_sha256
 from toolchain import STABLE_ENVIRONMENT
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -30,13 +30,16 @@ STANDINS = os.path.join(HERE, "standins")
 # copied over it, because a folder on the search path would hide the rest of the package.
 STDLIB_STANDINS = os.path.join(STANDINS, "stdlib")
 PACKAGE_STANDINS = os.path.join(STANDINS, "packages")
+ORIGINALS = os.path.join(STANDINS, "originals.toml")
 PRUNE_FILE = os.path.join(HERE, "prune.toml")
 GRAPH_SPEC = os.path.join(NATIVE, "graph.spec")
 FREEZER = os.path.join(NATIVE, "freezer.py")
+RECORDER = os.path.join(NATIVE, "recorder.py")
+COMPILE_LOOKUP = os.path.join(NATIVE, "_guest_compile.py")
 
 APPLICATION = ("agent", "guest", "init_shim")
 # Modules that exist only inside the binary.
-INSIDE_ONLY = {"_guest_build", "_guest_check", "_guestsys"}
+INSIDE_ONLY = {"_guest_build", "_guest_check", "_guest_compile", "_guest_compiled", "_guestsys"}
 # What the guest offers beyond what its source imports today, as import statements.
 ALWAYS = (
     "import encodings",
@@ -91,14 +94,17 @@ def freeze_runtime(
     """
     key = digest_of(
         [pins.analysis, pins.guest, pins.sdist, interpreter, roots, read_bytes(PRUNE_FILE)],
-        [read_bytes(GRAPH_SPEC), read_bytes(FREEZER), tree_sha256(STANDINS, (".py",))],
+        [read_bytes(path) for path in (GRAPH_SPEC, FREEZER, RECORDER, COMPILE_LOOKUP, ORIGINALS)],
+        tree_sha256(STANDINS, (".py",)),
         read_bytes(os.path.abspath(__file__)),
     )
 
     def make(folder: str) -> None:
         python = _analysis_python(cache, pins, interpreter, msgpack)
         sources = _module_graph(python, roots, interpreter)
-        freeze(interpreter, sources, folder, "runtime")
+        with tempfile.TemporaryDirectory(prefix="microguest-record-") as work:
+            sources.append(_recorded_code(python, work))
+            freeze(interpreter, sources, folder, "runtime")
 
     folder = cache.stage("runtime-modules", key, make)
     return folder, load_blob(folder, "runtime")
@@ -202,6 +208,7 @@ def _analysis_python(cache: Cache, pins: Pins, interpreter: Interpreter, msgpack
         msgpack,
         interpreter.native_python,
         tree_sha256(PACKAGE_STANDINS, (".py",)),
+        read_bytes(ORIGINALS),
     )
 
     def make(folder: str) -> None:
@@ -209,10 +216,27 @@ def _analysis_python(cache: Cache, pins: Pins, interpreter: Interpreter, msgpack
         site = os.path.join(folder, "lib", "python3.13", "site-packages")
         install_packages([*pins.analysis, *pins.guest], site, "3.13")
         shutil.copytree(os.path.join(msgpack, "msgpack"), os.path.join(site, "msgpack"))
-        shutil.copytree(PACKAGE_STANDINS, site, dirs_exist_ok=True)
+        for original, expected in tomllib.loads(read_bytes(ORIGINALS).decode()).items():
+            if file_sha256(os.path.join(site, original)) != expected:
+                raise BuildError(
+                    f"{original} has changed upstream: review its stand-in, {ORIGINALS}"
+                )
+            shutil.copy(os.path.join(PACKAGE_STANDINS, original), os.path.join(site, original))
 
     folder = cache.stage("analysis", key, make)
     return os.path.join(folder, "bin", "python3")
+
+
+def _recorded_code(python: str, work: str) -> Source:
+    """The module of code that attrs would compile at every start."""
+    output = os.path.join(work, "_guest_compiled.py")
+    environment = {
+        **STABLE_ENVIRONMENT,
+        "PYTHONPATH": f"{STDLIB_STANDINS}:{NATIVE}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    run([python, "-s", "-P", RECORDER, output], cwd=work, env=environment)
+    return Source(name="_guest_compiled", path=output, is_package=False)
 
 
 def _module_graph(python: str, roots: str, interpreter: Interpreter) -> list[Source]:

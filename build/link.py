@@ -26,7 +26,7 @@ from toolchain import Toolchain, make_toolchain
 
 GUESTSYS = os.path.join(NATIVE, "guestsys.c")
 # What of native/ ends up in the ELF or shapes it, beyond what earlier stages have consumed.
-LINKED_FILES = ("_guest_check.py", "entry.py", "freezer.py", "guestsys.c")
+LINKED_FILES = ("_guest_check.py", "_guest_compile.py", "entry.py", "freezer.py", "guestsys.c")
 # Asserts stay in the frozen code (native/freezer.py), so the interpreter says so too.
 OPTIMIZATION = 0
 # musl gives threads a stack of what PT_GNU_STACK asks for, else 128 KiB, where CPython's recursion
@@ -195,6 +195,7 @@ def _inside_only(work: str, versions: dict[str, str], checked: tuple[str, ...]) 
         "__main__": os.path.join(NATIVE, "entry.py"),
         "_guest_build": generated,
         "_guest_check": os.path.join(NATIVE, "_guest_check.py"),
+        "_guest_compile": os.path.join(NATIVE, "_guest_compile.py"),
     }
     return [Source(name=name, path=path, is_package=False) for name, path in files.items()]
 

@@ -2,7 +2,8 @@
 
     python3 build/packages.py GROUP
 
-The Makefile runs it before each target, before there is a virtual environment. Standard library only.
+The Makefile runs it before each target, also before there is a virtual environment, so it stands on
+the standard library alone.
 """
 
 import os

@@ -7,7 +7,10 @@ looking costs a tenth of the start. Who serves for long turns it on again: `gc.f
 import gc
 import sys
 
+import _guest_compile
+
 gc.disable()
+_guest_compile.install()
 
 if sys.argv[1:] == ["--self-check"]:
     from _guest_check import main
