@@ -209,11 +209,9 @@ def test_what_is_not_a_json_document_is_a_record_error(text: str | bytes) -> Non
         Catalogue({"sample": Sample}, maximum=200_000).decode(text)
 
 
-def test_a_catalogue_writes_and_reads_no_more_than_its_maximum() -> None:
+def test_a_catalogue_reads_no_more_than_its_maximum() -> None:
     catalogue = Catalogue({"sample": Sample}, maximum=100)
     line = catalogue.encode(Sample(number=1.0, either="x" * 50))
     assert catalogue.decode(line) == Sample(number=1.0, either="x" * 50)
-    with pytest.raises(RecordError, match="at most 100"):
-        catalogue.encode(Sample(number=1.0, either="x" * 100))
     with pytest.raises(RecordError, match="at most 100"):
         catalogue.decode(line + b" " * 100)
