@@ -177,6 +177,15 @@ def test_tags(tmp_path: Path) -> None:
     assert images.open_image(f"oci:{layout.path}").config.cmd == ("one",)
 
 
+def test_tags_with_terminal_codes_are_shown_without(tmp_path: Path) -> None:
+    layout = factory.Layout(tmp_path / "i")
+    image = layout.image([SMALL])
+    layout.index(factory.tagged(image, "a"), factory.tagged(image, "\x1b[2J"))
+    with pytest.raises(ImageError) as caught:
+        images.open_image(f"oci:{layout.path}")
+    assert str(caught.value).isprintable()
+
+
 def test_platform_is_chosen_through_nested_indexes(tmp_path: Path) -> None:
     layout = factory.Layout(tmp_path / "i")
     manifests = [

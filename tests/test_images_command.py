@@ -16,6 +16,10 @@ def test_failure_says_what_was_run_and_what_it_said() -> None:
         run_command(argv)
 
 
+def test_terminal_codes_are_not_passed_on() -> None:
+    assert run_command(["sh", "-c", "printf '\\033[2Jx\\n' >&2"]) == "?[2Jx\n"
+
+
 def test_only_the_last_words_are_kept() -> None:
     said = run_command(["sh", "-c", "seq 1 100000 >&2"])
     assert len(said) <= 8 << 10

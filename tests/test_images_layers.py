@@ -359,7 +359,7 @@ os.setgroups([])
 os.setgid(1234)
 os.setuid(1234)
 with images.open_image(sys.argv[1]) as image:
-    cache = images.Cache(sys.argv[2] + "/cache")
+    cache = images.Cache(sys.argv[2] + "/cache", int(sys.argv[3]))
     print(images.as_directory(image, sys.argv[2], cache=cache))
     print(images.as_disk(image, sys.argv[2], fstype="squashfs", cache=cache).path)
 """
@@ -394,11 +394,7 @@ def test_a_user_can_prepare_images_too(home_of_a_user: Path) -> None:
         )
     ]
     reference = factory.make_layout(home_of_a_user / "i", layers)
-    command = [sys.executable, "-c", AS_A_USER, reference, str(home_of_a_user)]
-    done = subprocess.run(
-        command, cwd=factory.PROJECT, check=True, timeout=60, capture_output=True, text=True
-    )
-    root, disk = done.stdout.split()
+    root, disk = prepare_as_a_user(reference, home_of_a_user, 1 << 30)
     tree = factory.look(Path(root))
     assert sorted(tree) == [b"", b"cap", b"f", b"locked", b"locked/in"]
     assert {seen.owner for seen in tree.values()} == {(1234, 1234)}
@@ -409,6 +405,30 @@ def test_a_user_can_prepare_images_too(home_of_a_user: Path) -> None:
         assert {path: seen.owner for path, seen in tree.items() if seen.owner != (0, 0)} == {
             b"f": (5, 5)
         }
+    other = factory.make_layout(home_of_a_user / "j", [layer([member("g", b"")])])
+    prepare_as_a_user(other, home_of_a_user, 0)  # evicts all others, the locked directory too
+    assert not Path(root).exists()
+    assert not Path(disk).exists()
+
+
+def prepare_as_a_user(reference: str, home: Path, max_bytes: int) -> list[str]:
+    command = [sys.executable, "-c", AS_A_USER, reference, str(home), str(max_bytes)]
+    done = subprocess.run(
+        command, cwd=factory.PROJECT, check=True, timeout=60, capture_output=True, text=True
+    )
+    return done.stdout.split()
+
+
+def test_demo_image_runs(tmp_path: Path, cache: images.Cache) -> None:
+    factory.require("tar", root=True)
+    reference = factory.busybox_layout(factory.PROJECT / "dist" / "demo")
+    with images.open_image(reference) as image:
+        assert images.process_for(image.config) == ("sh",)
+        assert image.config.env[0].startswith("PATH=/usr/local/sbin:")
+        root = images.as_directory(image, tmp_path, cache=cache)
+        command = ["chroot", str(root), "sh", "-c", "id -un && stat -c %a /tmp | tr 1 x"]
+        done = subprocess.run(command, check=True, timeout=30, capture_output=True, text=True)
+    assert done.stdout == "root\nx777\n"
 
 
 @pytest.mark.slow

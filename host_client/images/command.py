@@ -156,4 +156,6 @@ class _LastWords:
     def end(self) -> str:
         self._thread.join()
         self._pipe.close()
-        return self._tail.decode("utf-8", "replace")
+        text = self._tail.decode("utf-8", "replace")
+        # It may quote file names of the image: no terminal codes from there.
+        return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in text)

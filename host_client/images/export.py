@@ -7,7 +7,8 @@ from typing import IO, BinaryIO
 
 from host_client.errors import ImageError
 from host_client.images import limits
-from host_client.images.tarformat import END_OF_ARCHIVE, Entry, Kind, header_bytes, padding
+from host_client.images.tarformat import Entry, Kind
+from host_client.images.tarwriter import END_OF_ARCHIVE, header_bytes, padding
 from host_client.images.tree import Inode, Tree
 
 _MAX_SQUASHFS_TIME = 0xFFFFFFFF

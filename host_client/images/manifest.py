@@ -6,6 +6,7 @@ Image Manifest V2 Schema 2.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +128,7 @@ def _pick_tag(layout: Layout, found: list[Descriptor], tag: str | None) -> list[
     wanted = "latest" if tag is None else tag
     chosen = [descriptor for descriptor in found if descriptor.ref_name == wanted]
     if not chosen:
-        known = ", ".join(sorted(name[:80] for name in names if name)[:20]) or "none"
+        known = _some(name for name in names if name)
         if tag is None:
             raise ImageError(f"{layout.name} has several images: name one of the tags {known}")
         raise ImageError(f"{layout.name} has no tag {tag!r}; its tags: {known}")
@@ -139,7 +140,7 @@ def _pick_platform(layout: Layout, found: list[Descriptor], platform: Platform) 
     for _ in range(limits.MAX_INDEX_DEPTH):
         fitting = [d for d in found if d.platform is None or platform.accepts(d.platform)]
         if not fitting:
-            known = ", ".join(sorted({str(d.platform)[:40] for d in found})[:20]) or "none"
+            known = _some({str(d.platform) for d in found})
             raise ImageError(f"{layout.name} has no image for {platform}; it has: {known}")
         exact = [d for d in fitting if d.platform == platform]
         named = [d for d in fitting if d.platform is not None]
@@ -156,6 +157,12 @@ def _pick_platform(layout: Layout, found: list[Descriptor], platform: Platform) 
     raise ImageError(f"{layout.name}: indexes are nested more than {limits.MAX_INDEX_DEPTH} deep")
 
 
+def _some(names: Iterable[str]) -> str:
+    """Names that a stranger chose, for an error message: few, short, without terminal codes."""
+    shown = (name[:80] if name.isprintable() else ascii(name[:80]) for name in names)
+    return ", ".join(sorted(shown)[:20]) or "none"
+
+
 def _check_platform(layout: Layout, config: dict[str, Any], platform: Platform) -> None:
     """Refuse an image made for another machine: its programs could not start."""
     system, architecture = config.get("os"), config.get("architecture")
@@ -163,7 +170,9 @@ def _check_platform(layout: Layout, config: dict[str, Any], platform: Platform) 
         return
     actual = Platform(system, architecture)
     if system and architecture and not platform.accepts(actual):
-        raise ImageError(f"{layout.name}: the image is for {actual!s:.80}, not for {platform}")
+        raise ImageError(
+            f"{layout.name}: the image is for {_some([str(actual)])}, not for {platform}"
+        )
 
 
 def _layers(layout: Layout, manifest: dict[str, Any], config: dict[str, Any]) -> tuple[Layer, ...]:

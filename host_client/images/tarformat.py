@@ -1,4 +1,4 @@
-"""The tar format, both ways: strict bounded reading of a layer, writing of a merged root.
+"""The tar format, strictly and with bounds: reading a layer. `tarwriter` has the other way.
 
 Not the standard library's tarfile: that stops silently at a damaged header in mid-archive, takes
 sizes below zero, reads extended headers of any length into memory and recurses through chains of
@@ -18,7 +18,7 @@ from host_client.images import limits
 
 BLOCK = 512
 _ZERO_BLOCK = bytes(BLOCK)
-_XATTR = b"SCHILY.xattr."
+XATTR_RECORD = b"SCHILY.xattr."
 _MAX_ID = 0xFFFFFFFE  # (uid_t)-1 means "no change" to the kernel
 
 
@@ -55,9 +55,6 @@ class Entry:
     major: int = 0
     minor: int = 0
     xattrs: dict[bytes, bytes] = field(default_factory=dict)
-
-
-# -- reading ---------------------------------------------------------------------------------
 
 
 def read_entries(fd: int, start: int, length: int) -> Iterator[Entry]:
@@ -253,7 +250,11 @@ def _record_time(header: _Header, records: dict[bytes, bytes]) -> int:
 
 
 def _record_xattrs(header: _Header, records: dict[bytes, bytes]) -> dict[bytes, bytes]:
-    xattrs = {key[len(_XATTR) :]: value for key, value in records.items() if key.startswith(_XATTR)}
+    xattrs = {
+        key[len(XATTR_RECORD) :]: value
+        for key, value in records.items()
+        if key.startswith(XATTR_RECORD)
+    }
     if len(xattrs) > limits.MAX_XATTRS:
         raise header.bad(f"{len(xattrs)} extended attributes, more than {limits.MAX_XATTRS}")
     for key, value in xattrs.items():
@@ -274,74 +275,3 @@ def _check_entry(header: _Header, entry: Entry) -> None:
         raise header.bad(f"the impossible owner {entry.uid}:{entry.gid}")
     if not (0 <= entry.major < 1 << 12 and 0 <= entry.minor < 1 << 20):
         raise header.bad(f"the impossible device {entry.major}:{entry.minor}")
-
-
-# -- writing ---------------------------------------------------------------------------------
-
-END_OF_ARCHIVE = _ZERO_BLOCK * 2
-
-
-def header_bytes(entry: Entry) -> bytes:
-    """The header blocks of `entry`; its data, padded with `padding`, follow in the stream.
-
-    Long names go into GNU headers, not pax records: GNU tar would recode the latter, and names
-    need not be text. Pax records carry only extended attributes and fractions of a second.
-    """
-    blocks = []
-    records = [(_XATTR + key, value) for key, value in sorted(entry.xattrs.items())]
-    seconds, nanoseconds = divmod(entry.mtime_ns, 1_000_000_000)
-    if nanoseconds and seconds >= 0:
-        records.append((b"mtime", b"%d.%09d" % (seconds, nanoseconds)))
-    if records:
-        blocks.append(_long_header(b"x", b"".join(_pax_record(*record) for record in records)))
-    if len(entry.target) > 100:
-        blocks.append(_long_header(b"K", entry.target + b"\0"))
-    if len(entry.name) > 100:
-        blocks.append(_long_header(b"L", entry.name + b"\0"))
-    blocks.append(_block(entry, entry.kind.value, seconds))
-    return b"".join(blocks)
-
-
-def padding(size: int) -> bytes:
-    """The zeros that follow `size` bytes of data."""
-    return bytes(-size % BLOCK)
-
-
-def _long_header(flag: bytes, payload: bytes) -> bytes:
-    entry = Entry(name=b"././@LongLink", kind=Kind.FILE, mode=0o644, size=len(payload))
-    return _block(entry, flag, 0) + payload + padding(len(payload))
-
-
-def _pax_record(key: bytes, value: bytes) -> bytes:
-    body = len(key) + len(value) + 3  # the space, the equals sign and the newline
-    length = body + len(str(body))
-    if len(str(length)) > len(str(body)):
-        length += 1
-    return b"%d %s=%s\n" % (length, key, value)
-
-
-def _block(entry: Entry, flag: bytes, seconds: int) -> bytes:
-    head = b"".join(
-        (
-            entry.name[:100].ljust(100, b"\0"),
-            _field(entry.mode, 8),
-            _field(entry.uid, 8),
-            _field(entry.gid, 8),
-            _field(entry.size, 12),
-            _field(seconds, 12),
-            b" " * 8,
-            flag,
-            entry.target[:100].ljust(100, b"\0"),
-            b"ustar  \0",
-            bytes(64),
-            _field(entry.major, 8),
-            _field(entry.minor, 8),
-        )
-    ).ljust(BLOCK, b"\0")
-    return head[:148] + b"%06o\0 " % sum(head) + head[156:]
-
-
-def _field(value: int, width: int) -> bytes:
-    if 0 <= value < 8 ** (width - 1):
-        return b"%0*o\0" % (width - 1, value)
-    return (value & ((1 << (8 * width - 1)) - 1) | 1 << (8 * width - 1)).to_bytes(width, "big")
