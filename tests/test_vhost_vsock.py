@@ -98,6 +98,9 @@ class Ring:
                 break
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self.call], [], [], left)[0]:
+                if self.used16[1] != self.taken:
+                    assert select.select([self.call], [], [], 2)[0], "an interrupt was lost"
+                    continue
                 return None
             os.eventfd_read(self.call)
         slot = self.taken % RING
