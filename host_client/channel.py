@@ -113,8 +113,12 @@ class Channel:
                     f"{self.url} gave no answer within {deadline.seconds} s",
                     seconds=deadline.seconds or 0.0,
                 )
-            if how := self._obituary(0.0):
-                raise ConnectionLost(how)
+            self.check_alive()
+
+    def check_alive(self) -> None:
+        """ConnectionLost where the machine is known to have ended."""
+        if how := self._obituary(0.0):
+            raise ConnectionLost(how)
 
     def _flush(self) -> None:
         try:

@@ -81,6 +81,10 @@ class ProcessStream:
             return self.step(Deadline(0))
         return self._checked(self._channel.take())
 
+    def check_alive(self) -> None:
+        """ConnectionLost where the machine has died without a word on the connection."""
+        self._channel.check_alive()
+
     def events(self, deadline: Deadline) -> Iterator[Event]:
         """All events until and including Exited."""
         while self.exited is None or self._early:

@@ -64,6 +64,10 @@ class Machine:
         """All that is known of it now."""
         return self._link.listen(0.0)
 
+    def await_change(self, seconds: float) -> MachineState:
+        """The state after its next change, or after `seconds`."""
+        return self._link.listen(seconds)
+
     def timeline(self) -> list[Step]:
         """When what happened, in milliseconds since the launch: VMM, kernel, each step of PID 1,
         ready, and the first result of a command."""

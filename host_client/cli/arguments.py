@@ -1,0 +1,113 @@
+"""The commands and their options; the words and flags are docker's where docker has them."""
+
+import argparse
+import importlib
+import os
+from collections.abc import Callable
+from typing import NoReturn
+
+from guest import __version__, limits
+
+__all__ = ["Parser", "parse"]
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong usage is an error of ours: exit code 125 and one line, as docker does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where the help is."""
+        self.exit(125, f"{self.prog}: {message}: see {self.prog} --help\n")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options of one command line; `run(options)` executes it."""
+    parser = Parser(
+        prog="microguest", description="Run programs in virtual machines made of OCI images."
+    )
+    parser.add_argument("--version", action="version", version=f"microguest {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    _add_run(commands.add_parser("run", help="start a machine from an image"))
+    _add_exec(commands.add_parser("exec", help="run a command in a machine"))
+    _add_ls(commands.add_parser("ls", help="list machines"))
+    _add_stop(commands.add_parser("stop", help="end machines"))
+    _add_logs(commands.add_parser("logs", help="show a machine's console"))
+    _add_doctor(commands.add_parser("doctor", help="what this host has and what will be used"))
+    return parser.parse_args(argv)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--rm", action="store_true", help="keep neither state nor console after the end")
+    add("--name", help="the machine's name (default: one is made up)")
+    add("--machine", default="qemu", help="qemu (default), or namespaces: no VM, no isolation")
+    add("--memory", default="512M", help="of the machine, with M or G (default 512M)")
+    add("--cpus", type=int, default=1, help="of the machine (default 1)")
+    add("--kernel", help="boot this kernel instead of the bundle's")
+    add("--hostname", help="of the machine (default: its name)")
+    add("--entrypoint", help="program instead of the image's entrypoint; an empty one for none")
+    add("--timeout", type=float, default=60.0, help="seconds from launch to ready (default 60)")
+    add("-d", "--detach", action="store_true", help="print the name and return")
+    _add_process_options(parser)
+    add("image", metavar="IMAGE", help="oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:ROOTFS")
+    add("command", nargs=argparse.REMAINDER, metavar="CMD", help="instead of the image's")
+    parser.set_defaults(run=_command("run"))
+
+
+def _add_exec(parser: argparse.ArgumentParser) -> None:
+    _add_process_options(parser)
+    parser.add_argument("target", metavar="TARGET", help="the machine's name")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
+    parser.set_defaults(run=_command("exec"))
+
+
+def _add_ls(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-a", "--all", action="store_true", help="also those that have ended")
+    add("-q", "--quiet", action="store_true", help="names only")
+    parser.set_defaults(run=_command("machines", "list_machines"))
+
+
+def _add_stop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        *("-t", "--time"),
+        type=float,
+        default=limits.STOP_GRACE,
+        help=f"seconds between TERM and KILL (default {limits.STOP_GRACE:g})",
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME")
+    parser.set_defaults(run=_command("machines", "stop"))
+
+
+def _add_logs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-f", "--follow", action="store_true", help="until the machine ends")
+    parser.add_argument("name", metavar="NAME")
+    parser.set_defaults(run=_command("machines", "logs"))
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_command("doctor"))
+
+
+def _add_process_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-i", "--interactive", action="store_true", help="pass stdin on")
+    add("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]", type=_variable)
+    add("-u", "--user", help="name, uid, name:group or uid:gid")
+    add("-w", "--workdir", metavar="DIR", help="working directory")
+
+
+def _variable(text: str) -> tuple[str, str]:
+    """NAME=VALUE, or NAME for the value that it has here."""
+    name, equals, value = text.partition("=")
+    return name, value if equals else os.environ.get(name, "")
+
+
+def _command(module: str, function: str = "main") -> Callable[[argparse.Namespace], int]:
+    """The function of a command's module, imported when it is called."""
+
+    def run(options: argparse.Namespace) -> int:
+        command = getattr(importlib.import_module(f"host_client.cli.{module}"), function)
+        code: int = command(options)
+        return code
+
+    return run

@@ -1,0 +1,107 @@
+"""`microguest ls`, `stop` and `logs`: machines by their names."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from guest.report import CONSOLE_MARK
+from host_client.cli.stream import write_all
+from host_client.errors import MachineError
+from host_client.machines.console import read_log
+from host_client.machines.find import find
+from host_client.machines.folder import (
+    check_name,
+    is_alive,
+    machines_root,
+    names,
+    read_state,
+    sweep,
+)
+from host_client.machines.plan import MachineState
+
+__all__ = ["list_machines", "logs", "stop"]
+
+FOLLOW_EVERY: Final = 0.1  # seconds between looks at a console that is followed
+PID_1_LINES: Final = (b"microguest: ", CONSOLE_MARK.encode())
+ENDED_SHOWN: Final = 40  # characters of how it ended
+
+
+def list_machines(options: argparse.Namespace) -> int:
+    """A table, or the names only."""
+    sweep()
+    rows = []
+    for name in names():
+        alive, state = is_alive(name), read_state(name) or MachineState(name=name)
+        if not (alive or options.all):
+            continue
+        rows.append((name, state.machine, status(state, alive=alive), state.image, state.command))
+    if options.quiet:
+        for row in rows:
+            print(row[0])
+        return 0
+    table = [("NAME", "MACHINE", "STATUS", "IMAGE", "COMMAND"), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(4)]
+    for row in table:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*padded, row[4]]).rstrip())
+    return 0
+
+
+def status(state: MachineState, *, alive: bool) -> str:
+    """One column of the table."""
+    if alive:
+        if state.phase != "running":
+            return state.phase
+        return f"up {time.time() - state.created:.0f} s"
+    exited = state.workload_exited
+    if exited is not None:
+        return f"exited ({exited.shell_code})"
+    return (state.error or state.status or "gone")[:ENDED_SHOWN]
+
+
+def stop(options: argparse.Namespace) -> int:
+    """End each; those that have ended already are fine."""
+    for name in options.names:
+        check_name(name)
+        state = read_state(name)
+        if not is_alive(name) and state is not None and state.ended:
+            continue
+        find(name).stop(grace=options.time)
+        print(name)
+    return 0
+
+
+def logs(options: argparse.Namespace) -> int:
+    """The console without what PID 1 says; with -f until the machine ends."""
+    name = check_name(options.name)
+    folder = os.path.join(machines_root(), name)
+    if not os.path.isdir(folder):
+        raise MachineError(f"no machine named {name}: see microguest ls -a")
+    path = os.path.join(folder, "console.log")
+    lines = follow(name, path) if options.follow else iter(read_log(path).splitlines(True))
+    sys.stdout.flush()
+    for line in lines:
+        if not line.startswith(PID_1_LINES):
+            write_all(1, line.replace(b"\r\n", b"\n"))
+    return 0
+
+
+def follow(name: str, path: str) -> Iterator[bytes]:
+    """Lines, and at the end what is no whole line."""
+    seen, rest = 0, b""
+    while True:
+        alive = is_alive(name)  # before the last look, so that it misses nothing
+        data = read_log(path)
+        if len(data) < seen:
+            seen = 0  # it has rotated twice since: the rest is all there is
+        fresh, seen = rest + data[seen:], len(data)
+        *whole, rest = fresh.split(b"\n")
+        yield from (line + b"\n" for line in whole)
+        if not alive:
+            break
+        time.sleep(FOLLOW_EVERY)
+    if rest:
+        yield rest
