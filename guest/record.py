@@ -11,6 +11,8 @@ Field types: str, int, float, bool, bytes, other records, `tuple[X, ...]`, `dict
 
 from types import GenericAlias, UnionType
 
+from guest import plainjson
+
 TYPE_CHECKING = False  # type checkers know this name; importing typing would cost start-up time
 if TYPE_CHECKING:
     from typing import Any, Self, dataclass_transform
@@ -83,17 +85,13 @@ class Record:
 
     def to_json(self) -> str:
         """One line of ASCII JSON: how boot configs, manifests and reports travel."""
-        import json
-
-        return json.dumps(self.to_map(), separators=(",", ":"))
+        return plainjson.dumps(self.to_map())
 
     @classmethod
     def from_json(cls, text: str | bytes, *, ignore_unknown: bool = False) -> "Self":
         """The record in a JSON document. Raises RecordError, also where it is not JSON."""
-        import json
-
         try:
-            values = json.loads(text)
+            values = plainjson.loads(text)
         except (ValueError, RecursionError) as error:
             raise RecordError(f"not a JSON document: {error}") from None
         return cls.from_map(values, ignore_unknown=ignore_unknown)
@@ -138,19 +136,15 @@ class Catalogue:
 
         Who puts text of any length into a record cuts it first: `decode` refuses over `maximum`.
         """
-        import json
-
         document = {self._names[type(record)]: record.to_map()}
-        return json.dumps(document, separators=(",", ":")).encode("ascii")
+        return plainjson.dumps(document).encode("ascii")
 
     def decode(self, text: str | bytes) -> Record:
         """The record in a document from outside. Raises RecordError for anything else."""
-        import json
-
         if len(text) > self.maximum:
             raise RecordError(f"document of {len(text)} bytes, at most {self.maximum}")
         try:
-            values = json.loads(text)
+            values = plainjson.loads(text)
         except (ValueError, RecursionError) as error:
             raise RecordError(f"not a JSON document: {error}") from None
         if not isinstance(values, dict) or len(values) != 1:

@@ -52,7 +52,7 @@ def live(signals: Signals, reporter: Reporter, timeline: Timeline) -> tuple[str,
         )
         return "workload-failed", limits.FAILED_GRACE
     except BaseException as error:  # noqa: BLE001  see run()
-        timeline.end_deadline()
+        signals.end_deadline()
         reporter.send(failed_boot(error, timeline))
         return "boot-failed", limits.FAILED_GRACE
     else:
@@ -66,7 +66,7 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
     imports while PID 1 goes on.
     """
     step = timeline.step
-    timeline.start_deadline()
+    signals.start_deadline()
     with step("api-mounts"):
         own_session()
         mounts.mount_api()
@@ -103,7 +103,7 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
         reporter.send(Ready(steps=tuple(timeline.steps), token_proof=proof(config.agent.token)))
     with step("workload"):
         start_main(config, supervisor, agent, reporter)
-    timeline.end_deadline()
+    signals.end_deadline()
     return supervisor
 
 

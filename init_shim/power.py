@@ -4,7 +4,6 @@ Each wait has a limit, and no step needs the one before to have worked.
 """
 
 import os
-import signal
 import time
 
 import _guestsys
@@ -12,7 +11,7 @@ import _guestsys
 from guest import limits
 from guest.report import Stopping
 from init_shim.reporter import Reporter, say
-from init_shim.signals import Signals
+from init_shim.signals import CONTINUE, KILL, TERMINATE, Signals
 from init_shim.supervisor import reap
 from init_shim.timeline import boot_ms
 
@@ -45,10 +44,10 @@ def power_off(status: str, grace: float, signals: Signals, reporter: Reporter) -
 
 def end_processes(signals: Signals, grace: float) -> None:
     """TERM to all, KILL after `grace` seconds to who is left; no wait where nobody is."""
-    for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, limits.KILL_WAIT)):
+    for number, patience in ((TERMINATE, grace), (KILL, limits.KILL_WAIT)):
         try:
             os.kill(-1, number)
-            os.kill(-1, signal.SIGCONT)  # a stopped process cannot act on TERM
+            os.kill(-1, CONTINUE)  # a stopped process cannot act on TERM
         except ProcessLookupError:
             pass
         deadline = time.monotonic() + patience

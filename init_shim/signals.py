@@ -6,13 +6,20 @@ anywhere; so handlers only note the number, and a byte in a pipe ends the wait.
 
 import os
 import select
-import signal
+
+from guest import limits
+from init_shim.failure import Failure
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
+    import signal
     from types import FrameType
+else:
+    import _signal as signal  # `signal` itself makes enums, whose module is larger than PID 1
 
-__all__ = ["STOP_SIGNALS", "Signals"]
+__all__ = ["CONTINUE", "KILL", "STOP_SIGNALS", "TERMINATE", "Signals"]
+
+TERMINATE, KILL, CONTINUE = signal.SIGTERM, signal.SIGKILL, signal.SIGCONT
 
 # What asks for the machine's end: from outside, by Ctrl-Alt-Del, by a failing power supply.
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGPWR})
@@ -36,6 +43,19 @@ class Signals:
         if number in STOP_SIGNALS:
             self.stop_requested = True
 
+    def start_deadline(self) -> None:
+        """From now on a boot longer than BOOT_DEADLINE is a Failure, wherever it waits.
+
+        It interrupts every wait that a signal can interrupt; a task stuck in uninterruptible sleep
+        inside the kernel is beyond its reach.
+        """
+        signal.signal(signal.SIGALRM, _too_late)
+        signal.setitimer(signal.ITIMER_REAL, limits.BOOT_DEADLINE)
+
+    def end_deadline(self) -> None:
+        """The boot is over, well or badly."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
     def wait(self, fd: int, timeout: float | None) -> bool:
         """Wait for a signal, for `fd` (-1: none) to be readable, or for `timeout` seconds.
 
@@ -54,3 +74,7 @@ class Signals:
             except BlockingIOError:
                 pass
         return fd in ready
+
+
+def _too_late(number: int, frame: "FrameType | None") -> None:
+    raise Failure(f"the boot is not done after {limits.BOOT_DEADLINE:g} s", syscall="alarm")

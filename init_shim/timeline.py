@@ -1,15 +1,12 @@
-"""When each step of the boot began and ended, and a limit for all of them together."""
+"""When each step of the boot began and ended."""
 
-import signal
 import time
 
-from guest import limits
 from guest.report import Step
-from init_shim.failure import Failure
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+    from types import TracebackType
 
 __all__ = ["Timeline", "boot_ms"]
 
@@ -44,20 +41,3 @@ class Timeline:
     ) -> None:
         if error is None:
             self.steps.append(Step(name=self.current, start_ms=self._start_ms, end_ms=boot_ms()))
-
-    def start_deadline(self) -> None:
-        """From now on a boot longer than BOOT_DEADLINE is a Failure, wherever it waits.
-
-        It interrupts every wait that a signal can interrupt; a task stuck in uninterruptible sleep
-        inside the kernel is beyond its reach.
-        """
-        signal.signal(signal.SIGALRM, _too_late)
-        signal.setitimer(signal.ITIMER_REAL, limits.BOOT_DEADLINE)
-
-    def end_deadline(self) -> None:
-        """The boot is over, well or badly."""
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _too_late(number: int, frame: "FrameType | None") -> None:
-    raise Failure(f"the boot is not done after {limits.BOOT_DEADLINE:g} s", syscall="alarm")

@@ -8,19 +8,16 @@ from init_machine import PROGRAM, require_program
 # The interpreter's own and those that PID 1 imports; each costs start-up time and memory for good.
 PINNED = frozenset(
     """
-    __main__ _abc _codecs _collections _collections_abc _frozen_importlib
-    _frozen_importlib_external _functools _guestsys _imp _io _json _operator _signal _socket
-    _sre _stat _thread _warnings _weakref abc builtins codecs collections collections.abc
-    copyreg encodings encodings.aliases encodings.utf_8 enum errno fcntl functools gc
-    genericpath guest guest.bootconfig guest.errors guest.limits guest.process guest.record
-    guest.report guest.status guest.supervision guest.users init_shim
-    init_shim.agent_process init_shim.dispatch init_shim.failure init_shim.listener
-    init_shim.main init_shim.modules init_shim.mounts init_shim.network init_shim.power
-    init_shim.reporter init_shim.root init_shim.signals init_shim.supervisor
-    init_shim.timeline init_shim.workload io itertools json json.decoder json.encoder
-    json.scanner keyword marshal operator os os.path posix posixpath re re._casefix
-    re._compiler re._constants re._parser reprlib select signal stat sys time types
-    zipimport
+    __main__ _abc _codecs _collections_abc _frozen_importlib _frozen_importlib_external
+    _guest_compile _guestsys _imp _io _json _signal _socket _stat _thread _warnings _weakref
+    abc builtins codecs encodings encodings.aliases encodings.utf_8 errno fcntl gc
+    genericpath guest guest.bootconfig guest.errors guest.limits guest.plainjson
+    guest.process guest.record guest.report guest.status guest.supervision guest.users
+    init_shim init_shim.agent_process init_shim.dispatch init_shim.failure
+    init_shim.listener init_shim.main init_shim.modules init_shim.mounts init_shim.network
+    init_shim.power init_shim.reporter init_shim.root init_shim.signals init_shim.supervisor
+    init_shim.timeline init_shim.workload io marshal os os.path posix posixpath select stat
+    sys time types zipimport
     """.split()  # noqa: SIM905
 )
 
