@@ -821,6 +821,20 @@ def test_a_paused_machine_keeps_its_connections(guest: FakeGuest) -> None:
         assert exactly(sock, 5) == b"awake"
 
 
+def test_what_is_sent_right_before_a_pause_arrives_and_is_given_back(guest: FakeGuest) -> None:
+    sock, stream = guest.connect()
+    with sock:
+        ring = guest.rings[1]
+        while ring.next_used(0.05):
+            guest.free.append(0)
+        ring.notify = lambda: None  # type: ignore[method-assign] # stopped before the kick is seen
+        stream.send(b"yawn")
+        bases = guest.stop()
+        assert exactly(sock, 4) == b"yawn"
+        guest.start(bases)
+        assert select.select([ring.call], [], [], WAIT)[0]
+
+
 def test_a_driver_that_starts_afresh_ends_old_connections(guest: FakeGuest) -> None:
     sock, stream = guest.connect()
     with sock:

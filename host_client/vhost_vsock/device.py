@@ -256,11 +256,13 @@ class VsockDevice:
         try:
             for _ in range(ring.size):
                 if not (ring.running and ring.has_next()):
-                    return
+                    break
                 self._take_packet(ring.peek())
                 ring.complete(0)
         except (VirtqueueError, GuestMemoryError):
             ring.stop()
+        if ring.running:
+            ring.signal()  # a machine that is only paused waits for these buffers when it goes on
 
     def _take_packet(self, buffers: list[memoryview]) -> None:
         """Act on one packet of the guest. The buffers are the guest's again afterwards."""
