@@ -31,6 +31,8 @@ STANDINS = os.path.join(HERE, "standins")
 STDLIB_STANDINS = os.path.join(STANDINS, "stdlib")
 PACKAGE_STANDINS = os.path.join(STANDINS, "packages")
 ORIGINALS = os.path.join(STANDINS, "originals.toml")
+# Modules of the standard library whose stand-in imports the original on demand, as _stdlib_NAME.
+BEHIND_A_FRONT = ("inspect",)
 PRUNE_FILE = os.path.join(HERE, "prune.toml")
 GRAPH_SPEC = os.path.join(NATIVE, "graph.spec")
 FREEZER = os.path.join(NATIVE, "freezer.py")
@@ -107,6 +109,7 @@ def freeze_runtime(
             freeze(interpreter, sources, folder, "runtime")
 
     folder = cache.stage("runtime-modules", key, make)
+    cache.keep_newest("runtime-modules", 4)
     return folder, load_blob(folder, "runtime")
 
 
@@ -135,7 +138,7 @@ def imports_of(sources: list[Source]) -> str:
     This text, not the source files, is what the module graph depends on: most edits leave it as it
     is. Imports for type checkers only are left out.
     """
-    statements = set(ALWAYS)
+    statements = {*ALWAYS, *(f"import _stdlib_{name}" for name in BEHIND_A_FRONT)}
     for source in sources:
         if source.path:
             tree = ast.parse(read_bytes(source.path), source.path)
@@ -209,6 +212,7 @@ def _analysis_python(cache: Cache, pins: Pins, interpreter: Interpreter, msgpack
         interpreter.native_python,
         tree_sha256(PACKAGE_STANDINS, (".py",)),
         read_bytes(ORIGINALS),
+        BEHIND_A_FRONT,
     )
 
     def make(folder: str) -> None:
@@ -222,6 +226,11 @@ def _analysis_python(cache: Cache, pins: Pins, interpreter: Interpreter, msgpack
                     f"{original} has changed upstream: review its stand-in, {ORIGINALS}"
                 )
             shutil.copy(os.path.join(PACKAGE_STANDINS, original), os.path.join(site, original))
+        stdlib = os.path.join(os.path.dirname(interpreter.native_python), "../lib/python3.13")
+        for name in BEHIND_A_FRONT:
+            shutil.copy(
+                os.path.join(stdlib, f"{name}.py"), os.path.join(site, f"_stdlib_{name}.py")
+            )
 
     folder = cache.stage("analysis", key, make)
     return os.path.join(folder, "bin", "python3")

@@ -1,8 +1,12 @@
 """How the build chooses its inputs: mirrors, module order, what the module graph starts from."""
 
+import builtins
+import importlib.util
+import inspect
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -133,3 +137,105 @@ def test_a_failed_command_can_be_pasted_into_a_shell(tmp_path):
     assert f"cd {tmp_path} && sh -c 'echo why >&2; exit 3'" in str(caught.value)
     assert "exit 3" in str(caught.value)
     assert "why" in str(caught.value)
+
+
+def load(path, name):
+    spec = importlib.util.spec_from_file_location(name, os.path.join(BUILD, path))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_front_of_inspect_agrees_with_the_original():
+    front = load("standins/stdlib/inspect.py", "inspect_front")
+    states = []
+
+    @types.coroutine
+    def pause():
+        yield
+
+    async def job():
+        states.append((front.getcoroutinestate(coroutine), inspect.getcoroutinestate(coroutine)))
+        await pause()
+
+    async def generator():
+        yield
+
+    def compare():
+        states.append((front.getcoroutinestate(coroutine), inspect.getcoroutinestate(coroutine)))
+
+    coroutine = job()
+    compare()
+    coroutine.send(None)
+    compare()
+    coroutine.close()
+    compare()
+    assert [one for one, _ in states] == [other for _, other in states]
+    assert {one for one, _ in states} == {
+        front.CORO_CREATED,
+        front.CORO_RUNNING,
+        front.CORO_SUSPENDED,
+        front.CORO_CLOSED,
+    }
+    for value in (coroutine, job, generator, generator(), 1):
+        assert front.iscoroutine(value) == inspect.iscoroutine(value)
+        assert front.isasyncgen(value) == inspect.isasyncgen(value)
+
+
+@pytest.fixture
+def lookup(monkeypatch):
+    """`_guest_compile`, installed, with a record of one source."""
+    module = load("native/_guest_compile.py", "_guest_compile")
+    record = types.ModuleType("_guest_compiled")
+    record.CODES = {
+        module.key_of("x = 1", "<attrs generated a>"): compile("x = 'recorded'", "r", "exec"),
+        module.key_of("y = 1", "<attrs generated b>"): compile("y = 'recorded'", "r", "exec"),
+    }
+    monkeypatch.setitem(sys.modules, "_guest_compiled", record)
+    monkeypatch.setattr("builtins.compile", module.looked_up)
+    return module
+
+
+def test_recorded_code_is_used_once_and_then_the_lookup_is_gone(lookup):
+    assert eval_of("x", compile("x = 1", "<attrs generated a>", "exec")) == "recorded"
+    assert eval_of("x", compile("x = 1", "<attrs generated a>", "exec")) == 1
+    assert builtins.compile is not lookup.real_compile
+    assert eval_of("y", compile("y = 1", "<attrs generated b>", "exec")) == "recorded"
+    assert builtins.compile is lookup.real_compile
+
+
+@pytest.mark.parametrize(
+    ("source", "filename"), [("x = 2", "<attrs generated a>"), ("x = 2", "<stdin>")]
+)
+@pytest.mark.usefixtures("lookup")
+def test_other_code_goes_to_the_compiler(source, filename):
+    assert eval_of("x", compile(source, filename, "exec")) == 2
+
+
+@pytest.mark.usefixtures("lookup")
+def test_the_callers_future_statements_count_and_no_others():
+    namespace = {}
+    source = "def f(x: nowhere): pass"
+    caller = "from __future__ import annotations\nexec(compile(source, 'f', 'exec'), namespace)"
+    exec(caller, {"source": source, "namespace": namespace})
+    assert namespace["f"].__annotations__ == {"x": "nowhere"}
+    with pytest.raises(NameError):
+        exec("exec(compile(source, 'f', 'exec'), {})", {"source": source})
+
+
+def test_the_key_leaves_out_only_the_number_of_a_hash(lookup):
+    def source(number, field):
+        return (
+            f"def __hash__(self):\n    return hash((\n        {number},\n        self.{field},\n))"
+        )
+
+    key_of = lookup.key_of
+    assert key_of(source(1, "a"), "f") == key_of(source(-2, "a"), "f")
+    assert key_of(source(1, "a"), "f") != key_of(source(1, "b"), "f")
+    assert key_of("a = 1", "f") != key_of("a = 2", "f")
+
+
+def eval_of(name, code):
+    namespace = {}
+    exec(code, namespace)
+    return namespace[name]

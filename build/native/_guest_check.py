@@ -25,4 +25,7 @@ def main() -> None:
     random.random()  # noqa: S311 - only to see that it works
     hashlib.sha256(b"").digest()
     "localhost".encode("idna")
+    import inspect
+
+    inspect.signature(main)  # beyond the front in standins/stdlib/inspect.py
     sys.stdout.write(f"{len(_guest_build.MODULES)} modules, packer {packer}\n")
