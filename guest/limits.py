@@ -40,6 +40,7 @@ IMAGE_DEFAULTS = 48 * 1024  # as JSON: has to fit into one supervision message w
 BOOT_DEADLINE = 60.0  # from PID 1's first line to the start of the workload
 DISK_WAIT = 3.0  # for a disk of the root to be found by the kernel
 AGENT_READY_TIMEOUT = 30.0  # from the end of the boot's other steps to AgentReady
+AGENT_BOOT_CRASHES = 4  # an agent that died so often before it ever served fails the boot
 
 # ── ending ───────────────────────────────────────────────────────────────────────────────────────
 STOP_GRACE = 5.0  # between TERM and KILL of everything that is left

@@ -52,11 +52,12 @@ def live(signals: Signals, reporter: Reporter, timeline: Timeline) -> tuple[str,
         )
         return "workload-failed", limits.FAILED_GRACE
     except BaseException as error:  # noqa: BLE001  see run()
-        signals.end_deadline()
         reporter.send(failed_boot(error, timeline))
         return "boot-failed", limits.FAILED_GRACE
     else:
         return supervisor.status, supervisor.grace
+    finally:
+        signals.end_deadline()
 
 
 def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Supervisor:
@@ -138,11 +139,14 @@ def take_config() -> BootConfig:
 
 def await_agent(supervisor: Supervisor, agent: AgentProcess) -> None:
     """Until the agent serves, or the machine was told to end meanwhile."""
-    if not supervisor.run(lambda: agent.ready, timeout=limits.AGENT_READY_TIMEOUT):
-        raise Failure(
-            f"the agent does not serve after {limits.AGENT_READY_TIMEOUT:g} s and"
-            f" {agent.starts} starts; its messages are on the console"
-        )
+    in_time = supervisor.run(
+        lambda: agent.ready or agent.crashes >= limits.AGENT_BOOT_CRASHES,
+        timeout=limits.AGENT_READY_TIMEOUT,
+    )
+    if agent.ready or supervisor.status:
+        return
+    after = f"{agent.crashes} crashes" if in_time else f"{limits.AGENT_READY_TIMEOUT:g} s"
+    raise Failure(f"the agent does not serve after {after}; what it said is on the console")
 
 
 def proof(token: str) -> str:

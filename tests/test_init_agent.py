@@ -6,10 +6,19 @@ import socket
 from pathlib import Path
 
 import pytest
-from init_machine import TOKEN, Machine, boot_config, make_root, require_program, state_of, wait_for
+from init_machine import (
+    TOKEN,
+    Machine,
+    boot_config,
+    command_of,
+    make_root,
+    require_program,
+    state_of,
+    wait_for,
+)
 
-from guest.connection import Connection, Event, Role
-from guest.messages import Hello, Welcome
+from guest.connection import Connection, Data, Event, Request, Role
+from guest.messages import Attach, Exited, Hello, Welcome
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +121,52 @@ def test_agent_is_named_and_has_no_environment(root: Path) -> None:
         assert (process / "cmdline").read_bytes() == b"agent\0"
         assert (process / "comm").read_text() == "agent\n"
         assert (process / "environ").read_bytes() == b""
+
+
+def test_an_agent_that_keeps_dying_fails_the_boot(root: Path) -> None:
+    with Machine(root, boot_config(["true"])) as machine:
+        killed: set[int] = set()
+        while machine.process.poll() is None:
+            for pid in machine.everybody() - killed:
+                if command_of(pid) == ["agent"]:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+        for crashes in range(1, 5):
+            assert machine.report("agent_exited")["crashes"] == crashes
+        failed = machine.report("boot_failed")
+        assert failed["step"] == "agent-ready"
+        assert "4 crashes" in failed["message"]
+        assert machine.report("stopping")["status"] == "boot-failed"
+
+
+def test_an_attached_workload_is_collected_and_ends_the_machine(root: Path) -> None:
+    script = "read line; echo got $line; echo wrong >&2; exit 3"
+    config = boot_config(["sh", "-c", script], stdio="attached")
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        machine.report("workload_started")
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(15)
+            connection.connect(str(machine.host / "agent.sock"))
+            protocol = Connection(Role.HOST)
+            for event in (
+                Hello(token=TOKEN),
+                Request(op="attach", args=Attach(id="main")),
+                Data(stream=0, data=b"hello\n"),
+            ):
+                connection.sendall(protocol.send(event))
+            events: list[Event] = []
+            while not (events and isinstance(events[-1], Exited)):
+                data = connection.recv(65536)
+                assert data, f"closed after {events}"
+                events += protocol.receive(data)
+        output = {1: b"", 2: b""}
+        for event in events:
+            if isinstance(event, Data):
+                output[event.stream] += event.data
+        assert output == {1: b"got hello\n", 2: b"wrong\n"}
+        assert isinstance(events[-1], Exited)
+        assert events[-1].code == 3
+        assert machine.report("workload_exited")["code"] == 3
+        assert machine.report("stopping")["status"] == "done"
+        assert machine.wait(5) == 0
