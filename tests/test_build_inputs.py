@@ -17,6 +17,7 @@ from archive import MAIN_ARCHIVE, SECURITY_ARCHIVE, mirror_in_lines, mirror_in_s
 from freeze import Source, imported_modules, imports_of  # noqa: E402
 from kernel import kernel_source, load_order  # noqa: E402
 from pins import load_pins  # noqa: E402
+from sources import cpython_source  # noqa: E402
 from stages import BuildError, Cache, open_cache, run  # noqa: E402
 
 STANZAS = """\
@@ -89,6 +90,17 @@ def test_every_package_is_pinned_by_hash():
 def test_unknown_kernel_spec_is_refused():
     with pytest.raises(BuildError, match="unknown kernel"):
         kernel_source("mainline", load_pins())
+
+
+def test_a_source_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
+    wrong = tmp_path / "cpython.tar.xz"
+    wrong.write_bytes(b"not this")
+    monkeypatch.setenv("MICROGUEST_CPYTHON_SOURCE", str(wrong))
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(BuildError, match="SHA-256") as caught:
+        cpython_source(Cache(root=str(tmp_path / "cache")), load_pins())
+    assert str(wrong) in str(caught.value)
+    assert os.listdir(tmp_path / "cache") == []
 
 
 def test_a_failed_stage_leaves_nothing(tmp_path):
