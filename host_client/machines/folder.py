@@ -106,7 +106,7 @@ def names() -> list[str]:
     """Every machine that has a folder, running or not."""
     try:
         found = os.listdir(machines_root())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(name for name in found if NAME.fullmatch(name))
 

@@ -1,0 +1,85 @@
+"""For tests that start real machines: where they live, who belongs to them, what they leave."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import imagefactory
+
+from host_client.machines.folder import machines_root, read_state
+from host_client.machines.plan import MachineState
+
+PROJECT = Path(__file__).parent.parent
+KINDS = ["namespaces", "qemu"]
+
+
+def demo_image() -> str:
+    """The busybox image, made once per checkout."""
+    return imagefactory.busybox_layout(PROJECT / "dist" / "test-images" / "busybox")
+
+
+def wait_until(what: str, check: Callable[[], bool], seconds: float = 5.0) -> float:
+    """Seconds that it took until `check()`."""
+    began = time.monotonic()
+    while not check():
+        assert time.monotonic() - began < seconds, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def runs(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def family(pid: int) -> set[int]:
+    """The process and all that descend from it."""
+    parents = {}
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            stat = Path(f"/proc/{entry}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        parents[int(entry)] = int(stat.rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def state_of(name: str) -> MachineState:
+    """The state of a machine that runs."""
+    state = read_state(name)
+    assert state is not None
+    return state
+
+
+def nothing_is_left(name: str, pids: set[int], *, within: float) -> None:
+    """No process of the machine, no folder, no mount and no socket that names it."""
+    folder = os.path.join(machines_root(), name)
+    wait_until("its processes end", lambda: not any(map(runs, pids)), within)
+    wait_until("its folder goes", lambda: not os.path.exists(folder), within)
+    assert folder not in Path("/proc/self/mountinfo").read_text()
+    assert folder not in Path("/proc/net/unix").read_text()
+
+
+def python(program: str, *arguments: str) -> "subprocess.Popen[bytes]":
+    """A program of somebody who uses the library, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)

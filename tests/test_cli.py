@@ -1,0 +1,296 @@
+"""The command line as a person types it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import machinekit
+import pytest
+from machinekit import wait_until
+
+PROGRAM = str(Path(sys.executable).parent / "microguest")
+KIND = pytest.mark.parametrize("kind", ["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
+Done = "subprocess.CompletedProcess[bytes]"
+
+
+@pytest.fixture(autouse=True)
+def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state" / "microguest" / "machines"
+
+
+@pytest.fixture
+def image(elf: Path) -> str:
+    return machinekit.demo_image()
+
+
+def microguest(*words: str, stdin: bytes = b"") -> Done:
+    return subprocess.run(
+        [PROGRAM, *words], input=stdin, capture_output=True, timeout=90, check=False
+    )
+
+
+def run(image: str, *command: str, options: tuple[str, ...] = (), stdin: bytes = b"") -> Done:
+    return microguest(
+        *("run", "--rm", "--machine", "namespaces", *options, image, *command), stdin=stdin
+    )
+
+
+def complaint(done: Done) -> str:
+    """The one line of an error of ours."""
+    text = done.stderr.decode()
+    assert text.startswith("microguest: "), text
+    assert text.count("\n") == 1, text
+    return text
+
+
+# ── run ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@KIND
+def test_exit_code_and_streams(image: str, kind: str, state_home: Path) -> None:
+    done = microguest(
+        *("run", "--rm", "--machine", kind, image),
+        *("sh", "-c", "echo out; echo err >&2; exit 7"),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"out\n", b"err\n")
+    assert os.listdir(state_home) == []
+
+
+@KIND
+def test_stdin(image: str, kind: str) -> None:
+    done = microguest("run", "--rm", "-i", "--machine", kind, image, "cat", stdin=b"data\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"data\n", b"")
+
+
+def test_much_stdin(image: str) -> None:
+    data = os.urandom(8 * 1024 * 1024)
+    assert run(image, "cat", options=("-i",), stdin=data).stdout == data
+
+
+def test_no_stdin_without_i(image: str) -> None:
+    assert run(image, "cat", stdin=b"not seen").stdout == b""
+
+
+def test_command_that_does_not_exist(image: str) -> None:
+    done = run(image, "/no/such")
+    assert done.returncode == 127
+    assert "/no/such" in complaint(done)
+
+
+def test_command_that_cannot_be_executed(image: str) -> None:
+    done = run(image, "/etc/passwd")
+    assert done.returncode == 126
+    assert "/etc/passwd" in complaint(done)
+
+
+def test_killed_by_signal(image: str) -> None:
+    assert run(image, "sh", "-c", "kill -9 $$").returncode == 137
+
+
+def test_options_of_the_process(image: str) -> None:
+    os.environ["FROM_HERE"] = "inherited"
+    done = run(
+        image,
+        *("sh", "-c", "pwd; id -un; echo $A $FROM_HERE; hostname"),
+        options=("-e", "A=b", "-e", "FROM_HERE", "-w", "/etc", "-u", "nobody", "--name", "box"),
+    )
+    del os.environ["FROM_HERE"]
+    assert done.stdout == b"/etc\nnobody\nb inherited\nbox\n"
+
+
+def test_entrypoint(image: str) -> None:
+    done = run(image, "one", "two", options=("--entrypoint", "/bin/echo"))
+    assert (done.stdout, done.returncode) == (b"one two\n", 0)
+
+
+def test_reader_that_leaves(image: str, state_home: Path) -> None:
+    with subprocess.Popen(
+        [PROGRAM, "run", "--rm", "--machine", "namespaces", image, "yes"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"y\n"
+        program.stdout.close()
+        assert program.wait(20) == 125
+    assert os.listdir(state_home) == []
+
+
+def foreground(image: str, script: str) -> "subprocess.Popen[bytes]":
+    """A command in the foreground that has said something."""
+    program = subprocess.Popen(
+        [PROGRAM, "run", "--rm", "--machine", "namespaces", image, "sh", "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert program.stdout is not None
+    assert program.stdout.readline() == b"up\n"
+    return program
+
+
+def test_signals_are_passed_on(image: str, state_home: Path) -> None:
+    script = "trap 'echo got it; exit 3' TERM; echo up; while :; do sleep 0.1; done"
+    with foreground(image, script) as program:
+        program.send_signal(signal.SIGTERM)
+        assert program.communicate(timeout=20) == (b"got it\n", b"")
+    assert program.returncode == 3
+    assert os.listdir(state_home) == []
+
+
+def test_second_interrupt_kills_the_machine(image: str, state_home: Path) -> None:
+    script = "trap '' INT TERM; echo up; while :; do sleep 0.1; done"
+    with foreground(image, script) as program:
+        program.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert program.poll() is None
+        program.send_signal(signal.SIGINT)
+        program.communicate(timeout=20)
+    assert program.returncode == 130
+    assert os.listdir(state_home) == []
+
+
+def test_killed_cli(image: str, state_home: Path) -> None:
+    with foreground(image, "echo up; sleep 600") as program:
+        (name,) = os.listdir(state_home)
+        pids = machinekit.family(machinekit.state_of(name).monitor)
+        program.kill()
+        machinekit.nothing_is_left(name, pids, within=2)
+        program.communicate()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run"], "required"),
+        (["run", "--no-such-option", "x"], "--no-such-option"),
+        (["run", "--rm", "oci:/no/such/place"], "/no/such/place"),
+        (["run", "--rm", "busybox"], "oci:"),
+        (["run", "--rm", "--kernel", "/no/kernel", "IMAGE"], "/no/kernel"),
+        (["run", "--rm", "--memory", "x", "IMAGE"], "memory"),
+        (["run", "--rm", "--name", "NO", "IMAGE"], "NO"),
+        (["exec", "nobody", "true"], "nobody"),
+        (["stop", "nobody"], "nobody"),
+        (["logs", "nobody"], "nobody"),
+        (["frobnicate"], "invalid choice"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_125(
+    image: str, words: list[str], message: str, state_home: Path
+) -> None:
+    done = microguest(*(image if word == "IMAGE" else word for word in words))
+    assert done.returncode == 125
+    text = done.stderr.decode()
+    assert text.startswith("microguest")
+    assert text.count("\n") == 1
+    assert message in text
+    assert done.stdout == b""
+    assert not state_home.exists() or os.listdir(state_home) == []
+
+
+# ── machines that go on ──────────────────────────────────────────────────────────────────────────
+
+
+@KIND
+def test_detached_machine(image: str, kind: str) -> None:
+    name = f"det-{kind}"
+    script = "echo hello; trap 'echo bye; exit 0' TERM; while :; do sleep 0.1; done"
+    done = microguest(
+        *("run", "-d", "--name", name, "--machine", kind, "-e", "A=b", image, "sh", "-c", script)
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{name}\n".encode(), b"")
+    pids = machinekit.family(machinekit.state_of(name).monitor)
+
+    listing = microguest("ls").stdout.decode().splitlines()
+    assert listing[0].split() == ["NAME", "MACHINE", "STATUS", "IMAGE", "COMMAND"]
+    assert listing[1].split()[:3] == [name, kind, "up"]
+
+    entered = microguest("exec", name, "sh", "-c", "echo $A; exit 4")
+    assert (entered.returncode, entered.stdout) == (4, b"b\n")
+    piped = microguest("exec", "-i", name, "cat", stdin=b"through")
+    assert piped.stdout == b"through"
+    missing = microguest("exec", name, "no-such")
+    assert missing.returncode == 127
+    assert "no-such" in complaint(missing)
+    wait_until("hello is logged", lambda: microguest("logs", name).stdout == b"hello\n")
+
+    taken = microguest("run", "--name", name, "--machine", "namespaces", image, "true")
+    assert taken.returncode == 125
+    assert "exists already" in complaint(taken)
+
+    with subprocess.Popen(
+        [PROGRAM, "logs", "-f", name], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as follower:
+        stopped = microguest("stop", "-t", "2", name)
+        assert (stopped.returncode, stopped.stdout) == (0, f"{name}\n".encode())
+        followed, errors = follower.communicate(timeout=20)
+    assert (followed.splitlines()[0], followed.splitlines()[-1], errors) == (b"hello", b"bye", b"")
+    assert not any(map(machinekit.runs, pids))
+
+    assert microguest("ls", "-q").stdout == b""
+    assert microguest("ls", "-a", "-q").stdout == f"{name}\n".encode()
+    assert microguest("logs", name).stdout == followed
+    assert microguest("stop", name).returncode == 0
+    gone = microguest("exec", name, "true")
+    assert gone.returncode == 125
+    assert "has ended" in complaint(gone)
+
+
+def test_detached_machine_with_rm_leaves_nothing(image: str, state_home: Path) -> None:
+    done = run(image, "sleep", "600", options=("-d", "--name", "brief"))
+    assert done.stdout == b"brief\n"
+    assert microguest("stop", "-t", "0", "brief").returncode == 0
+    assert os.listdir(state_home) == []
+
+
+def test_detached_command_that_does_not_start(image: str, state_home: Path) -> None:
+    done = run(image, "/no/such", options=("-d",))
+    assert done.returncode == 127
+    complaint(done)
+    assert os.listdir(state_home) == []
+
+
+def test_ended_machine_keeps_its_name_until_it_is_used_again(image: str) -> None:
+    for code in (3, 4):
+        done = microguest(
+            *("run", "--name", "kept", "--machine", "namespaces", image, "sh", "-c"), f"exit {code}"
+        )
+        assert done.returncode == code
+        assert f"exited ({code})" in microguest("ls", "-a").stdout.decode()
+
+
+def test_exec_signal(image: str) -> None:
+    run(image, "sleep", "600", options=("-d", "--name", "sig"))
+    script = "trap 'echo int; exit 9' INT; echo up; while :; do sleep 0.1; done"
+    with subprocess.Popen(
+        [PROGRAM, "exec", "sig", "sh", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"up\n"
+        program.send_signal(signal.SIGINT)
+        assert program.communicate(timeout=20) == (b"int\n", b"")
+    assert program.returncode == 9
+    assert microguest("stop", "-t", "0", "sig").returncode == 0
+
+
+def test_doctor(image: str) -> None:
+    done = microguest("doctor")
+    text = done.stdout.decode()
+    assert done.returncode == 0, text
+    for word in ("qemu", "kvm", "vsock", "guest", "image tools", "namespaces", "state"):
+        assert word in text
+    os.environ["MICROGUEST_BUNDLE"] = "/no/bundle"
+    try:
+        done = microguest("doctor")
+    finally:
+        del os.environ["MICROGUEST_BUNDLE"]
+    assert done.returncode == 1
+    assert b"make guest" in done.stdout
+
+
+def test_help_and_version() -> None:
+    assert b"doctor" in microguest("--help").stdout
+    assert microguest("--version").stdout.startswith(b"microguest ")
