@@ -37,16 +37,22 @@ def _cpython_tarball(work: str, pins: Pins) -> str:
     if override and "://" not in override:
         return override
     if override:
-        target = os.path.join(work, "download")
-        with (
-            urllib.request.urlopen(override, timeout=DOWNLOAD_TIMEOUT) as response,  # noqa: S310
-            open(target, "wb") as file,
-        ):
-            shutil.copyfileobj(response, file)
-        return target
+        return _downloaded(override, os.path.join(work, "download"))
     apt = private_apt(work, kind="deb-src", suite=pins.cpython.suite, architecture="amd64")
     apt.get("source", "--download-only", "--tar-only", pins.cpython.source_package)
     return apt.only_file(".orig.tar.xz")
+
+
+def _downloaded(url: str, target: str) -> str:
+    try:
+        with (
+            urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response,  # noqa: S310
+            open(target, "wb") as file,
+        ):
+            shutil.copyfileobj(response, file)
+    except OSError as error:
+        raise BuildError(f"cannot fetch {url} ({CPYTHON_OVERRIDE}): {error}") from error
+    return target
 
 
 def install_packages(pins: Sequence[PackagePin], target: str, python_version: str) -> None:
@@ -116,7 +122,10 @@ def _pip(command: str, *arguments: str, python_path: str | None = None) -> None:
 
 
 def _check(path: str, accepted: Sequence[str]) -> None:
-    found = file_sha256(path)
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise BuildError(f"cannot read {path}: {error}") from error
     if found not in accepted:
         raise BuildError(
             f"{path} has SHA-256 {found}, build/pins.toml wants {' or '.join(accepted)}"

@@ -10,8 +10,10 @@ is changed.
 
 import builtins
 import sys
-from types import CodeType
-from typing import Any
+
+TYPE_CHECKING = False  # PID 1 imports this too, and typing costs more than the rest of its start
+if TYPE_CHECKING:
+    from typing import Any
 
 # What attrs calls its sources; no other compile() is looked up.
 PREFIX = "<attrs generated"
@@ -38,12 +40,14 @@ def key_of(source: str, filename: str) -> tuple[str, str]:
     return filename, before + mark + rest
 
 
-def looked_up(source: Any, filename: Any, mode: str, *arguments: Any, **options: Any) -> Any:
+def looked_up(
+    source: "Any", filename: "Any", mode: str, *arguments: "Any", **options: "Any"
+) -> "Any":
     """As `compile`, from the record where it has the source."""
     if not arguments and not options and mode == "exec" and str(filename).startswith(PREFIX):
         from _guest_compiled import CODES
 
-        found: CodeType | None = CODES.pop(key_of(source, filename), None)
+        found = CODES.pop(key_of(source, filename), None)
         if not CODES:
             builtins.compile = real_compile
         if found is not None:
