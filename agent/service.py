@@ -5,7 +5,6 @@ never more than `limits.UNAUTHENTICATED` of them. Everything that can go wrong w
 ends here, at most that connection with it.
 """
 
-import errno
 import hmac
 import socket
 from collections.abc import Awaitable, Callable
@@ -24,7 +23,7 @@ from guest.record import Record
 __all__ = ["OPERATIONS", "serve"]
 
 HOST_CID = 2  # VMADDR_CID_HOST of vsock(7)
-ACCEPT_PAUSE = 0.05  # seconds to wait when the kernel has no descriptor or memory left
+ACCEPT_PAUSE = 0.5  # seconds to wait when the kernel has no descriptor or memory left
 
 # A handler gives the result, or None when the connection belonged to a process and that has ended.
 # `early` are events that arrived together with the request. Raises OperationError.
@@ -48,10 +47,12 @@ async def serve(agent: Agent, listener: socket.socket) -> None:
             await trio.lowlevel.wait_readable(listener)
             try:
                 sock, address = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                continue  # the peer is gone already
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    await trio.sleep(ACCEPT_PAUSE)
-                continue  # the peer may be gone already, or another process took it
+                log(f"cannot accept a connection: {error}")
+                await trio.sleep(ACCEPT_PAUSE)
+                continue
             if agent.configure.transport == "vsock" and address[0] != HOST_CID:
                 sock.close()
                 continue

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import pathlib
+import resource
+import shutil
 import signal
 import threading
 import time
@@ -130,7 +132,7 @@ def test_process_has_a_clean_state(agent: AgentProcess) -> None:
         "ls /proc/self/fd; umask; pwd; ulimit -n; cat /proc/self/oom_score_adj; cut -d' ' -f5,6 "
         "/proc/self/stat; grep -E 'Sig(Blk|Ign)' /proc/self/status"
     )
-    limit = shell(agent, "ulimit -n").stdout.decode().strip()
+    limit = str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     with Host(agent) as host:
         started = host.start("sh", "-c", script)
         lines = host.collect().stdout.decode().splitlines()
@@ -163,6 +165,44 @@ def test_cwd_and_relative_program(agent: AgentProcess, tmp_path: pathlib.Path) -
 def test_any_bytes_in_arguments(agent: AgentProcess) -> None:
     raw = bytes(range(1, 256))
     assert execute(agent, "printf", "%s", os.fsdecode(raw)).stdout == raw
+
+
+@pytest.fixture
+def small_root(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A root with a static busybox and nothing else."""
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        pytest.skip("busybox (Debian: busybox-static) is not installed")
+    tmp_path.chmod(0o755)  # it is the root of other users, too
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "etc").mkdir()
+    shutil.copy(busybox, tmp_path / "bin" / "busybox")
+    return tmp_path
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its root")
+def test_processes_see_the_image_only(small_root: pathlib.Path) -> None:
+    (small_root / "etc" / "passwd").write_text("app:x:77:78::/home/app:/bin/sh\n")
+    (small_root / "etc" / "group").write_text("app:x:78:\nextra:x:79:app\n")
+    with AgentProcess(root=str(small_root)) as agent:
+        assert execute(agent, "busybox", "ls", "/").stdout == b"bin\netc\n"
+        script = "busybox id -u; busybox id -G; echo $HOME; busybox readlink /proc/self/fd/0"
+        result = execute(agent, "busybox", "sh", "-c", script, user="app")
+        assert result.stdout == b"77\n78 79\n/home/app\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its root")
+def test_account_files_that_are_traps_do_not_hold_the_agent(small_root: pathlib.Path) -> None:
+    os.mkfifo(small_root / "etc" / "passwd")
+    with open(small_root / "etc" / "group", "wb") as file:
+        file.truncate(10 * 1024**3)
+    with AgentProcess(root=str(small_root)) as agent:
+        resident = agent.resident_kib()
+        with Host(agent) as host, pytest.raises(Refused) as caught:
+            host.start("busybox", "true", user="app")
+        assert caught.value.failure.code == "bad_user"
+        assert execute(agent, "busybox", "true", user="1:1").exited.code == 0
+        assert agent.resident_kib() - resident < 2 * 1024
 
 
 # ── what cannot be started ───────────────────────────────────────────────────────────────────────

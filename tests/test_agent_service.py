@@ -66,7 +66,7 @@ def test_attach_without_the_right_id(agent: AgentProcess) -> None:
 # ── strangers ────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("token", ["", "wrong", TOKEN[:-1], TOKEN + "x", "é" * 9])
+@pytest.mark.parametrize("token", ["", "wrong", TOKEN[:-1], TOKEN + "x"])
 def test_wrong_token_is_unauthorized(stranger: Host, token: str) -> None:
     payload = messages.pack({"token": token})
     stranger.send_raw(PREFACE + frame(frames.Kind.HELLO, payload))
@@ -77,8 +77,8 @@ def test_wrong_token_is_unauthorized(stranger: Host, token: str) -> None:
 
 
 def test_a_request_behind_a_wrong_token_is_not_served(agent: AgentProcess) -> None:
-    with Host(agent, token="wrong") as host:
-        host.send(Request(op="shutdown", args=Shutdown()))
+    with Host(agent, hello=False) as host:
+        host.send(Hello(token="wrong"), Request(op="shutdown", args=Shutdown()))
         assert host.refusal().code == "unauthorized"
     agent.pid1.settimeout(0.2)
     with pytest.raises(TimeoutError):
