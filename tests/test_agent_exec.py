@@ -328,7 +328,6 @@ def test_signals_reach_the_process_or_its_group(agent: AgentProcess) -> None:
                 assert seen == b"parent\n"
             while expected not in seen:
                 seen += host.receive().data  # type: ignore[union-attr]
-            host.signal(signal.SIGKILL)
 
 
 def test_unknown_signal_is_an_error(agent: AgentProcess) -> None:
