@@ -45,6 +45,7 @@ check: setup
 
 bench: guest $(DEMO_IMAGE)/index.json
 	$(PYTHON) build/packages.py run
+	$(PYTHON) build/packages.py bench
 	$(BIN)/python benchmarks/startup.py
 
 clean:

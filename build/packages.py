@@ -36,6 +36,7 @@ APT_PACKAGES = {
         "qemu-system-x86": "the virtual machine",
         "squashfs-tools": "the other disk format",
     },
+    "bench": {"strace": "when PID 1 made which system call"},
     "test": {
         "attr": "setfattr: layers with extended attributes",
         "busybox-static": "the smallest roots",
