@@ -47,9 +47,8 @@ def spawn(
     """Start a program and return (pid, pidfd) once it has exec'ed; both are the caller's to reap.
 
     `candidates` are paths tried in order as execvp(3) does (ENOENT, ENOTDIR and EACCES go on to the
-    next; EACCES wins in the end). `fds` become 0, 1 and 2; every other descriptor is closed. Signals
-    are unblocked and at their defaults. `oom_score_adj` is not lowered where that is not allowed. The
-    calling thread holds the GIL until the child has exec'ed. Raises SpawnError; then no child exists
-    any more.
+    next; EACCES wins in the end). `fds` become 0, 1 and 2; every other descriptor is closed.
+    Signals are unblocked and at their defaults. `oom_score_adj` is not lowered where that is not
+    allowed. The calling thread holds the GIL until the child has exec'ed. Raises SpawnError; then no
+    child exists any more.
     """
-    ...
