@@ -32,6 +32,7 @@ READY = 5  # descriptors in the set
 # The kernel closes a process's outputs some microseconds before it reports its end. To wait for
 # that here, at most twice in a process's life, saves two turns of the event loop.
 ENDING = 0.001  # seconds, epoll_wait(2)'s unit
+SHORT = 0.001  # seconds in which a short command has done something
 
 
 class Exchange:
@@ -55,14 +56,19 @@ class Exchange:
         self._cut: list[str] = []
         self._has_data = False  # output was queued and should not wait
 
-    async def run(self, early: list[Event]) -> None:
+    async def run(self, early: list[Event], *, alone: bool = False) -> None:
         """Until `exited` is written. `early`: what arrived together with the request.
+
+        `alone`: no other process is served, so that a millisecond may be spent on waiting for a
+        short one right here; then its whole story is one write.
 
         Raises ConnectionLost and RemoteProtocolError; the process may still run then.
         """
         try:
             self._watch_everything()
             self._take(early)
+            if alone:
+                self._work(SHORT)
             while not self._over():
                 self._flush()
                 await self._wait()
@@ -105,9 +111,11 @@ class Exchange:
             return math.inf
         return min(self._cut_at(stream) for stream in self._process.outputs)
 
-    def _work(self) -> None:
-        """Handle what is ready, and what becomes ready meanwhile, but not without an end."""
-        patience = 0.0
+    def _work(self, patience: float = 0.0) -> None:
+        """Handle what is ready, and what becomes ready meanwhile, but not without an end.
+
+        `patience`: seconds to wait for the first of it while nothing else is served.
+        """
         for _ in range(ROUNDS):
             ready = self._epoll.poll(patience, READY)
             if not ready:

@@ -31,7 +31,8 @@ async def start(agent: Agent, channel: Channel, args: Record, early: list[Event]
     agent.processes[process.id] = process
     try:
         channel.queue(Response(result=Started(id=process.id, pid=process.pid)))
-        await Exchange(channel, process, args.timeout).run(early)
+        alone = len(agent.processes) == 1
+        await Exchange(channel, process, args.timeout).run(early, alone=alone)
     finally:
         await process.end()
         del agent.processes[process.id]
