@@ -1,6 +1,7 @@
 """The command line as a person types it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,24 @@ def test_what_goes_wrong_is_one_line_and_125(
     assert message in text
     assert done.stdout == b""
     assert not state_home.exists() or os.listdir(state_home) == []
+
+
+@pytest.mark.parametrize("kind", ["namespaces", "qemu"])
+def test_corrupt_layer(image: str, kind: str, tmp_path: Path, state_home: Path) -> None:
+    layout = tmp_path / "layout"
+    shutil.copytree(image.split(":")[1], layout)
+    layer = max((layout / "blobs" / "sha256").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(layer.read_bytes())
+    data[len(data) // 2] ^= 1
+    layer.write_bytes(data)
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    try:
+        done = microguest("run", "--rm", "--machine", kind, f"oci:{layout}:busybox", "true")
+    finally:
+        del os.environ["XDG_CACHE_HOME"]
+    assert done.returncode == 125
+    assert layer.name[:12] in complaint(done)
+    assert os.listdir(state_home) == []
 
 
 # ── machines that go on ──────────────────────────────────────────────────────────────────────────

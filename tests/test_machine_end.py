@@ -245,7 +245,7 @@ def test_boot_that_takes_too_long(image: str, kind: str) -> None:
 def test_failed_boot_says_which_step(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A boot config with a layer that is not where it says."""
     monkeypatch.setattr("host_client.machines.namespaces.LOWER", "/microguest/elsewhere")
-    with pytest.raises(BootFailed, match="root-lower: .*/microguest/elsewhere") as caught:
+    with pytest.raises(BootFailed, match=r"root-lower: .*/microguest/elsewhere") as caught:
         boot(image, machine="namespaces")
     error = caught.value
     assert (error.step, error.path, error.errno) == ("root-lower", "/microguest/elsewhere", 2)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -25,7 +26,10 @@ from host_client.machines.plan import MachineState
 __all__ = ["list_machines", "logs", "stop"]
 
 FOLLOW_EVERY: Final = 0.1  # seconds between looks at a console that is followed
-PID_1_LINES: Final = (b"microguest: ", CONSOLE_MARK.encode())
+# What PID 1 says, and the kernel's last words, which `quiet` does not silence.
+NOT_THE_WORKLOADS: Final = re.compile(
+    rb"microguest: |" + re.escape(CONSOLE_MARK.encode()) + rb"|\[ *[0-9]+\.[0-9]+\] reboot: "
+)
 ENDED_SHOWN: Final = 40  # characters of how it ended
 
 
@@ -84,7 +88,7 @@ def logs(options: argparse.Namespace) -> int:
     lines = follow(name, path) if options.follow else iter(read_log(path).splitlines(True))
     sys.stdout.flush()
     for line in lines:
-        if not line.startswith(PID_1_LINES):
+        if not NOT_THE_WORKLOADS.match(line):
             write_all(1, line.replace(b"\r\n", b"\n"))
     return 0
 

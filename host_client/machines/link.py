@@ -56,12 +56,15 @@ class Link:
     def listen(self, seconds: float) -> MachineState:
         """The newest state, waiting so long for another one than the last."""
         deadline = time.monotonic() + seconds
-        with self._lock:
-            before = self.state
-            while True:
-                left = max(0.0, deadline - time.monotonic())
-                if not self._receive(min(left, TURN)) or self.state is not before or not left:
-                    return self.state
+        before = self.state
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            with self._lock:
+                took = self._receive(min(left, TURN))
+                while took:
+                    took = self._receive(0.0)
+            if self.state is not before or self._closed_by_monitor or not left:
+                return self.state
 
     @property
     def over(self) -> bool:
@@ -95,13 +98,13 @@ class Link:
         self._reap()
 
     def _receive(self, seconds: float) -> bool:
-        """Take one packet. False when the monitor has closed."""
+        """Take one packet. False where none came in time, or none can come any more."""
         if self._closed_by_monitor or self._socket.fileno() < 0:
             return False
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         if not poll.poll(int(seconds * 1000)):
-            return True
+            return False
         try:
             packet = self._socket.recv(STATE_MAX + 1)
         except OSError:

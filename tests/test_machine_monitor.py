@@ -1,0 +1,291 @@
+"""The monitor against guests that misbehave: a bundle whose program is a script of the test.
+
+The script is started as the namespaces launcher would be, so everything between it and the caller
+is the real thing: the monitor, the link, the folder.
+"""
+
+import json
+import os
+import shutil
+import stat
+import sys
+import time
+from pathlib import Path
+
+import machinekit
+import pytest
+from machinekit import nothing_is_left
+
+from guest.report import CONSOLE_MARK
+from host_client import boot
+from host_client.errors import BootFailed, MachineError
+from host_client.machines.console import HALF_MAX, RotatingLog, printable, read_log
+from host_client.machines.folder import claim, is_alive, names, read_state
+from host_client.machines.machine import Machine
+
+GUEST = """#!{python}
+import hashlib, json, os, signal, socket, sys, time
+run = sys.argv[sys.argv.index("--run") + 1]
+config = json.load(open(run + "/boot.json"))
+proof = hashlib.sha256(config["agent"]["token"].encode()).hexdigest()
+
+def dial():
+    report = socket.socket(socket.AF_UNIX)
+    os.chdir(run)  # a relative path is short enough for a socket
+    report.connect("host/report.sock")
+    return report
+
+def tell(report, name, **fields):
+    report.sendall(json.dumps({{name: fields}}).encode() + b"\\n")
+
+def ready(report, **fields):
+    tell(report, "ready", **{{"steps": [], "token_proof": proof, **fields}})
+
+{script}
+"""
+
+
+@pytest.fixture(autouse=True)
+def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    (tmp_path / "root").mkdir()
+    return f"dir:{tmp_path}/root"
+
+
+def bundle_of(folder: Path, script: str) -> str:
+    """A bundle whose program is this script."""
+    folder.mkdir()
+    program = folder / "microguest"
+    program.write_text(GUEST.format(python=sys.executable, script=script))
+    program.chmod(0o755)
+    files = {}
+    for name in ("vmlinuz", "initramfs.cpio", "microguest"):
+        path = folder / name
+        path.touch()
+        files[name] = {"size": path.stat().st_size, "sha256": "0" * 64}
+    manifest = {
+        "schema": 1, "arch": "x86_64", "kernel_release": "0", "kernel_source": "none",
+        "versions": {}, "files": files, "modules": [],
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return str(folder)
+
+
+def booted(tmp_path: Path, root: str, script: str, **options: object) -> Machine:
+    bundle = bundle_of(tmp_path / "bundle", script)
+    return boot(root, machine="namespaces", bundle=bundle, timeout=10, **options)  # type: ignore[arg-type]
+
+
+def refused(tmp_path: Path, root: str, script: str) -> BootFailed:
+    with pytest.raises(BootFailed) as caught:
+        booted(tmp_path, root, script)
+    assert names() == []
+    return caught.value
+
+
+# ── guests that do not come up ───────────────────────────────────────────────────────────────────
+
+
+def test_last_words_are_in_the_error(tmp_path: Path, root: str) -> None:
+    error = refused(tmp_path, root, "print('no memory for you', file=sys.stderr); sys.exit(4)")
+    assert "exit code 4" in str(error)
+    assert "no memory for you" in error.console
+
+
+def test_killed_before_ready(tmp_path: Path, root: str) -> None:
+    error = refused(tmp_path, root, "os.kill(os.getpid(), signal.SIGSEGV)")
+    assert "killed by signal 11" in str(error)
+
+
+def test_failure_that_is_only_on_the_console(tmp_path: Path, root: str) -> None:
+    report = {"boot_failed": {"step": "report", "message": "nobody listens", "errno": 111}}
+    error = refused(tmp_path, root, f"print({CONSOLE_MARK + json.dumps(report)!r}); sys.exit(0)")
+    assert (error.step, error.errno) == ("report", 111)
+    assert "nobody listens" in str(error)
+
+
+def test_failed_boot_that_does_not_power_off(
+    tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = time.monotonic()
+    script = "r = dial(); tell(r, 'boot_failed', step='config', message='bad'); time.sleep(60)"
+    assert refused(tmp_path, root, script).step == "config"
+    assert time.monotonic() - began < 9
+
+
+def test_other_token(tmp_path: Path, root: str) -> None:
+    error = refused(tmp_path, root, "ready(dial(), token_proof='0' * 64); time.sleep(60)")
+    assert "another token" in str(error)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        "b'not json\\n'",
+        "b'{}\\n'",
+        "b'[1]\\n'",
+        "b'{\"unknown\": {}}\\n'",
+        'b\'{"ready": {"steps": 5}}\\n\'',
+        "b'x' * 1000000",
+        "bytes(range(256)) * 10 + b'\\n'",
+        "b'[' * 60000 + b'\\n'",
+    ],
+)
+def test_garbage_instead_of_a_report(tmp_path: Path, root: str, garbage: str) -> None:
+    """The connection is dropped; a machine that then says no more does not count as ready."""
+    script = f"""
+r = dial()
+try:
+    r.sendall({garbage})
+    r.settimeout(5)
+    assert r.recv(1) == b""
+except ConnectionError:
+    pass
+try:
+    ready(r)
+except OSError:
+    pass
+sys.exit(9)
+"""
+    assert "exit code 9" in str(refused(tmp_path, root, script))
+
+
+# ── guests that misbehave later ──────────────────────────────────────────────────────────────────
+
+
+def test_second_report_connection_is_refused(tmp_path: Path, root: str) -> None:
+    script = """
+r = dial()
+ready(r)
+try:
+    answer = dial().recv(1)
+except OSError:
+    answer = b""
+print("refused" if answer == b"" else "served", flush=True)
+time.sleep(60)
+"""
+    with booted(tmp_path, root, script) as machine:
+        machinekit.wait_until("it tried", lambda: "refused" in machine.console())
+        machine.kill()
+
+
+def test_flood_of_reports(tmp_path: Path, root: str) -> None:
+    script = """
+r = dial()
+ready(r)
+try:
+    for number in range(1, 100000):
+        tell(r, "agent_exited", code=1, crashes=number, restart_in=0.0)
+except OSError:
+    print("enough", flush=True)
+time.sleep(60)
+"""
+    with booted(tmp_path, root, script) as machine:
+        machinekit.wait_until("the monitor has had enough", lambda: "enough" in machine.console())
+        assert len(machine.state.agent_exits) == 32
+        assert machine.state.phase == "running"
+        machine.kill()
+
+
+def test_flood_on_the_console(tmp_path: Path, root: str) -> None:
+    script = """
+r = dial()
+ready(r)
+line = b"x" * 1023 + b"\\n"
+for _ in range(20 * 1024):
+    os.write(1, line)
+os.write(1, b"the end\\n")
+time.sleep(60)
+"""
+    with booted(tmp_path, root, script) as machine:
+        machinekit.wait_until("all is written", lambda: "the end" in machine.console(), 20)
+        assert HALF_MAX <= len(machine.console()) <= 2 * HALF_MAX
+        machine.kill()
+
+
+def test_hostile_strings_do_not_reach_the_terminal(tmp_path: Path, root: str) -> None:
+    script = r"""
+print("\x1b[2Jgone\x07", flush=True)
+tell(dial(), "boot_failed", step="x" * 9000, message="\x1b]0;title\x07 bad", path="p" * 9000)
+"""
+    error = refused(tmp_path, root, script)
+    assert "\x1b" not in error.console
+    assert "\x1b" not in str(error)
+    assert len(str(error)) < 5000
+
+
+def test_machine_that_says_goodbye_and_stays(tmp_path: Path, root: str) -> None:
+    """PID 1's last report without a power-off: `stop` does not wait for ever."""
+    script = "r = dial(); ready(r); tell(r, 'stopping', status='done', boot_ms=1.0); time.sleep(60)"
+    with booted(tmp_path, root, script) as machine:
+        pids = machinekit.family(machine.state.monitor)
+        began = time.monotonic()
+        machine.stop(grace=0.1)
+        assert time.monotonic() - began < 12
+    nothing_is_left(machine.name, pids, within=1)
+
+
+def test_boot_config_and_its_token_are_gone_when_ready(tmp_path: Path, root: str) -> None:
+    with booted(tmp_path, root, "r = dial(); ready(r); time.sleep(60)") as machine:
+        folder = Path(os.environ["XDG_STATE_HOME"], "microguest", "machines", machine.name)
+        assert sorted(os.listdir(folder / "run")) == ["host"]
+        assert stat.S_IMODE((folder / "state.json").stat().st_mode) == 0o600
+        machine.kill()
+
+
+# ── no room ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_no_space(tmp_path: Path, elf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], check=True)
+    monkeypatch.setenv("XDG_STATE_HOME", str(small))
+    try:
+        with pytest.raises(MachineError, match="No space left"):
+            boot(machinekit.demo_image())
+        assert names() == []
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+# ── parts ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_log_rotates(tmp_path: Path) -> None:
+    path = str(tmp_path / "log")
+    log = RotatingLog(path, half_max=1000)
+    for number in range(1000):
+        log.write(b"%05d\n" % number)
+    log.close()
+    kept = read_log(path)
+    assert kept.endswith(b"00999\n")
+    assert 1000 <= len(kept) <= 2000
+    assert kept == b"".join(b"%05d\n" % n for n in range(1000 - len(kept) // 6, 1000))
+    assert log.tail().endswith("00999\n")
+
+
+def test_printable() -> None:
+    assert printable("a\r\nb\x1b[1mc\td\x00") == "a\nb[1mc\td"
+
+
+def test_claims() -> None:
+    folder = claim("one")
+    assert is_alive("one")
+    with pytest.raises(MachineError, match="exists already"):
+        claim("one")
+    folder.release()
+    assert not is_alive("one")
+    again = claim("one")
+    again.remove()
+    assert names() == []
+    assert read_state("one") is None
+    shutil.rmtree(os.environ["XDG_STATE_HOME"])
+    assert names() == []
