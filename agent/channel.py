@@ -8,11 +8,14 @@ import socket
 
 import trio
 
+from guest import limits
 from guest.connection import Connection, Event, Role
 
-__all__ = ["Channel", "ConnectionLost"]
+__all__ = ["BUFFER", "Channel", "ConnectionLost"]
 
-READ = 64 * 1024  # bytes taken from the socket at a time
+# Where every read goes, from sockets and pipes alike. One is enough, as nobody waits while it holds
+# anything, and a fresh one for each read would be mapped and unmapped each time.
+BUFFER = memoryview(bytearray(limits.STREAM_READ))
 
 
 class ConnectionLost(Exception):
@@ -66,14 +69,14 @@ class Channel:
         Raises ConnectionLost at the end of the connection, and RemoteProtocolError.
         """
         try:
-            data = self.sock.recv(READ)
+            count = self.sock.recv_into(BUFFER)
         except BlockingIOError:
             return None
         except OSError:
             raise ConnectionLost from None
-        if not data:
+        if not count:
             raise ConnectionLost
-        return self.connection.receive(data)
+        return self.connection.receive(BUFFER[:count])
 
     async def receive(self) -> list[Event]:
         """Wait for at least one event. Raises as `receive_now`."""

@@ -16,7 +16,7 @@ import termios
 
 import trio
 
-from agent.channel import Channel, ConnectionLost
+from agent.channel import BUFFER, Channel, ConnectionLost
 from agent.state import Process
 from guest import limits
 from guest.connection import Data, End, Event
@@ -174,17 +174,17 @@ class Exchange:
         if self._blocked:
             return  # found ready together with what filled the socket
         try:
-            data = os.read(fd, limits.STREAM_READ)
+            count = os.readv(fd, (BUFFER,))
         except BlockingIOError:
             return  # somebody opened the pipe through /proc and was faster
-        if not data:
+        if not count:
             self._end_output(stream)
             return
-        self._channel.queue_data(stream, data)
+        self._channel.queue_data(stream, bytes(BUFFER[:count]))
         self._has_data = True
         if self._exited_at < math.inf:
             self._last_data[stream] = trio.current_time()
-            self._owed[stream] = self._owed.get(stream, 0) - len(data)
+            self._owed[stream] = self._owed.get(stream, 0) - count
 
     def _end_output(self, stream: int) -> None:
         fd = self._process.outputs.pop(stream)

@@ -8,6 +8,7 @@ agent both use it, so it imports nothing but the contract's cheap parts. Default
 import errno
 import os
 
+from guest import limits
 from guest.bootconfig import ImageDefaults
 from guest.errors import operation_error
 from guest.record import Record
@@ -51,7 +52,9 @@ def plan(
     directory = (image.cwd if cwd is None else cwd) or "/"
     if not directory.startswith("/"):
         raise operation_error(
-            "bad_cwd", f"cwd: {directory!r} is not an absolute path", {"path": directory}
+            "bad_cwd",
+            f"cwd: {directory!r:.200} is not an absolute path",
+            {"path": directory[: limits.ERROR_MESSAGE]},
         )
     merged = {"PATH": DEFAULT_PATH, **image.env, **(env or {})}
     if not merged.get("HOME"):
@@ -77,7 +80,7 @@ def _candidates(program: bytes, search: bytes) -> tuple[bytes, ...]:
 def _variable(name: str, value: str) -> bytes:
     if not name or "=" in name:
         raise operation_error(
-            "bad_request", f"env: {name!r} is not a variable's name", {"field": "env"}
+            "bad_request", f"env: {name!r:.200} is not a variable's name", {"field": "env"}
         )
     return _encoded(name, "env") + b"=" + _encoded(value, "env")
 
@@ -155,4 +158,9 @@ def start_failure(
         code = "bad_interpreter"
     subject = cwd if step == "chdir" else argv0
     message = f"{subject!r:.200}: {_ADVICE[code]} ({step}: {os.strerror(error)})"
-    return code, message, {"step": step, "errno": error, "path": subject}
+    fields: dict[str, str | int | None] = {
+        "step": step,
+        "errno": error,
+        "path": subject[: limits.ERROR_MESSAGE],
+    }
+    return code, message, fields

@@ -52,7 +52,7 @@ def resolve(spec: str, passwd: bytes = b"", group: bytes = b"") -> Identity:
     if account is None:
         uid = _number(user)
         if uid is None:
-            raise _bad_user(spec, f"no user {user!r} in the image's {USERS_FILE}")
+            raise _bad_user(spec, f"no user {user!r:.200} in the image's {USERS_FILE}")
         account = _Account(name="", uid=uid, gid=0, home="/")
     if wanted_group:
         gid, others = _explicit_group(spec, wanted_group, group), []
@@ -83,7 +83,7 @@ def _explicit_group(spec: str, wanted: str, text: bytes) -> int:
     for entry in _groups(text):
         if entry.name == wanted:
             return entry.gid
-    raise _bad_user(spec, f"no group {wanted!r} in the image's {GROUPS_FILE}")
+    raise _bad_user(spec, f"no group {wanted!r:.200} in the image's {GROUPS_FILE}")
 
 
 def _accounts(text: bytes) -> list[_Account]:
@@ -128,4 +128,6 @@ def _number(text: str) -> int | None:
 
 
 def _bad_user(spec: str, reason: str) -> OperationError:
-    return operation_error("bad_user", f"user {spec!r}: {reason}", {"user": spec})
+    return operation_error(
+        "bad_user", f"user {spec!r:.200}: {reason}", {"user": spec[: limits.ERROR_MESSAGE]}
+    )

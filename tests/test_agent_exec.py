@@ -237,9 +237,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         (["true"], {"user": "no-such-user"}, "bad_user"),
         (["true"], {"user": "root:no-such-group"}, "bad_user"),
         (["true", "x" * 3 * MIB], {}, "argument_list_too_long"),
+        (["x" * 3 * MIB], {}, "not_found"),
+        (["true"], {"user": "x" * 3 * MIB}, "bad_user"),
+        (["true"], {"cwd": "x" * 3 * MIB}, "bad_cwd"),
+        (["true"], {"cwd": "/" + "x" * 3 * MIB}, "bad_cwd"),
+        (["true"], {"env": {"x" * 3 * MIB: "\0"}}, "bad_request"),
         ([], {}, "bad_request"),
         (["a\0b"], {}, "bad_request"),
     ],
+    ids=lambda value: f"{value!s:.40}",
 )
 def test_refused_starts_are_typed(
     agent: AgentProcess,
