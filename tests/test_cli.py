@@ -137,7 +137,7 @@ def test_signals_are_passed_on(image: str, state_home: Path) -> None:
     script = "trap 'echo got it; exit 3' TERM; echo up; while :; do sleep 0.1; done"
     with foreground(image, script) as program:
         program.send_signal(signal.SIGTERM)
-        assert program.communicate(timeout=20) == (b"got it\n", b"")
+        assert program.communicate(timeout=20)[0] == b"got it\n"
     assert program.returncode == 3
     assert os.listdir(state_home) == []
 
@@ -290,7 +290,7 @@ def test_exec_signal(image: str) -> None:
         assert program.stdout is not None
         assert program.stdout.readline() == b"up\n"
         program.send_signal(signal.SIGINT)
-        assert program.communicate(timeout=20) == (b"int\n", b"")
+        assert program.communicate(timeout=20)[0] == b"int\n"
     assert program.returncode == 9
     assert microguest("stop", "-t", "0", "sig").returncode == 0
 

@@ -96,6 +96,24 @@ def test_last_words_are_in_the_error(tmp_path: Path, root: str) -> None:
     assert "no memory for you" in error.console
 
 
+def test_program_that_cannot_be_executed(tmp_path: Path, root: str) -> None:
+    bundle = bundle_of(tmp_path / "bundle", "")
+    os.chmod(f"{bundle}/microguest", 0o644)
+    with pytest.raises(BootFailed, match=r"cannot start .*: Permission denied"):
+        boot(root, machine="namespaces", bundle=bundle)
+    assert names() == []
+
+
+def test_busy_caller_still_gets_the_last_lines(tmp_path: Path, root: str) -> None:
+    script = "r = dial(); ready(r); time.sleep(0.5); print('last', flush=True)"
+    with booted(tmp_path, root, script) as machine:
+        monitor = machine.state.monitor
+        machinekit.wait_until("all is gone", lambda: not machinekit.runs(monitor))
+        assert "last" in machine.console()
+        assert machine.wait().status == "crashed"
+        assert "last" in machine.console()
+
+
 def test_killed_before_ready(tmp_path: Path, root: str) -> None:
     error = refused(tmp_path, root, "os.kill(os.getpid(), signal.SIGSEGV)")
     assert "killed by signal 11" in str(error)

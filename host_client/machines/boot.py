@@ -7,12 +7,11 @@ from typing import Final, Protocol
 from host_client import images
 from host_client.errors import BootFailed, DeadlineExceeded, MachineError
 from host_client.machines.bundle import Bundle, find_bundle
-from host_client.machines.console import printable, read_log
 from host_client.machines.folder import Folder, claim, sweep
 from host_client.machines.link import Link
 from host_client.machines.machine import Machine
 from host_client.machines.namespaces import NamespacesBackend
-from host_client.machines.plan import MachineState, Plan
+from host_client.machines.plan import CONSOLE_SHOWN, MachineState, Plan
 from host_client.machines.prepare import Preparation
 from host_client.machines.qemu import QemuBackend
 from host_client.machines.settings import Settings
@@ -20,7 +19,6 @@ from host_client.machines.settings import Settings
 __all__ = ["BACKENDS", "Backend", "boot", "start"]
 
 MONITOR_ALLOWANCE: Final = 15.0  # seconds beyond the boot's own deadline, which the monitor keeps
-CONSOLE_SHOWN: Final = 4000  # characters of the console in a BootFailed
 
 
 class Backend(Protocol):
@@ -129,7 +127,7 @@ def bring_up(
         raise MachineError(
             f"cannot prepare machine {folder.name}: {error.strerror}{where}"
         ) from error
-    return Machine(link, folder.path, token)
+    return Machine(link, token)
 
 
 def await_ready(link: Link, folder: Folder, timeout: float) -> None:
@@ -140,16 +138,15 @@ def await_ready(link: Link, folder: Folder, timeout: float) -> None:
         if any(step.name == "ready" for step in state.timeline):
             return
         if state.ended or link.over:
-            raise boot_failed(state, folder)
+            raise boot_failed(state, link.console())
         if time.monotonic() > deadline:
             raise DeadlineExceeded(
                 f"the monitor of machine {folder.name} does not answer", seconds=timeout
             )
 
 
-def boot_failed(state: MachineState, folder: Folder) -> BootFailed:
+def boot_failed(state: MachineState, console: str) -> BootFailed:
     """The error for a machine that ended before it was ready."""
-    console = printable(read_log(f"{folder.path}/console.log").decode("utf-8", "replace"))
     reason = state.error or "its monitor process died"
     report = state.boot_failed
     message = f"machine {state.name} did not come up: {reason}"

@@ -11,8 +11,9 @@ from typing import Final
 
 from guest.record import Record, RecordError
 from host_client.errors import MachineError
+from host_client.machines.console import printable, read_log
 from host_client.machines.folder import Folder
-from host_client.machines.plan import COMMANDS, STATE_MAX, MachineState
+from host_client.machines.plan import COMMANDS, STATE_MAX, End, MachineState
 
 __all__ = ["Link"]
 
@@ -33,6 +34,8 @@ class Link:
     def __init__(self, folder: Folder) -> None:
         """Start the monitor, which takes over the folder's lock."""
         self.name = folder.name
+        self._console_path = os.path.join(folder.path, "console.log")
+        self._console = b""
         self.state = MachineState(name=folder.name)
         self._lock = threading.Lock()
         self._closed_by_monitor = False
@@ -65,6 +68,11 @@ class Link:
                     took = self._receive(0.0)
             if self.state is not before or self._closed_by_monitor or not left:
                 return self.state
+
+    def console(self) -> str:
+        """All of the console that is kept; of an ended machine at least the last lines."""
+        self._console = read_log(self._console_path) or self._console
+        return printable(self._console.decode("utf-8", "replace")) or self.state.console
 
     @property
     def over(self) -> bool:
@@ -116,6 +124,9 @@ class Link:
             self.state = MachineState.from_json(packet)
         except RecordError as error:
             raise MachineError(f"the monitor of {self.name} sent nonsense: {error}") from None
+        if self.state.ended:
+            self.console()  # a moment later the monitor removes it
+            self.send(End())
         return True
 
     def _reap(self) -> None:

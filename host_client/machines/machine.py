@@ -1,6 +1,5 @@
 """A machine of this program: its agent, its state, its end."""
 
-import os
 import threading
 import time
 from types import TracebackType
@@ -12,7 +11,6 @@ from guest.report import Step
 from host_client.address import parse
 from host_client.agent import Agent
 from host_client.errors import DeadlineExceeded
-from host_client.machines.console import printable, read_log
 from host_client.machines.link import Link
 from host_client.machines.plan import Detach, End, MachineState
 
@@ -25,10 +23,8 @@ KILL_WAIT: Final = 10.0  # seconds for the monitor to kill and clean up
 class Machine:
     """Made by `boot`. As a context manager it is stopped at the end, and nothing of it stays."""
 
-    def __init__(self, link: Link, path: str, token: str) -> None:
+    def __init__(self, link: Link, token: str) -> None:
         self._link = link
-        self._path = path
-        self._console = b""
         self._closing = threading.Lock()
         self.agent = Agent(parse(link.state.url), token, obituary=self._obituary)
 
@@ -78,9 +74,12 @@ class Machine:
         return steps
 
     def console(self) -> str:
-        """What the machine has written to its console; the last few MiB of it."""
-        self._keep_console()
-        return printable(self._console.decode("utf-8", "replace"))
+        """What the machine has written to its console; the last few MiB of it.
+
+        Of a machine that ended while nobody listened, only the last lines.
+        """
+        self._link.listen(0.0)
+        return self._link.console()
 
     def stop(self, grace: float = limits.STOP_GRACE) -> MachineState:
         """End it: TERM to all processes, `grace` seconds, KILL, power off; then remove all of it.
@@ -102,7 +101,6 @@ class Machine:
         """End it at once, without a word to what runs in it. Returns the last state."""
         with self._closing:
             self.agent.close()
-            self._keep_console()
             if not self._link.over:
                 self._link.send(End())
                 if not self._link.await_over(KILL_WAIT):
@@ -127,10 +125,6 @@ class Machine:
         self.agent.close()
         self._link.send(Detach())
         self._link.abandon()
-
-    def _keep_console(self) -> None:
-        """The file goes away with the machine."""
-        self._console = read_log(os.path.join(self._path, "console.log")) or self._console
 
     def _obituary(self, seconds: float) -> str:
         """For the agent's connections: how the machine ended, "" where it seems to live."""

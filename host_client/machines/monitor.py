@@ -39,6 +39,7 @@ from host_client.machines.folder import write_file
 from host_client.machines.plan import (
     AGENT_EXITS_MAX,
     COMMANDS,
+    CONSOLE_SHOWN,
     PACKET_MAX,
     STEPS_MAX,
     Detach,
@@ -55,6 +56,7 @@ __all__ = ["Monitor", "main"]
 STOPPING_WAIT: Final = 15.0  # seconds from PID 1's last report to the VMM's exit
 FAILED_WAIT: Final = 5.0  # seconds from a failed boot's report to the VMM's exit
 KILLED_WAIT: Final = 5.0  # seconds for a killed VMM to be gone
+FAREWELL_WAIT: Final = 1.0  # seconds for a caller to read the console of an ended machine
 DRAIN_WAIT: Final = 1.0  # seconds for the guest's last bytes to reach their readers
 CONSOLE_CHUNK: Final = 64 * 1024
 
@@ -135,7 +137,7 @@ class Monitor:
         self.loop.add(self._link.fileno(), lambda _events: self._on_link(), EPOLLIN)
         self._take_signals()
         lease = hold_lease(self.plan.lease)
-        self._launch()
+        self.loop.defer(self._launch)
         self.loop.run()
         self._console.close()
         self._messages.close()
@@ -361,8 +363,9 @@ class Monitor:
         self._reports.close()
         if self._device is not None:
             self._device.close()
-        self._change(phase="ended", vmm_code=code)
-        self._last_word()
+        last = printable(self._console.tail())[-CONSOLE_SHOWN:]
+        self._change(phase="ended", vmm_code=code, console=last)
+        self._farewell()
         self.loop.stop()
 
     def _explain_exit(self, code: int | None) -> None:
@@ -378,13 +381,18 @@ class Monitor:
         said = f": {last[0]}"[:500] if last else ""
         self._note_end(status, f"{self.plan.argv[0]} ended {when} ({how}){said}")
 
-    def _last_word(self) -> None:
-        """The final state must reach a caller that reads, even if its queue is full just now."""
-        if self._link is None or not self._unsent:
+    def _farewell(self) -> None:
+        """Let a caller that listens have the final state and read the console before it is gone.
+
+        Its answer is any packet, or that it closes; a caller that is busy is not waited for.
+        """
+        if self._link is None or not self._attached:
             return
-        self._link.settimeout(1.0)
+        self._link.settimeout(FAREWELL_WAIT)
         with contextlib.suppress(OSError):
-            self._link.send(self.state.to_json().encode("ascii"), socket.MSG_NOSIGNAL)
+            if self._unsent:
+                self._link.send(self.state.to_json().encode("ascii"), socket.MSG_NOSIGNAL)
+            self._link.recv(PACKET_MAX)
 
 
 def failure_on_console(text: str) -> BootFailed | None:

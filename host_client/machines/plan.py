@@ -11,6 +11,7 @@ from guest.report import AgentExited, BootFailed, Step, WorkloadExited, Workload
 
 __all__ = [
     "COMMANDS",
+    "CONSOLE_SHOWN",
     "HYBRID_SOCKET",
     "PACKET_MAX",
     "STATE_MAX",
@@ -24,6 +25,7 @@ HYBRID_SOCKET: Final = "vsock.sock"  # in the run folder; host programs dial the
 
 PACKET_MAX: Final = 128 * 1024  # bytes; the kernel's default socket buffer takes it in one piece
 STATE_MAX: Final = 120 * 1024
+CONSOLE_SHOWN: Final = 4096  # characters; six bytes each at worst, as JSON
 STEPS_MAX: Final = 64  # steps of a boot that are kept; the guest makes a dozen
 AGENT_EXITS_MAX: Final = 32  # the latest ones are kept
 
@@ -90,6 +92,7 @@ class MachineState(Record):
     status: str = ""
     error: str = ""  # a sentence, where the end was not a good one
     vmm_code: int | None = None  # as subprocess has it: minus a signal's number
+    console: str = ""  # its last lines, when it has ended
 
     @property
     def ended(self) -> bool:
