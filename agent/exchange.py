@@ -54,7 +54,7 @@ class Exchange:
         self._owed: dict[int, int] = {}  # bytes that were in a pipe when the process ended
         self._last_data: dict[int, float] = {}
         self._cut: list[str] = []
-        self._has_data = False  # output was queued and should not wait
+        self._flush_due = False  # output was queued, or the host reads again
 
     async def run(self, early: list[Event], *, alone: bool = False) -> None:
         """Until `exited` is written. `early`: what arrived together with the request.
@@ -134,12 +134,14 @@ class Exchange:
                 self._note_exit()
             if self._over():
                 return
-            if self._has_data:
-                self._has_data = False
+            if self._flush_due:
+                self._flush_due = False
                 self._flush()
             patience = ENDING if len(self._process.outputs) < streams else 0.0
 
     def _serve_socket(self, events: int) -> None:
+        if events & OUT:
+            self._flush_due = True
         if events & IN:
             self._take(self._channel.receive_now() or [])
         elif events & ~OUT:
@@ -181,7 +183,7 @@ class Exchange:
             self._end_output(stream)
             return
         self._channel.queue_data(stream, bytes(BUFFER[:count]))
-        self._has_data = True
+        self._flush_due = True
         if self._exited_at < math.inf:
             self._last_data[stream] = trio.current_time()
             self._owed[stream] = self._owed.get(stream, 0) - count
