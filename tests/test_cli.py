@@ -154,6 +154,25 @@ def test_second_interrupt_kills_the_machine(image: str, state_home: Path) -> Non
     assert os.listdir(state_home) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGHUP, -1)]
+)
+def test_interrupted_boot(image: str, state_home: Path, number: int, code: int) -> None:
+    """At several moments before the command runs, on the slow kind of machine."""
+    for delay in (0.15, 0.4, 0.8):
+        with subprocess.Popen(
+            [PROGRAM, "run", "--rm", "--machine", "qemu", "--name", "early", image, "true"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as program:
+            time.sleep(delay)
+            pids = machinekit.family(program.pid)
+            program.send_signal(number)
+            program.communicate(timeout=10)
+        assert program.returncode == code
+        machinekit.nothing_is_left("early", pids, within=2)
+
+
 def test_killed_cli(image: str, state_home: Path) -> None:
     with foreground(image, "echo up; sleep 600") as program:
         (name,) = os.listdir(state_home)

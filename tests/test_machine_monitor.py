@@ -151,6 +151,7 @@ def test_other_token(tmp_path: Path, root: str) -> None:
         "b'x' * 1000000",
         "bytes(range(256)) * 10 + b'\\n'",
         "b'[' * 60000 + b'\\n'",
+        'b\'{"stopping": {"status": "x", "boot_ms": 1\' + b\'0\' * 400 + b\'}}\\n\'',
     ],
 )
 def test_garbage_instead_of_a_report(tmp_path: Path, root: str, garbage: str) -> None:
@@ -234,6 +235,24 @@ tell(dial(), "boot_failed", step="x" * 9000, message="\x1b]0;title\x07 bad", pat
     assert "\x1b" not in error.console
     assert "\x1b" not in str(error)
     assert len(str(error)) < 5000
+
+
+def test_largest_state_still_reaches_the_caller(tmp_path: Path, root: str) -> None:
+    script = r"""
+text = "\U0001f600" * 3000
+r = dial()
+steps = [dict(name=text[:500], start_ms=1.0, end_ms=2.0)] * 8
+ready(r, steps=steps)
+tell(r, "workload_failed", code=text[:1500], message=text, step=text[:500])
+print(text, flush=True)
+tell(r, "boot_failed", step=text[:500], message=text[:2000], path=text[:1500], syscall=text[:900])
+sys.exit(1)
+"""
+    with booted(tmp_path, root, script) as machine:
+        state = machine.wait(timeout=10)
+    assert state.workload_failed is not None
+    assert state.boot_failed is not None
+    assert state.status == "boot-failed"
 
 
 def test_machine_that_says_goodbye_and_stays(tmp_path: Path, root: str) -> None:

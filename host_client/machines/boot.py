@@ -11,7 +11,7 @@ from host_client.machines.folder import Folder, claim, sweep
 from host_client.machines.link import Link
 from host_client.machines.machine import Machine
 from host_client.machines.namespaces import NamespacesBackend
-from host_client.machines.plan import CONSOLE_SHOWN, MachineState, Plan
+from host_client.machines.plan import CONSOLE_SHOWN, MachineState, Plan, cut
 from host_client.machines.prepare import Preparation
 from host_client.machines.qemu import QemuBackend
 from host_client.machines.settings import Settings
@@ -151,14 +151,14 @@ def boot_failed(state: MachineState, console: str) -> BootFailed:
     report = state.boot_failed
     message = f"machine {state.name} did not come up: {reason}"
     if report is None:
-        return BootFailed(message, console=console[-CONSOLE_SHOWN:])
+        return BootFailed(message, console=cut(console, CONSOLE_SHOWN, tail=True))
     return BootFailed(
         message,
         step=report.step,
         syscall=report.syscall,
         path=report.path,
         errno=report.errno,
-        console=console[-CONSOLE_SHOWN:],
+        console=cut(console, CONSOLE_SHOWN, tail=True),
     )
 
 

@@ -41,11 +41,12 @@ from host_client.machines.plan import (
     COMMANDS,
     CONSOLE_SHOWN,
     PACKET_MAX,
-    STEPS_MAX,
     Detach,
     End,
     MachineState,
     Plan,
+    clipped,
+    cut,
 )
 from host_client.machines.reports import ReportReader
 from host_client.machines.vmm import Device, Vmm
@@ -138,7 +139,11 @@ class Monitor:
         self._take_signals()
         lease = hold_lease(self.plan.lease)
         self.loop.defer(self._launch)
-        self.loop.run()
+        try:
+            self.loop.run()
+        except Exception as error:
+            self._change(phase="ended", status="crashed", error=f"its monitor failed: {error!r}")
+            raise
         self._console.close()
         self._messages.close()
         if lease >= 0:
@@ -255,6 +260,7 @@ class Monitor:
         print(what, file=sys.stderr)
 
     def _on_report(self, report: Record) -> None:
+        report = clipped(report)
         match report:
             case Ready():
                 self._on_ready(report)
@@ -296,11 +302,9 @@ class Monitor:
         ready = Step(name="ready", start_ms=now, end_ms=now)
         if not steps:
             return [ready]
-        kept = steps[:STEPS_MAX]
-        offset = now - kept[-1].end_ms
+        offset = now - steps[-1].end_ms
         shifted = [
-            Step(name=s.name[:64], start_ms=s.start_ms + offset, end_ms=s.end_ms + offset)
-            for s in kept
+            Step(name=s.name, start_ms=s.start_ms + offset, end_ms=s.end_ms + offset) for s in steps
         ]
         if self.plan.machine != "namespaces":  # there CLOCK_BOOTTIME is the host's
             start = max(0.0, offset)
@@ -308,14 +312,8 @@ class Monitor:
         return [*shifted, ready]
 
     def _on_boot_failed(self, report: BootFailed) -> None:
-        # steps: a hostile guest must not make the state larger than a packet
-        self._change(
-            boot_failed=report.replace(
-                step=report.step[:64], message=report.message[:2048], path=report.path[:2048],
-                steps=report.steps[:STEPS_MAX],
-            )
-        )  # fmt: skip
-        self._note_end("boot-failed", f"boot failed in step {report.step}: {report.message}"[:4096])
+        self._change(boot_failed=report)
+        self._note_end("boot-failed", f"boot failed in step {report.step}: {report.message}")
         self._end_after(FAILED_WAIT, "")
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────
@@ -336,7 +334,7 @@ class Monitor:
 
     def _note_end(self, status: str, error: str = "") -> None:
         if not self.state.status:
-            self._change(phase="stopping", status=status, error=error)
+            self._change(phase="stopping", status=status, error=cut(printable(error)))
 
     def _on_device_failure(self, reason: str) -> None:
         self._end("crashed", f"its vsock device failed: {reason}")
@@ -363,7 +361,7 @@ class Monitor:
         self._reports.close()
         if self._device is not None:
             self._device.close()
-        last = printable(self._console.tail())[-CONSOLE_SHOWN:]
+        last = cut(printable(self._console.tail()), CONSOLE_SHOWN, tail=True)
         self._change(phase="ended", vmm_code=code, console=last)
         self._farewell()
         self.loop.stop()
@@ -372,7 +370,7 @@ class Monitor:
         """The VMM ended and nobody had said why."""
         failure = failure_on_console(self._console.tail())
         if failure is not None:
-            self._on_boot_failed(failure)
+            self._on_report(failure)
             return
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         last = printable(self._messages.tail()).strip().splitlines()[-1:]

@@ -15,17 +15,22 @@ __all__ = [
     "HYBRID_SOCKET",
     "PACKET_MAX",
     "STATE_MAX",
+    "STEPS_MAX",
+    "TEXT_MAX",
     "Detach",
     "End",
     "MachineState",
     "Plan",
+    "clipped",
+    "cut",
 ]
 
 HYBRID_SOCKET: Final = "vsock.sock"  # in the run folder; host programs dial the guest there
 
 PACKET_MAX: Final = 128 * 1024  # bytes; the kernel's default socket buffer takes it in one piece
 STATE_MAX: Final = 120 * 1024
-CONSOLE_SHOWN: Final = 4096  # characters; six bytes each at worst, as JSON
+CONSOLE_SHOWN: Final = 16 * 1024  # bytes of JSON
+TEXT_MAX: Final = 2048  # bytes of JSON of any text that comes from the guest
 STEPS_MAX: Final = 64  # steps of a boot that are kept; the guest makes a dozen
 AGENT_EXITS_MAX: Final = 32  # the latest ones are kept
 
@@ -110,3 +115,27 @@ class MachineState(Record):
             "lost": "the program that started it is gone",
         }.get(self.status, self.status)
         return f"machine {self.name} has ended: {self.error or reason}"
+
+
+def clipped(report: Record) -> Record:
+    """A guest's report with every text and list cut, so that the state stays below STATE_MAX."""
+    changes: dict[str, object] = {}
+    for name, value in vars(report).items():
+        if isinstance(value, str):
+            changes[name] = cut(value)
+        elif isinstance(value, tuple):
+            changes[name] = tuple(
+                step.replace(name=cut(step.name, 64))
+                for step in value[:STEPS_MAX]
+                if isinstance(step, Step)
+            )
+    return report.replace(**changes)
+
+
+def cut(text: str, size: int = TEXT_MAX, *, tail: bool = False) -> str:
+    """The beginning or end of a text that takes at most about `size` bytes as JSON."""
+    text = text[-size:] if tail else text[:size]
+    while len(ascii(text)) > size + 2:
+        half = len(text) // 2
+        text = text[half:] if tail else text[:half]
+    return text
