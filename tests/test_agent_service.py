@@ -38,6 +38,7 @@ HELLO = PREFACE + frame(frames.Kind.HELLO, messages.pack({"token": TOKEN}))
 
 
 def test_one_connection_answers_many_requests(agent: AgentProcess) -> None:
+    execute(agent, "true")  # waits for the root
     with Host(agent) as host:
         first, second = host.ping(), host.ping()
         assert first.root_ready
