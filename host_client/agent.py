@@ -38,6 +38,7 @@ from host_client.result import Result
 __all__ = ["Agent", "connect"]
 
 IDLE_CONNECTIONS: Final = 4  # kept for small requests
+REUSED_WAIT: Final = 2.0  # seconds for an answer on a kept one, before a new one is tried
 RETRY_EVERY: Final = 0.01  # seconds between dials of a guest whose listener is not up
 KILL_ALLOWANCE: Final = 5.0  # seconds a timed-out command gets to be killed and reported
 MAX_OUTPUT: Final = 256 * 1024 * 1024  # bytes of each stream that exec holds in memory
@@ -180,14 +181,14 @@ class Agent:
         return process
 
     def _request(self, op: str, args: Record, kind: type[R]) -> R:
-        deadline = Deadline(self.timeout)
         request = Request(op=op, args=args)
         channel = self._take_idle()
         if channel is not None:
             try:
-                return self._ask(channel, request, kind, deadline)
-            except ConnectionLost:
+                return self._ask(channel, request, kind, Deadline(min(REUSED_WAIT, self.timeout)))
+            except (ConnectionLost, DeadlineExceeded):
                 pass  # stale, as after a guest's reboot or restore; every request can be repeated
+        deadline = Deadline(self.timeout)
         channel = self._dial(deadline)
         channel.queue(self._hello())
         return self._ask(channel, request, kind, deadline)

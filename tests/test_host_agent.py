@@ -554,6 +554,23 @@ def test_stale_connection_is_replaced(path: Path) -> None:
             time.sleep(0.05)
 
 
+def test_kept_connection_that_went_silent_is_replaced(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a restore of the guest: nobody there knows the connection, and nobody says so."""
+    monkeypatch.setattr("host_client.agent.REUSED_WAIT", 0.2)
+
+    def falls_silent(peer: Peer) -> None:
+        peer.greet()
+        peer.send(Response(result=PingResult(uptime=1.0, root_ready=True)))
+        peer.next()
+        peer.sock.recv(1)
+
+    with serving(path, falls_silent, answer_pings), agent_at(path) as agent:
+        assert agent.ping().root_ready
+        assert agent.ping().root_ready
+
+
 def test_request_that_fails_keeps_its_connection(path: Path) -> None:
     def script(peer: Peer) -> None:
         peer.greet()

@@ -125,7 +125,6 @@ class Monitor:
         self._reports = ReportReader(self.loop, self._on_report, self._on_bad_report)
         self._console = RotatingLog(os.path.join(folder, "console.log"))
         self._messages = RotatingLog(os.path.join(folder, "vmm.log"), 64 * 1024)
-        self._console_fd = -1
         self._vmm: Vmm | None = None
         self._device: Device | None = None
         self._wakeup = socket.socketpair()
