@@ -242,6 +242,29 @@ set_oom_score_adj(const char *value)
     return errno == EACCES || errno == EPERM || errno == ENOENT || errno == EROFS ? 0 : -1;
 }
 
+/* setgroups(2) is closed for good in a user namespace that an ordinary user made (user_namespaces(7));
+ * a process that needs no group beside its own can run there all the same, with those that it has. */
+static long
+set_groups(size_t count, const gid_t *groups, gid_t own)
+{
+    char policy[4];
+    if (syscall(SYS_setgroups, count, groups) == 0)
+        return 0;
+    for (size_t i = 0; i < count; i++)
+        if (groups[i] != own)
+            return -1;
+    if (errno != EPERM)
+        return -1;
+    long fd = syscall(SYS_openat, AT_FDCWD, "/proc/self/setgroups", O_RDONLY | O_CLOEXEC);
+    long got = fd < 0 ? -1 : syscall(SYS_read, fd, policy, sizeof policy);
+    if (fd >= 0)
+        syscall(SYS_close, fd);
+    if (got == sizeof policy && memcmp(policy, "deny", sizeof policy) == 0)
+        return 0;
+    errno = EPERM;
+    return -1;
+}
+
 /* Make fds[i] be descriptor i. The sources may be any numbers, also each other's targets, so those
  * that a target would overwrite are moved out of the way first. */
 static long
@@ -330,7 +353,7 @@ prepare_and_execute(struct plan *plan)
     STEP("oom_score_adj", set_oom_score_adj(plan->oom_score_adj));
     for (size_t i = 0; i < plan->limit_count; i++)
         STEP("rlimit", syscall(SYS_prlimit64, 0, plan->limits[i].resource, plan->limits[i].values, NULL));
-    STEP("setgroups", syscall(SYS_setgroups, plan->group_count, plan->groups));
+    STEP("setgroups", set_groups(plan->group_count, plan->groups, plan->gid));
     STEP("setgid", syscall(SYS_setresgid, plan->gid, plan->gid, plan->gid));
     STEP("setuid", syscall(SYS_setresuid, plan->uid, plan->uid, plan->uid));
     syscall(SYS_umask, plan->umask);
