@@ -89,6 +89,7 @@ def test_ordinary_users_may_do_it_too(root: Path) -> None:
             if "unshare user namespace" in machine.console:
                 pytest.skip("user namespaces are forbidden to users here")
             raise
+        machine.report("workload_started")
         assert machine.report("workload_exited")["code"] == 7
         assert machine.wait(10) == 0
         assert machine.console == "0\n"
