@@ -23,8 +23,8 @@ TURN: Final = 0.2  # seconds that one thread listens before another may
 # The monitor must run whatever the caller's environment, folder and site-packages are: isolated,
 # without `site`, with just the folders that hold our two packages.
 PROGRAM: Final = (
-    "import os, sys; sys.path += sys.argv[1].split(os.pathsep); "
-    "from host_client.machines.monitor import main; sys.exit(main(sys.argv[2:]))"
+    "import sys; sys.path += {homes!r}; "
+    "from host_client.machines.monitor import main; sys.exit(main(sys.argv[1:]))"
 )
 
 
@@ -155,7 +155,7 @@ def start_monitor(folder: Folder, link: socket.socket) -> "subprocess.Popen[byte
     try:
         return subprocess.Popen(
             [
-                *(sys.executable, "-I", "-S", "-c", PROGRAM, os.pathsep.join(sorted(homes))),
+                *(sys.executable, "-I", "-S", "-c", PROGRAM.format(homes=sorted(homes))),
                 *(folder.path, *map(str, descriptors)),
             ],
             stdin=subprocess.DEVNULL,
