@@ -9,6 +9,7 @@ A connection's life, seen from the host:
     preface+hello ─▶ READY ─ request ─▶ BUSY ─ response/error ─▶ READY …           small requests
                        └──── start/attach ─▶ STARTING ─ response ─▶ PROCESS ─ exited ─▶ DONE
                                                  └── error ─▶ DONE
+              STARTING, PROCESS ─ detach ─▶ DONE, with what is still on its way dropped
 
 The host may send preface, hello and its first request in one piece, and stdin right after `start`.
 
@@ -21,10 +22,22 @@ from enum import Enum
 from guest import frames, limits, messages
 from guest.errors import LocalProtocolError, RemoteProtocolError
 from guest.frames import FrameHeader, Kind
-from guest.messages import STREAMS, Exited, Failure, Hello, Signal, Start, Welcome
+from guest.messages import (
+    STREAMS,
+    Acknowledge,
+    Attach,
+    Detach,
+    Exited,
+    Failure,
+    Hello,
+    Resize,
+    Signal,
+    Start,
+    Welcome,
+)
 from guest.record import Record
 
-__all__ = ["Connection", "Data", "End", "Event", "Request", "Response", "Role", "State"]
+__all__ = ["Connection", "Control", "Data", "End", "Event", "Request", "Response", "Role", "State"]
 
 
 class Request(Record):
@@ -53,7 +66,8 @@ class End(Record):
     stream: int
 
 
-Event = Hello | Welcome | Request | Response | Failure | Data | End | Signal | Exited
+Control = Signal | Resize | Acknowledge | Detach
+Event = Hello | Welcome | Request | Response | Failure | Data | End | Control | Exited
 
 
 class Role(Enum):
@@ -114,6 +128,8 @@ class Connection:
         self._preface_sent = False
         self._op = ""
         self._ended: set[int] = set()  # streams that carry nothing more
+        self._watches = False  # attached without the right to write
+        self._ended_by_us = False  # what the peer had sent before it knew is dropped
         self._inbox = bytearray()  # the part of one preface, header or control payload that came
         self._fresh = memoryview(b"")  # what receive() was given and has not looked at yet
         self._current: FrameHeader | None = None
@@ -133,17 +149,22 @@ class Connection:
         Also for what the peer would refuse: a field of the wrong type, a payload that is too long.
         """
         kind, channel, payload = self._encode(event)
-        self._check(FrameHeader(len(payload), kind, channel), ours=True)
+        head = FrameHeader(len(payload), kind, channel)
+        self._check(head, ours=True)
+        self._check_event(event, ours=True)
+        header = frames.header(len(payload), kind, channel)
         try:
-            head = FrameHeader.parse(frames.header(len(payload), kind, channel))
-            if kind != Kind.DATA:
+            if len(payload) > frames.MAX_PAYLOAD[kind]:
+                FrameHeader.parse(header)
+            if kind not in (Kind.DATA, Kind.END) and not _surely_accepted(event):
                 self._decode(head, payload)
         except RemoteProtocolError as error:
             raise LocalProtocolError(f"{type(event).__name__} cannot be sent: {error}") from None
         opening = b"" if self._preface_sent else frames.preface()
         self._advance(channel, event)
         self._preface_sent = True
-        return b"".join((opening, frames.header(len(payload), kind, channel), payload))
+        self._ended_by_us = self.state is State.DONE
+        return b"".join((opening, header, payload))
 
     def send_data_header(self, stream: int, length: int) -> bytes:
         """The header of a data frame whose `length` bytes the caller writes itself (splice).
@@ -172,8 +193,10 @@ class Connection:
                 return Kind.RESPONSE, 0, messages.pack(event.result.to_map())
             case Failure():
                 return Kind.ERROR, 0, messages.pack(_shortened(event).to_map())
-            case Hello() | Welcome() | Signal() | Exited():
+            case Hello() | Welcome() | Exited():
                 return _KIND_OF[type(event)], 0, messages.pack(event.to_map())
+        if type(event) in messages.CONTROLS.values():  # by type: SignalProcess is not a control
+            return Kind.CONTROL, 0, messages.encode_control(event)
         raise LocalProtocolError(f"{type(event).__name__} is not an event of the protocol")
 
     def _require(self, record: Record, op: str, side: int) -> None:
@@ -192,9 +215,9 @@ class Connection:
         Events that stand before a violation in the same `data` are not delivered. An agent must
         answer a Hello before it feeds more (LocalProtocolError otherwise), so that a peer without
         the token makes it hold no more than a hello and what was read together with it. What still
-        arrives after the agent's own last frame was on its way already, and is dropped.
+        arrives after this side's own last frame was on its way already, and is dropped.
         """
-        if self.role is Role.AGENT and self.state is State.DONE:
+        if self._ended_by_us:
             return []
         self._refuse_after_failure()
         if self._hello_waits() and len(data):
@@ -301,6 +324,7 @@ class Connection:
             return None
         self._current = None
         event = self._decode(head, payload)
+        self._check_event(event, ours=False)
         self._advance(head.channel, event)
         return event
 
@@ -327,7 +351,7 @@ class Connection:
             values = messages.unpack(payload, f"result of {self._op}")
             return Response(result=messages.check(result, values, f"result of {self._op}"))
         message = messages.decode(head.kind, payload)
-        assert isinstance(message, Hello | Welcome | Failure | Signal | Exited)
+        assert isinstance(message, Hello | Welcome | Failure | Control | Exited)
         return message
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────
@@ -355,6 +379,12 @@ class Connection:
         if problem:
             raise LocalProtocolError(problem) if ours else RemoteProtocolError(problem)
 
+    def _check_event(self, event: Event, *, ours: bool) -> None:
+        """Refuse what a frame's header does not show to be wrong."""
+        if self._watches and type(event) is Acknowledge:
+            problem = "acknowledge on a connection that was attached without write"
+            raise LocalProtocolError(problem) if ours else RemoteProtocolError(problem)
+
     def _advance(self, channel: int, event: Event) -> None:
         match event:
             case Hello():
@@ -367,7 +397,8 @@ class Connection:
                 self._op = event.op
                 starting = event.op in messages.PROCESS_OPERATIONS
                 self.state = State.STARTING if starting else State.BUSY
-                if isinstance(event.args, Start) and not event.args.stdin:
+                self._watches = isinstance(event.args, Attach) and not event.args.write
+                if self._watches or (isinstance(event.args, Start) and not event.args.stdin):
                     self._ended |= HOST_STREAMS
             case Response():
                 self.state = State.PROCESS if self.state is State.STARTING else State.READY
@@ -376,7 +407,7 @@ class Connection:
                 self.state = State.READY if answered else State.DONE
             case End():
                 self._ended.add(channel)
-            case Exited():
+            case Exited() | Detach():
                 self.state = State.DONE
             case _:
                 pass
@@ -385,10 +416,19 @@ class Connection:
 _KIND_OF: dict[type[Record], int] = {
     Hello: Kind.HELLO,
     Welcome: Kind.WELCOME,
-    Signal: Kind.CONTROL,
     Exited: Kind.EXITED,
 }
 _SHORT = {value: name.lower() for name, value in vars(Kind).items() if name.isupper()}
+
+
+def _surely_accepted(event: Event) -> bool:
+    """Whether the peer takes an event's payload, as far as that can be seen without decoding it."""
+    match event:
+        case Response():
+            return messages.exactly_typed(event.result)
+        case Request():
+            return messages.exactly_typed(event.args)
+    return messages.exactly_typed(event)
 
 
 def _decode_request(payload: bytes | bytearray) -> Request:

@@ -27,7 +27,8 @@ __all__ = [
 
 # Why a process was not started. Apart from these, an OperationError has one of:
 # bad_request, bad_preface, frame_too_large, unauthorized, unsupported_version, unknown_operation,
-# too_busy, hello_timeout, not_ready, no_such_process, shutting_down, internal.
+# too_busy, hello_timeout, not_ready, no_such_process, stdin_taken, fell_behind, cannot_keep,
+# still_running, shutting_down, internal.
 START_CODES = frozenset(
     {
         "not_found",
@@ -39,6 +40,8 @@ START_CODES = frozenset(
         "argument_list_too_long",
         "resource_limit",
         "out_of_memory",
+        "cgroup_unavailable",
+        "bad_file",
         "setup_failed",
     }
 )

@@ -15,6 +15,13 @@ ERROR_FIELDS = 16  # fields of one error; the sender drops what is over
 TOKEN_MIN = 16  # ASCII characters
 TOKEN_MAX = 256
 STOP_GRACE_MAX = 3600.0
+SECONDS_MAX = 10 * 365 * 86400.0  # of a timeout, a grace or a wait: within every clock's range
+LABEL = 256  # characters of a process's label
+LISTED_ARGV = 1024  # characters of a process's arguments together, in a list
+KEEP_BUFFER_MIN = 4 * 1024  # of each output of a kept process: one page
+KEEP_BUFFER_MAX = 64 * 1024 * 1024
+KEEP_RETAIN_MAX = 7 * 86400.0  # status and output of a kept process after its exit
+KEPT_PROCESSES = 256  # the workload and those that have ended and are retained included
 
 # ── the agent ────────────────────────────────────────────────────────────────────────────────────
 CONNECTIONS = 1024  # accepted and past hello
@@ -34,6 +41,9 @@ ACCOUNT_FILE = 1024 * 1024  # the image's /etc/passwd and /etc/group; larger one
 REPORT_LINE = 64 * 1024
 REPORT_CONNECT_TIMEOUT = 2.0
 SUPERVISION_MESSAGE = 64 * 1024
+KEPT_META = 16 * 1024  # what the agent deposits with PID 1 about a kept process, printable ASCII
+KEPT_NAME = 64  # characters of its id there, and of the name of each of its descriptors
+SUPERVISION_DESCRIPTORS = 8  # beside one message
 IMAGE_DEFAULTS = 48 * 1024  # as JSON: has to fit into one supervision message with the rest
 
 # ── the boot ─────────────────────────────────────────────────────────────────────────────────────

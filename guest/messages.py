@@ -4,6 +4,7 @@ A control payload is a msgpack map. Strings are UTF-8 with surrogate escapes, so
 and environment keep any byte that Linux allows. A peer ignores fields that it does not know.
 """
 
+from types import GenericAlias, UnionType
 from typing import Any
 
 import msgpack
@@ -15,23 +16,39 @@ from guest.record import Record, RecordError
 from guest.status import ExitStatus
 
 __all__ = [
+    "CONTROLS",
     "OPERATIONS",
     "PROCESS_OPERATIONS",
     "STREAMS",
+    "Acknowledge",
     "Attach",
+    "Detach",
     "Exited",
     "Failure",
+    "Forget",
+    "ForgetResult",
     "Hello",
     "Info",
     "InfoResult",
+    "Keep",
+    "Limits",
+    "ListProcesses",
     "Ping",
     "PingResult",
+    "ProcessInfo",
+    "ProcessList",
+    "Resize",
     "Shutdown",
     "ShutdownResult",
     "Signal",
+    "SignalProcess",
+    "SignalResult",
+    "StagedFile",
     "Start",
     "Started",
+    "Wait",
     "Welcome",
+    "Winsize",
     "pack",
     "unpack",
 ]
@@ -90,53 +107,250 @@ class InfoResult(Record):
     resident_kib: int  # the agent's own resident memory
 
 
+class Winsize(Record):
+    """A terminal's size in characters, 1 to 65535 each."""
+
+    rows: int
+    columns: int
+
+    def check(self) -> None:
+        if not (0 < self.rows < 65536 and 0 < self.columns < 65536):
+            raise RecordError("rows, columns: must be 1 to 65535")
+
+
+class Limits(Record):
+    """What a process and all its descendants may use together; None is no limit.
+
+    `memory`, `cpu` and `processes` need cgroup v2 in the guest; where it is missing, asking for
+    them is an error and nothing is started. `rlimits` are getrlimit(2)'s, by name without RLIMIT_
+    and in lower case ("nofile"), each (soft, hard), with -1 for unlimited.
+    """
+
+    memory: int | None = None  # bytes, swap included
+    cpu: float | None = None  # processors, as 0.5
+    processes: int | None = None  # threads included
+    rlimits: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
+
+    def check(self) -> None:
+        if self.memory is not None and self.memory <= 0:
+            raise RecordError("memory: must be positive")
+        if self.cpu is not None and not 0.01 <= self.cpu <= 1024:
+            raise RecordError("cpu: must be 0.01 to 1024 processors")
+        if self.processes is not None and self.processes <= 0:
+            raise RecordError("processes: must be positive")
+        if any(len(pair) != 2 for pair in self.rlimits.values()):
+            raise RecordError("rlimits: each must be soft and hard")
+
+
+class StagedFile(Record):
+    """A file that is written before the process starts, owned by its user."""
+
+    path: str  # relative to cwd, or absolute; its directory must exist
+    data: bytes
+    mode: int = 0o644
+
+    def check(self) -> None:
+        if not 0 <= self.mode <= 0o777:
+            raise RecordError(f"mode: {self.mode:o} is not 0 to 777")
+
+
+class Keep(Record):
+    """The process outlives its connection, and its output can be read again."""
+
+    buffer: int = 1024 * 1024  # bytes of each stream that wait for an acknowledgement
+    on_full: str = "block"  # the process waits; or "drop": the oldest bytes go, and are counted
+    retain: float = 3600.0  # seconds that status and output stay after the exit
+
+    def check(self) -> None:
+        if not limits.KEEP_BUFFER_MIN <= self.buffer <= limits.KEEP_BUFFER_MAX:
+            raise RecordError(
+                f"buffer: must be {limits.KEEP_BUFFER_MIN} to {limits.KEEP_BUFFER_MAX} bytes"
+            )
+        if self.on_full not in ("block", "drop"):
+            raise RecordError("on_full: must be block or drop")
+        if not 0 <= self.retain <= limits.KEEP_RETAIN_MAX:
+            raise RecordError(f"retain: must be 0 to {limits.KEEP_RETAIN_MAX:.0f} seconds")
+
+
 class Start(Record):
     """Start a process; the connection is its from then on. `None` takes the image's default."""
 
-    argv: tuple[str, ...]
+    argv: tuple[str, ...] = ()
+    shell: str | None = None  # instead of argv: a line for the image's /bin/sh -c
     env: dict[str, str] = {}  # noqa: RUF012  frozen by convention; merged over the image's
+    clear_env: bool = False  # env replaces the image's instead
     cwd: str | None = None
     user: str | None = None  # as `docker exec -u`: name, uid, name:group, uid:gid
-    stdin: bool = False  # False: /dev/null; True: a pipe that the host feeds and ends
-    timeout: float | None = None  # seconds from the start until the process group is killed
+    groups: tuple[str, ...] = ()  # names or ids, beside those that the user has
+    tty: Winsize | None = None  # a terminal: output is all stdout, and stdin must be True
+    stdin: bool = False  # False: /dev/null; True: a pipe or terminal that the host feeds and ends
+    timeout: float | None = None  # seconds from the start until everything of it is ended
+    grace: float = limits.TIMEOUT_GRACE  # seconds between TERM and KILL of a timeout
+    umask: int = 0o022
+    capabilities: tuple[str, ...] | None = None  # "net_admin"…: the only ones it may ever have
+    no_new_privs: bool = False
+    keep: Keep | None = None  # None: losing the connection kills everything of it
+    files: tuple[StagedFile, ...] = ()
+    label: str = ""  # for lists; means nothing to the agent
+    drain_idle: float = limits.STREAM_IDLE_AFTER_EXIT  # seconds; see docs/protocol.md
+    drain_cap: float = limits.STREAM_CAP_AFTER_EXIT
+    # Last, because from here on the name means this field and not the module.
+    limits: Limits | None = None
 
     def check(self) -> None:
-        if self.timeout is not None and self.timeout < 0:
-            raise RecordError("timeout: must not be negative")
+        if (self.shell is None) == (not self.argv):
+            raise RecordError("exactly one of argv and shell must be given")
+        for name in ("timeout", "grace", "drain_idle", "drain_cap"):
+            seconds = getattr(self, name)
+            if seconds is not None and not 0 <= seconds <= limits.SECONDS_MAX:
+                raise RecordError(f"{name}: must be 0 to {limits.SECONDS_MAX:.0f} seconds")
+        if not 0 <= self.umask <= 0o777:
+            raise RecordError(f"umask: {self.umask:o} is not 0 to 777")
+        if self.tty is not None and not self.stdin:
+            raise RecordError("tty: needs stdin")
+        if len(self.label) > limits.LABEL:
+            raise RecordError(f"label: longer than {limits.LABEL} characters")
 
 
 class Attach(Record):
-    """Take over the streams of the workload that PID 1 started. The only id so far is "main"."""
+    """Take over or watch the streams of a kept process, or of the image's, whose id is "main".
+
+    `offsets`: by stream name, the number of the first byte wanted, counted from the process's
+    first; -1 is only what comes from now on. Left out is from the oldest that is retained.
+    """
 
     id: str = "main"
+    offsets: dict[str, int] | None = None
+    write: bool = True  # feed stdin and acknowledge output, which one host can do at a time
+
+    def check(self) -> None:
+        if self.offsets is not None and not (
+            self.offsets.keys() <= {"stdout", "stderr"}
+            and all(offset >= -1 for offset in self.offsets.values())
+        ):
+            raise RecordError("offsets: must be of stdout and stderr, -1 or more")
 
 
 class Started(Record):
-    """The process runs. `id` names it for later operations."""
+    """The process runs. `id` names it for later operations.
+
+    After an attach, `offsets` has the number of the first byte that follows of each stream, and
+    `dropped` how many were asked for and are not retained any more.
+    """
 
     id: str
     pid: int
+    offsets: dict[str, int] = {}  # noqa: RUF012
+    dropped: dict[str, int] = {}  # noqa: RUF012
 
 
 class Signal(Record):
-    """Sent by the host on a process connection: send signal number `signal` to the process."""
+    """Sent by the host on a process connection: send signal number `signal` to the process.
+
+    The one control without an entry "do", which is how it has been since the first host.
+    """
 
     signal: int
-    target: str = "group"  # "process" or "group"
+    target: str = "group"  # "process", "group", or "tree": everything that descends from it
 
     def check(self) -> None:
         if not 1 <= self.signal <= 64:
             raise RecordError(f"signal: {self.signal} is not a signal")
-        if self.target not in ("process", "group"):
-            raise RecordError("target: must be process or group")
+        if self.target not in ("process", "group", "tree"):
+            raise RecordError("target: must be process, group or tree")
+
+
+class Resize(Winsize):
+    """Sent by the host on a process connection: the terminal's new size; SIGWINCH in any case."""
+
+
+class Acknowledge(Record):
+    """Sent by the host on a process connection: it needs nothing before these offsets again."""
+
+    stdout: int = 0
+    stderr: int = 0
+
+    def check(self) -> None:
+        if self.stdout < 0 or self.stderr < 0:
+            raise RecordError("stdout, stderr: must not be negative")
+
+
+class Detach(Record):
+    """Sent by the host on a process connection: a kept process goes on without it.
+
+    The agent closes the connection. Without it a lost connection has the same effect, later.
+    """
 
 
 class Exited(ExitStatus):
     """How the process ended; always the last frame."""
 
     timed_out: bool = False
+    oom_killed: bool = False  # the kernel killed something in its cgroup for want of memory
     duration: float = 0.0  # seconds from start to exit
     open_streams: tuple[str, ...] = ()  # still held open by another process when cut
+    user_seconds: float = 0.0  # of it and of what it waited for: getrusage(2)
+    system_seconds: float = 0.0
+    max_rss_kib: int = 0
+    dropped: dict[str, int] = {}  # noqa: RUF012  by stream: lost before they were acknowledged
+
+
+class ListProcesses(Record):
+    """Every process that was started and is not forgotten yet, the workload included."""
+
+
+class ProcessInfo(Record):
+    """One of them. `exited` is None while it runs."""
+
+    id: str
+    pid: int
+    argv: tuple[str, ...]  # cut to limits.LISTED_ARGV characters together
+    label: str = ""
+    kept: bool = False
+    tty: bool = False
+    running_seconds: float = 0.0
+    attached: int = 0  # connections
+    retained: dict[str, int] = {}  # noqa: RUF012  bytes by stream
+    exited: Exited | None = None
+
+
+class ProcessList(Record):
+    """In the order of their starts."""
+
+    processes: tuple[ProcessInfo, ...]
+
+
+class Wait(Record):
+    """Answered with Exited when the process ends, or with the error `still_running`."""
+
+    id: str
+    timeout: float = 0.0  # seconds
+
+    def check(self) -> None:
+        if not 0 <= self.timeout <= limits.SECONDS_MAX:
+            raise RecordError(f"timeout: must be 0 to {limits.SECONDS_MAX:.0f} seconds")
+
+
+class SignalProcess(Signal):
+    """As Signal, for any process by its id."""
+
+    id: str
+
+
+class SignalResult(Record):
+    """`delivered`: whether something was there to receive it."""
+
+    delivered: bool
+
+
+class Forget(Record):
+    """Drop what is retained of a kept process that has ended; one that runs is killed first."""
+
+    id: str
+
+
+class ForgetResult(Record):
+    """It is gone."""
 
 
 class Shutdown(Record):
@@ -167,17 +381,29 @@ OPERATIONS: dict[str, tuple[type[Record], type[Record]]] = {
     "info": (Info, InfoResult),
     "start": (Start, Started),
     "attach": (Attach, Started),
+    "processes": (ListProcesses, ProcessList),
+    "wait": (Wait, Exited),
+    "signal": (SignalProcess, SignalResult),
+    "forget": (Forget, ForgetResult),
     "shutdown": (Shutdown, ShutdownResult),
 }
 
 # After these, the connection belongs to one process and ends with it.
 PROCESS_OPERATIONS = frozenset({"start", "attach"})
 
+# What a control frame on a process connection can be, by its entry "do"; without one, a signal.
+CONTROLS: dict[str, type[Record]] = {
+    "signal": Signal,
+    "resize": Resize,
+    "acknowledge": Acknowledge,
+    "detach": Detach,
+}
+_CONTROL_NAMES = {record: name for name, record in CONTROLS.items()}
+
 _PAYLOADS: dict[int, type[Record]] = {
     Kind.HELLO: Hello,
     Kind.WELCOME: Welcome,
     Kind.ERROR: Failure,
-    Kind.CONTROL: Signal,
     Kind.EXITED: Exited,
 }
 
@@ -204,8 +430,64 @@ def unpack(payload: bytes | bytearray, what: str) -> dict[str, Any]:
 
 def decode(kind: int, payload: bytes | bytearray) -> Record:
     """The message in a frame of a kind that has one fixed record. Raises RemoteProtocolError."""
+    if kind == Kind.CONTROL:
+        return decode_control(payload)
     record = _PAYLOADS[kind]
     return check(record, unpack(payload, record.__name__), record.__name__)
+
+
+def encode_control(control: Record) -> bytes:
+    """The payload of a control frame. Raises LocalProtocolError."""
+    name = _CONTROL_NAMES[type(control)]
+    values = control.to_map()
+    return pack(values if name == "signal" else {"do": name, **values})
+
+
+def decode_control(payload: bytes | bytearray) -> Record:
+    """The message in a control frame. Raises RemoteProtocolError."""
+    values = unpack(payload, "control")
+    name = values.pop("do", "signal")
+    if not isinstance(name, str):
+        raise RemoteProtocolError("control: do must be text")
+    if name not in CONTROLS:
+        raise RemoteProtocolError(f"unknown control {name!r:.100}", code="unknown_operation")
+    return check(CONTROLS[name], values, name)
+
+
+def exactly_typed(record: Record) -> bool:
+    """Whether each field that was given has plainly one of the types that a receiver takes.
+
+    Then the receiver takes the record, as its own `check` has passed. False means only that it has
+    to be looked at closely: a map or list with entries, a number that may not be finite.
+    """
+    accepted = _ACCEPTED.get(type(record))
+    if accepted is None:
+        accepted = _ACCEPTED[type(record)] = {
+            name: _accepted(kind) for name, kind in record._fields.items()
+        }
+    for name, value in vars(record).items():
+        kind = type(value)
+        if (
+            kind not in accepted[name]
+            or (kind is float and value - value != 0)
+            or (kind in (dict, tuple) and value)
+        ):
+            return False
+    return True
+
+
+_ACCEPTED: dict[type[Record], dict[str, frozenset[type]]] = {}
+
+
+def _accepted(kind: Any) -> frozenset[type]:
+    """Types of values that fit a field whatever is in them, once dict and tuple are empty."""
+    if isinstance(kind, UnionType):
+        return frozenset().union(*(_accepted(choice) for choice in kind.__args__))
+    if isinstance(kind, GenericAlias):
+        kind = kind.__origin__
+    if kind is float:
+        return frozenset((float, int))
+    return frozenset() if issubclass(kind, Record) else frozenset((kind,))
 
 
 def check(record: type[Record], values: object, where: str) -> Record:

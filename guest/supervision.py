@@ -2,11 +2,16 @@
 
 File descriptors travel beside a message (SCM_RIGHTS), in the order that the message's docstring
 gives. The agent finds its end of the pair as file descriptor 3.
+
+A kept process survives the agent's death because PID 1 has what belongs to it: the agent makes a
+`Deposit` for each before anything of it is promised to a host, and a `Withdraw` when it is
+forgotten. To a new agent PID 1 hands every deposit as a `Restored`, after `Configure` and before
+`RootReady`. By then the process is PID 1's own child, so PID 1 reaps it and says `KeptExited`.
 """
 
 from guest import limits
 from guest.bootconfig import ImageDefaults
-from guest.record import Catalogue, Record
+from guest.record import Catalogue, Record, RecordError
 from guest.status import ExitStatus
 
 __all__ = [
@@ -14,12 +19,17 @@ __all__ = [
     "MESSAGES",
     "AgentReady",
     "Configure",
+    "Deposit",
+    "KeptExited",
+    "KeptStatus",
     "MainCollected",
     "MainExited",
     "MainStarted",
     "Message",
+    "Restored",
     "RootReady",
     "ShutdownRequest",
+    "Withdraw",
 ]
 
 AGENT_FD = 3
@@ -67,8 +77,80 @@ class ShutdownRequest(Record):
     grace: float
 
 
+class Deposit(Record):
+    """From the agent: keep this for the next agent. Descriptors: the pidfd, then one per name.
+
+    The same `id` again replaces what was there, and its descriptors are closed.
+    """
+
+    id: str
+    pid: int
+    meta: str  # the agent's own notes, which PID 1 does not look into
+    names: tuple[str, ...] = ()  # of the descriptors behind the pidfd: "stdin", "stdout"…
+
+    def check(self) -> None:
+        if not (len(self.meta) <= limits.KEPT_META and _plain(self.meta)):
+            raise RecordError(
+                f"meta: must be at most {limits.KEPT_META} printable ASCII characters"
+            )
+        if not (0 < len(self.id) <= limits.KEPT_NAME and _plain(self.id)):
+            raise RecordError(f"id: must be 1 to {limits.KEPT_NAME} printable ASCII characters")
+        if not (
+            len(self.names) < limits.SUPERVISION_DESCRIPTORS
+            and all(0 < len(name) <= limits.KEPT_NAME and _plain(name) for name in self.names)
+        ):
+            raise RecordError(
+                f"names: must be at most {limits.SUPERVISION_DESCRIPTORS - 1}, "
+                f"each of 1 to {limits.KEPT_NAME} printable ASCII characters"
+            )
+
+
+class Withdraw(Record):
+    """From the agent: forget the process and close its descriptors. An unknown id is no error."""
+
+    id: str
+
+
+class KeptStatus(ExitStatus):
+    """How a kept process ended. `ended_ms`: CLOCK_BOOTTIME in milliseconds; the rest: wait4(2)."""
+
+    ended_ms: float = 0.0
+    user_seconds: float = 0.0
+    system_seconds: float = 0.0
+    max_rss_kib: int = 0
+
+
+class KeptExited(KeptStatus):
+    """A kept process ended; in both directions.
+
+    From the agent, which looks with WNOWAIT and says it before it reaps, so that the status is not
+    lost with the agent. From PID 1, when it has reaped what an earlier agent had started.
+    """
+
+    id: str
+
+
+class Restored(Deposit):
+    """What an earlier agent deposited, with the same descriptors in the same order.
+
+    `exited` is None while it runs.
+    """
+
+    exited: KeptStatus | None = None
+
+
 Message = (
-    Configure | RootReady | MainStarted | MainExited | AgentReady | MainCollected | ShutdownRequest
+    Configure
+    | RootReady
+    | MainStarted
+    | MainExited
+    | AgentReady
+    | MainCollected
+    | ShutdownRequest
+    | Deposit
+    | Withdraw
+    | KeptExited
+    | Restored
 )
 
 MESSAGES = Catalogue(
@@ -80,6 +162,15 @@ MESSAGES = Catalogue(
         "agent_ready": AgentReady,
         "main_collected": MainCollected,
         "shutdown": ShutdownRequest,
+        "deposit": Deposit,
+        "withdraw": Withdraw,
+        "kept_exited": KeptExited,
+        "restored": Restored,
     },
     maximum=limits.SUPERVISION_MESSAGE,
 )
+
+
+def _plain(text: str) -> bool:
+    """Text that grows to at most twice its length in a message."""
+    return text.isascii() and text.isprintable()

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guest import bootconfig, messages, report, status, supervision
+from guest import bootconfig, limits, messages, report, status, supervision
 from guest.bootconfig import Endpoint, Lower
+from guest.messages import StagedFile, Start
 from guest.record import Catalogue, Record, RecordError
 from guest.status import ExitStatus
 
@@ -38,14 +39,32 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "schema": st.just(1),
     "hostname": st.just("guest"),
     "upper_size": st.sampled_from(("50%", "64m", "1048576")),
-    "target": st.sampled_from(("process", "group")),
+    "target": st.sampled_from(("process", "group", "tree")),
     "token": st.text("abc0123", min_size=16, max_size=40),
-    "timeout": st.none() | st.floats(0, 1e6),
+    "timeout": st.floats(0, 1e6),
+    "drain_idle": st.floats(0, 10),
+    "drain_cap": st.floats(0, 10),
     "grace": st.floats(0, 3600),
+    "retain": st.floats(0, 3600),
+    "cpu": st.floats(0.01, 1024),
+    "rlimits": st.dictionaries(
+        st.sampled_from(("nofile", "core")),
+        st.lists(st.integers(-1, 2**63 - 1), min_size=2, max_size=2),
+    ),
+    "buffer": st.integers(limits.KEEP_BUFFER_MIN, limits.KEEP_BUFFER_MAX),
+    "on_full": st.sampled_from(("block", "drop")),
+    "offsets": st.dictionaries(st.sampled_from(("stdout", "stderr")), st.integers(-1, 2**62)),
+    "id": st.text("abc0123", min_size=1, max_size=9),
+    "meta": st.text('ab{}"', max_size=9),
+    "shell": st.none(),
+    "stdin": st.just(True),
+    "names": st.lists(st.text("abc", min_size=1), max_size=3),
     "cwd": st.just("/"),
     "argv": st.lists(st.just("\udcff") | st.text("abc", min_size=1), min_size=1, max_size=3),
 }
 TOGETHER = (Endpoint, Lower)  # records whose optional fields need each other
+BINARY = (StagedFile, Start)  # records with bytes, which JSON does not have
+NEEDED = {Start: ("argv", "stdin")}  # by others, though they have defaults
 
 
 def values_of(kind: object, name: str = "") -> st.SearchStrategy[Any]:
@@ -76,7 +95,11 @@ def values_of(kind: object, name: str = "") -> st.SearchStrategy[Any]:
 @functools.cache
 def maps_of(record: type[Record]) -> st.SearchStrategy[dict[str, Any]]:
     fields = {name: values_of(kind, name) for name, kind in record._fields.items()}
-    optional = {n: v for n, v in fields.items() if hasattr(record, n) and record not in TOGETHER}
+    optional = {
+        name: value
+        for name, value in fields.items()
+        if hasattr(record, name) and record not in TOGETHER and name not in NEEDED.get(record, ())
+    }
     required = {n: v for n, v in fields.items() if n not in optional}
     if not issubclass(record, ExitStatus):
         return st.fixed_dictionaries(required, optional=optional)
@@ -110,7 +133,8 @@ each_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: reco
 @given(data=st.data())
 def test_every_record_survives_json_and_msgpack(record: type[Record], data: st.DataObject) -> None:
     made = record.from_map(data.draw(maps_of(record)))
-    assert record.from_json(made.to_json()) == made
+    if record not in BINARY:
+        assert record.from_json(made.to_json()) == made
     packed = messages.pack(made.to_map())
     assert record.from_map(messages.unpack(packed, "it")) == made
     assert hash(record.from_map(made.to_map())) == hash(made)

@@ -45,7 +45,7 @@ PUBLIC = {
         "ImageDefaults", "Lower", "Root", "Workload", "parse",
     ],
     "guest.connection": [
-        "Connection", "Data", "End", "Event", "Request", "Response", "Role", "State",
+        "Connection", "Control", "Data", "End", "Event", "Request", "Response", "Role", "State",
     ],
     "guest.errors": [
         "START_CODES", "BootConfigError", "LocalProtocolError", "ManifestError", "MicroguestError",
@@ -55,9 +55,11 @@ PUBLIC = {
         "HEADER", "MAGIC", "PREFACE_SIZE", "VERSION", "FrameHeader", "Kind", "preface",
     ],
     "guest.messages": [
-        "OPERATIONS", "PROCESS_OPERATIONS", "STREAMS", "Attach", "Exited", "Failure", "Hello",
-        "Info", "InfoResult", "Ping", "PingResult", "Shutdown", "ShutdownResult", "Signal", "Start",
-        "Started", "Welcome", "pack", "unpack",
+        "CONTROLS", "OPERATIONS", "PROCESS_OPERATIONS", "STREAMS", "Acknowledge", "Attach",
+        "Detach", "Exited", "Failure", "Forget", "ForgetResult", "Hello", "Info", "InfoResult",
+        "Keep", "Limits", "ListProcesses", "Ping", "PingResult", "ProcessInfo", "ProcessList",
+        "Resize", "Shutdown", "ShutdownResult", "Signal", "SignalProcess", "SignalResult",
+        "StagedFile", "Start", "Started", "Wait", "Welcome", "Winsize", "pack", "unpack",
     ],
     "guest.record": ["Catalogue", "Record", "RecordError"],
     "guest.report": [
@@ -66,8 +68,9 @@ PUBLIC = {
     ],
     "guest.status": ["ExitStatus", "exit_fields"],
     "guest.supervision": [
-        "AGENT_FD", "MESSAGES", "AgentReady", "Configure", "MainCollected", "MainExited",
-        "MainStarted", "Message", "RootReady", "ShutdownRequest",
+        "AGENT_FD", "MESSAGES", "AgentReady", "Configure", "Deposit", "KeptExited", "KeptStatus",
+        "MainCollected", "MainExited", "MainStarted", "Message", "Restored", "RootReady",
+        "ShutdownRequest", "Withdraw",
     ],
     "host_client": ["Agent", "Machine", "Result", "boot", "connect", "errors"],
 }  # fmt: skip
