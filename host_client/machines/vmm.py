@@ -9,6 +9,7 @@ from collections.abc import Callable
 from select import EPOLLIN
 from typing import Final
 
+from guest import limits
 from host_client.machines.plan import HYBRID_SOCKET, Plan
 from host_client.machines.reports import ReportReader
 from host_client.vhost_vsock.loop import EventLoop
@@ -113,7 +114,7 @@ class Device:
         ours, self.vmm_end = socket.socketpair()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(HYBRID_SOCKET)
-        listener.listen(128)
+        listener.listen(limits.LISTEN_BACKLOG)
         return VsockDevice(
             self._loop,
             guest_cid=self._plan.guest_cid,
