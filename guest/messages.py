@@ -175,8 +175,8 @@ class Keep(Record):
 class Start(Record):
     """Start a process; the connection is its from then on. `None` takes the image's default."""
 
-    argv: tuple[str, ...] = ()
-    shell: str | None = None  # instead of argv: a line for the image's /bin/sh -c
+    argv: tuple[str, ...]  # empty where a shell line is given
+    shell: str | None = None  # a line for the image's /bin/sh -c
     env: dict[str, str] = {}  # noqa: RUF012  frozen by convention; merged over the image's
     clear_env: bool = False  # env replaces the image's instead
     cwd: str | None = None
@@ -198,8 +198,8 @@ class Start(Record):
     limits: Limits | None = None
 
     def check(self) -> None:
-        if (self.shell is None) == (not self.argv):
-            raise RecordError("exactly one of argv and shell must be given")
+        if self.shell is not None and self.argv:
+            raise RecordError("shell: cannot be given together with argv")
         for name in ("timeout", "grace", "drain_idle", "drain_cap"):
             seconds = getattr(self, name)
             if seconds is not None and not 0 <= seconds <= limits.SECONDS_MAX:
