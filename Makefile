@@ -47,6 +47,7 @@ bench: guest $(DEMO_IMAGE)/index.json
 	$(PYTHON) build/packages.py run
 	$(PYTHON) build/packages.py bench
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/exec.py
 
 clean:
 	rm -rf dist $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -36,7 +36,16 @@ APT_PACKAGES = {
         "qemu-system-x86": "the virtual machine",
         "squashfs-tools": "the other disk format",
     },
-    "bench": {"strace": "when PID 1 made which system call"},
+    "bench": {
+        "crun": "a peer: `crun exec`",
+        "gcc": "the C floor",
+        "libc6-dev": "the same, linked statically",
+        "openssh-client": "a peer; its server is only unpacked, as installing it would start it",
+        "qemu-guest-agent": "a peer; starts only where QEMU has given the machine its port",
+        "runc": "a peer: `runc exec`",
+        "strace": "when PID 1 made which system call",
+        "util-linux": "unshare: peers in a mount namespace of their own",
+    },
     "test": {
         "attr": "setfattr: layers with extended attributes",
         "busybox-static": "the smallest roots",
