@@ -17,6 +17,7 @@ from guest.status import ExitStatus
 
 __all__ = [
     "CONTROLS",
+    "FEATURES",
     "OPERATIONS",
     "PROCESS_OPERATIONS",
     "STREAMS",
@@ -52,6 +53,9 @@ __all__ = [
     "pack",
     "unpack",
 ]
+
+# What an agent names in its welcome once it serves everything in this module.
+FEATURES = ("engine",)
 
 # Channel numbers of a process's streams, as its file descriptors.
 STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}

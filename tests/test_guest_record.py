@@ -15,6 +15,7 @@ from guest.bootconfig import Endpoint, Lower
 from guest.messages import StagedFile, Start
 from guest.record import Catalogue, Record, RecordError
 from guest.status import ExitStatus
+from guest.supervision import Deposit, KeptStatus, Restored
 
 MODULES = (bootconfig, messages, report, status, supervision)
 RECORDS = [
@@ -239,3 +240,31 @@ def test_a_catalogue_reads_no_more_than_its_maximum() -> None:
     assert catalogue.decode(line) == Sample(number=1.0, either="x" * 50)
     with pytest.raises(RecordError, match="at most 100"):
         catalogue.decode(line + b" " * 100)
+
+
+def test_the_largest_deposit_fits_into_one_message() -> None:
+    largest = Restored(
+        id='"' * limits.KEPT_NAME,
+        pid=2**31 - 1,
+        meta='"' * limits.KEPT_META,
+        names=('"' * limits.KEPT_NAME,) * (limits.SUPERVISION_DESCRIPTORS - 1),
+        exited=KeptStatus(signal=9, ended_ms=0.1 + 0.2, user_seconds=1e300, system_seconds=1e300),
+    )
+    assert supervision.MESSAGES.decode(supervision.MESSAGES.encode(largest)) == largest
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"meta": "x" * (limits.KEPT_META + 1)}, "meta"),
+        ({"meta": "\n"}, "meta"),
+        ({"meta": "ü"}, "meta"),
+        ({"id": ""}, "id"),
+        ({"id": "x" * (limits.KEPT_NAME + 1)}, "id"),
+        ({"names": ("",)}, "names"),
+        ({"names": ("x",) * limits.SUPERVISION_DESCRIPTORS}, "names"),
+    ],
+)
+def test_a_deposit_has_limits(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(RecordError, match=f"^{field}: must be"):
+        Deposit(**{"id": "p1", "pid": 2, "meta": "{}", **changes})

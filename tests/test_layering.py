@@ -55,8 +55,8 @@ PUBLIC = {
         "HEADER", "MAGIC", "PREFACE_SIZE", "VERSION", "FrameHeader", "Kind", "preface",
     ],
     "guest.messages": [
-        "CONTROLS", "OPERATIONS", "PROCESS_OPERATIONS", "STREAMS", "Acknowledge", "Attach",
-        "Detach", "Exited", "Failure", "Forget", "ForgetResult", "Hello", "Info", "InfoResult",
+        "CONTROLS", "FEATURES", "OPERATIONS", "PROCESS_OPERATIONS", "STREAMS", "Acknowledge",
+        "Attach", "Detach", "Exited", "Failure", "Forget", "ForgetResult", "Hello", "Info", "InfoResult",
         "Keep", "Limits", "ListProcesses", "Ping", "PingResult", "ProcessInfo", "ProcessList",
         "Resize", "Shutdown", "ShutdownResult", "Signal", "SignalProcess", "SignalResult",
         "StagedFile", "Start", "Started", "Wait", "Welcome", "Winsize", "pack", "unpack",
