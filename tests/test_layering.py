@@ -56,10 +56,11 @@ PUBLIC = {
     ],
     "guest.messages": [
         "CONTROLS", "FEATURES", "OPERATIONS", "PROCESS_OPERATIONS", "STREAMS", "Acknowledge",
-        "Attach", "Detach", "Exited", "Failure", "Forget", "ForgetResult", "Hello", "Info", "InfoResult",
-        "Keep", "Limits", "ListProcesses", "Ping", "PingResult", "ProcessInfo", "ProcessList",
-        "Resize", "Shutdown", "ShutdownResult", "Signal", "SignalProcess", "SignalResult",
-        "StagedFile", "Start", "Started", "Wait", "Welcome", "Winsize", "pack", "unpack",
+        "Attach", "Detach", "Exited", "Failure", "Forget", "ForgetResult", "Hello", "Info",
+        "InfoResult", "Keep", "Limits", "ListProcesses", "Ping", "PingResult", "ProcessInfo",
+        "ProcessList", "Resize", "Shutdown", "ShutdownResult", "Signal", "SignalProcess",
+        "SignalResult", "StagedFile", "Start", "Started", "Wait", "Welcome", "Winsize", "pack",
+        "unpack",
     ],
     "guest.record": ["Catalogue", "Record", "RecordError"],
     "guest.report": [
