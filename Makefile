@@ -42,6 +42,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	MYPYPATH=build:build/native $(BIN)/mypy build/*.py docs/examples/*.py benchmarks/*.py
 
 bench: guest $(DEMO_IMAGE)/index.json
 	$(PYTHON) build/packages.py run
