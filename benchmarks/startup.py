@@ -96,9 +96,9 @@ def pid1_to_listener() -> float:
         (run / "boot.json").write_text(TRUE_MACHINE.to_json())
         (run / "boot.json").chmod(0o600)
         watch = ["strace", "-f", "--seccomp-bpf", "-ttt", "-e", "trace=execve,listen"]
-        launch = [ELF, "namespaces", "--root", root, "--run", run]
+        launch = [str(ELF), "namespaces", "--root", str(root), "--run", str(run)]
         subprocess.run(
-            [*watch, "-o", trace, *launch], check=True, timeout=60, stdout=subprocess.DEVNULL
+            [*watch, "-o", str(trace), *launch], check=True, timeout=60, stdout=subprocess.DEVNULL
         )
         lines = trace.read_text().splitlines()
     executed = next(line for line in lines if 'execve("/init"' in line)
