@@ -56,6 +56,11 @@ class AgentAlone:
     def url(self) -> str:
         return f"unix://{self.socket_path}"
 
+    def children(self) -> list[int]:
+        """Its processes, those that have ended and wait for it included."""
+        path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        return [int(word) for word in path.read_text().split()]
+
     def resident_kib(self) -> int:
         """Its resident memory now."""
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():

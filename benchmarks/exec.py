@@ -61,6 +61,8 @@ def natively(report: Report, floor: Floor, rounds: int) -> None:
         peers, report.unavailable = start_peers(stack, floor)
         report.latency = latency.latencies(floor, agent, peers, rounds)
         report.memory = output.memory(floor, agent)
+        if output.WITH_KEPT not in report.memory:
+            report.unavailable["memory of kept processes"] = "this agent did not keep them"
         report.output = output.output(floor, agent, max(3, rounds // 6))
         report.crowd = latency.crowd(floor, agent, max(1, rounds // 10))
 
@@ -122,11 +124,14 @@ def output_claims(report: Report) -> list[Claim]:
 
 
 def memory_claims(report: Report) -> list[Claim]:
-    idle, stalled = report.memory["idle"], report.memory["stalled"]
-    return [
-        Claim("agent resident, idle", idle, 20 * 1024, "KiB"),
-        Claim(f"more with {output.STALLED} stalled readers", stalled - idle, 2048, "KiB"),
-    ]
+    memory = report.memory
+    found = [Claim("agent resident, idle", memory[output.IDLE], 20 * 1024, "KiB")]
+    if output.WITH_KEPT in memory:
+        each = (memory[output.WITH_KEPT] - memory[output.IDLE]) / output.KEPT
+        found.append(Claim("more for each idle kept process", round(each, 1), 24, "KiB"))
+    more = memory[output.WITH_STALLED] - memory[output.BEFORE_STALLED]
+    found.append(Claim("more with stalled readers", more, 2048, "KiB"))
+    return found
 
 
 def ratio(value: float, base: float) -> float:

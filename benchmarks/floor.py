@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from guest.connection import Connection, Request, Role
-from guest.messages import Hello, Start
+from guest.messages import Hello, Keep, Start
 
 __all__ = ["Floor", "FloorFailed"]
 
@@ -53,11 +53,11 @@ class Floor:
         size, nanoseconds = self.times(*words)
         return size / nanoseconds
 
-    def request(self, name: str, token: str, *argv: str) -> Path:
+    def request(self, name: str, token: str, *argv: str, keep: Keep | None = None) -> Path:
         """A file with all that a host sends to have `argv` executed."""
         connection = Connection(Role.HOST)
         hello = connection.send(Hello(token=token, client="bench"))
-        start = connection.send(Request(op="start", args=Start(argv=argv)))
+        start = connection.send(Request(op="start", args=Start(argv=argv, keep=keep)))
         path = self.folder / f"{name}.request"
         path.write_bytes(hello + start)
         return path

@@ -12,7 +12,8 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from floor import Floor, FloorFailed
@@ -34,11 +35,11 @@ class Unavailable(Exception):
 
 def start_peers(stack: ExitStack, floor: Floor) -> tuple[dict[str, Sample], dict[str, str]]:
     """Those that run, until `stack` is closed, and the reasons of the others."""
-    candidates = {
+    candidates: dict[str, Callable[[Floor], AbstractContextManager[Sample]]] = {
         "qemu-ga, guest-exec": qemu_ga,
         "OpenSSH, master connection": openssh,
-        "crun exec": lambda floor: container(floor, "crun"),
-        "runc exec": lambda floor: container(floor, "runc"),
+        "crun exec": partial(container, tool="crun"),
+        "runc exec": partial(container, tool="runc"),
     }
     running: dict[str, Sample] = {}
     reasons = {name: reason for name in UNDRIVEN if (reason := undriven(name))}

@@ -132,12 +132,12 @@ def print_latency(title: str, rows: Mapping[str, Latency]) -> None:
     if not rows:
         return
     floor = next(iter(rows.values())).p50
-    print(f"\n| {title} | p50 µs | p99 µs | min µs | p50 / floor | p99 / p50 | execs |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ("p50 µs", "p99 µs", "min µs", "p50 / floor", "µs over it", "p99 / p50", "execs")
+    print(f"\n| {title} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for name, row in rows.items():
         cells = [f"{row.p50:,.0f}", f"{row.p99:,.0f}", f"{row.least:,.0f}"]
-        cells += [f"{row.p50 / floor:.2f}", f"{row.p99 / row.p50:.2f}", str(row.count)]
-        print(f"| {name} | {' | '.join(cells)} |")
+        cells += [f"{row.p50 / floor:.2f}", f"{row.p50 - floor:,.0f}", f"{row.p99 / row.p50:.2f}"]
+        print(f"| {name} | {' | '.join(cells)} | {row.count} |")
 
 
 def print_crowd(rows: Mapping[str, Crowd]) -> None:
