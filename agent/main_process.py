@@ -83,19 +83,18 @@ class MainProcess(Process):
         self._exited = message
         os.eventfd_write(self.exit_fd, 1)
 
-    def signal(self, number: int, target: str) -> None:
-        """As long as PID 1 has not reaped it, its pid is its own. Raises RemoteProtocolError."""
+    def signal(self, number: int, target: str) -> bool:
+        """As long as PID 1 has not reaped it, its pid is its own."""
         if self._exited is not None:
-            return
+            return False
         try:
-            if target == "group":
-                os.killpg(self.pid, number)
-            else:
+            if target == "process":
                 os.kill(self.pid, number)
-        except ProcessLookupError:
-            pass
-        except OSError as error:
-            raise RemoteProtocolError(f"signal {number}: {error.strerror}") from None
+            else:
+                os.killpg(self.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
 
     def status(self) -> Exited:
         """How it ended, as PID 1 said."""

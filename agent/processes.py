@@ -15,7 +15,7 @@ from agent.channel import Channel
 from agent.exchange import Exchange
 from agent.state import Agent, Process
 from guest.connection import Event, Response
-from guest.errors import OperationError, RemoteProtocolError, operation_error
+from guest.errors import OperationError, operation_error
 from guest.messages import Exited, Start, Started
 from guest.process import Plan, plan, start_failure
 from guest.record import Record
@@ -45,29 +45,27 @@ class ChildProcess(Process):
         self, process_id: str, pid: int, pidfd: int, stdin: int, outputs: dict[int, int]
     ) -> None:
         super().__init__(process_id, pid, exit_fd=pidfd, stdin=stdin, outputs=outputs)
-        self._started = time.monotonic()
         self._reaped = False
 
-    def signal(self, number: int, target: str) -> None:
-        """To the process or its group; no error where it has ended. RemoteProtocolError."""
+    def signal(self, number: int, target: str) -> bool:
+        """To the process or its group; False where it has ended."""
         if self._reaped:
-            return
+            return False
         try:
-            if target == "group":
-                os.killpg(self.pid, number)
+            if target == "process":
+                os.kill(self.pid, number)
             else:
-                signal.pidfd_send_signal(self.exit_fd, number)
+                os.killpg(self.pid, number)
         except (ProcessLookupError, PermissionError):
-            pass  # it has ended
-        except OSError as error:
-            raise RemoteProtocolError(f"signal {number}: {error.strerror}") from None
+            return False  # it has ended
+        return True
 
     def status(self) -> Exited:
         """Reap it, which must have ended."""
         result = os.waitid(os.P_PIDFD, self.exit_fd, os.WEXITED)
         assert result is not None
         self._reaped = True
-        duration = time.monotonic() - self._started
+        duration = time.monotonic() - self.started
         if result.si_code == os.CLD_EXITED:
             return Exited(code=result.si_status, duration=duration)
         dumped = result.si_code == os.CLD_DUMPED

@@ -12,7 +12,7 @@ import trio
 from agent.accounts import Accounts
 from guest import limits
 from guest.errors import OperationError
-from guest.messages import Exited
+from guest.messages import Exited, ProcessInfo
 from guest.supervision import Configure
 
 TYPE_CHECKING = False
@@ -23,28 +23,89 @@ __all__ = ["Agent", "Process", "log"]
 
 
 class Process:
-    """A running process with pipes.
+    """A process with streams: one that a host started, a kept one, or the workload.
+
+    Every one is in `Agent.processes` under its id until nothing of it is retained any more. A
+    subclass says how to signal and how to learn the end; its owner calls `finish` once, when the
+    end is known and the streams are drained.
 
     `exit_fd`: readable once it has ended. `stdin`: -1 where it has none, or none any more.
-    `outputs`: descriptors of the streams that have not ended, by number.
+    `outputs`: descriptors of the streams that have not ended, by number; a terminal is only 1.
+    `exited`: what `finish` was given. `finished`: set then; the operation `wait` waits for it.
     """
 
+    kept = False
+    tty = False
+
     def __init__(
-        self, process_id: str, pid: int, *, exit_fd: int, stdin: int, outputs: dict[int, int]
+        self,
+        process_id: str,
+        pid: int,
+        *,
+        exit_fd: int,
+        stdin: int,
+        outputs: dict[int, int],
+        argv: tuple[str, ...] = (),
+        label: str = "",
     ) -> None:
         self.id = process_id
         self.pid = pid
         self.exit_fd = exit_fd
         self.stdin = stdin
         self.outputs = outputs
+        self.argv = listed_argv(argv)
+        self.label = label
+        self.started = time.monotonic()
+        self.attached = 0  # connections that have its streams
+        self.exited: Exited | None = None
+        self.finished = trio.Event()
 
-    def signal(self, number: int, target: str) -> None:
-        """Send a signal to "process" or "group". Raises RemoteProtocolError for a bad number."""
+    def signal(self, number: int, target: str) -> bool:
+        """Send a signal to "process", "group" or "tree": everything that descends from it.
+
+        KILL to the tree returns when nothing of it can start anything any more. Returns whether
+        somebody was there to receive it; a process that was reaped gets nothing. Raises nothing.
+        """
         raise NotImplementedError
 
     def status(self) -> Exited:
         """How it ended; only after `exit_fd` is readable, and only once."""
         raise NotImplementedError
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Give its terminal a size, and SIGWINCH in any case. Does nothing without a terminal."""
+
+    def retained(self) -> dict[str, int]:
+        """Bytes of each output that can be read again, by stream name."""
+        return {}
+
+    async def forget(self) -> None:
+        """Drop what is retained; one that runs is killed first. Raises OperationError.
+
+        Also takes it out of `Agent.processes`. Only for kept ones.
+        """
+        raise OperationError("bad_request", f"process {self.id} is not kept; end it by a signal")
+
+    def finish(self, exited: Exited) -> None:
+        """The end is known: tell those who wait for it."""
+        self.exited = exited
+        self.finished.set()
+
+    def info(self) -> ProcessInfo:
+        """What a list says of it."""
+        exited = self.exited
+        return ProcessInfo(
+            id=self.id,
+            pid=self.pid,
+            argv=self.argv,
+            label=self.label,
+            kept=self.kept,
+            tty=self.tty,
+            running_seconds=exited.duration if exited else time.monotonic() - self.started,
+            attached=self.attached,
+            retained=self.retained(),
+            exited=exited,
+        )
 
     def close_streams(self) -> None:
         """Close what is still open of its pipes."""
@@ -56,9 +117,10 @@ class Process:
 
 
 class Agent:
-    """`processes`: those running, by id. `connections`: those past hello.
+    """`processes`: all that `Process` speaks of, by id, in the order of their starts.
 
-    `child_limits`: resource limits that every process gets back, (resource, soft, hard) each.
+    `connections`: those past hello. `child_limits`: resource limits that every process gets back,
+    (resource, soft, hard) each.
     """
 
     def __init__(
@@ -82,9 +144,17 @@ class Agent:
         self._last_id = 0
 
     def next_id(self) -> str:
-        """A process id that was never used before."""
+        """A process id that was never used before in this boot, also not by an earlier agent."""
         self._last_id += 1
-        return f"p{self._last_id}"
+        starts = self.configure.starts
+        return f"p{self._last_id}" if starts == 1 else f"p{starts}-{self._last_id}"
+
+    def find(self, process_id: str) -> Process:
+        """The process with this id. Raises OperationError no_such_process."""
+        process = self.processes.get(process_id)
+        if process is None:
+            raise OperationError("no_such_process", f"there is no process {process_id!r:.100}")
+        return process
 
     async def wait_root(self) -> None:
         """Until processes can be started. Raises OperationError not_ready after ROOT_WAIT."""
@@ -96,9 +166,22 @@ class Agent:
         raise OperationError("not_ready", "the guest's root is not in place yet; try again later")
 
     def kill_everything(self) -> None:
-        """SIGKILL to every process group: the agent is about to end."""
+        """SIGKILL to all that is not kept: the agent is about to end."""
         for process in self.processes.values():
-            process.signal(signal.SIGKILL, "group")
+            if not process.kept:
+                process.signal(signal.SIGKILL, "tree")
+
+
+def listed_argv(argv: tuple[str, ...]) -> tuple[str, ...]:
+    """What a list shows of the arguments: LISTED_ARGV characters together, with … for the rest."""
+    room = limits.LISTED_ARGV  # a word takes one more than its length, so that empty ones count
+    shown: list[str] = []
+    for word in argv:
+        room -= len(word) + 1
+        if room <= 0:
+            return (*shown, word[: room + len(word)] + "…")
+        shown.append(word)
+    return tuple(shown)
 
 
 def log(message: str) -> None:
