@@ -1,21 +1,27 @@
 """One host's connection: a non-blocking socket and the protocol's state machine.
 
-Output is queued as pieces and written with as few calls as possible; nobody queues more than one
-read of each stream before it is written, so the queue is bounded by its users.
+Output is queued as pieces and written with as few calls as possible. Bytes that wait in a pipe can
+be queued without being read: the kernel moves them. Nobody queues more than one read of each stream
+before it is written, so the queue is bounded by its users.
 """
 
+import fcntl
+import os
 import socket
+import termios
 
 import trio
 
 from guest import limits
 from guest.connection import Connection, Event, Role
 
-__all__ = ["BUFFER", "Channel", "ConnectionLost"]
+__all__ = ["BUFFER", "Channel", "ConnectionLost", "readable_bytes"]
 
 # Where every read goes, from sockets and pipes alike. One is enough, as nobody waits while it holds
 # anything, and a fresh one for each read would be mapped and unmapped each time.
 BUFFER = memoryview(bytearray(limits.STREAM_READ))
+
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python has no name for it
 
 
 class ConnectionLost(Exception):
@@ -29,47 +35,98 @@ class Channel:
         self.sock = sock
         self.connection = Connection(Role.AGENT)
         self.outgoing: list[bytes] = []
+        self._pipe = -1
+        self._pipe_bytes = 0  # of the last data frame, after all of `outgoing`; still in the pipe
+
+    @property
+    def splicing(self) -> bool:
+        """`queue_pipe` has to be followed by `flush_now`."""
+        return self._pipe_bytes > 0
+
+    def enlarge(self) -> None:
+        """Let the socket take more at a time, for a stream that has much to send: socket(7)."""
+        for option in (SO_SNDBUFFORCE, socket.SO_SNDBUF):
+            try:
+                self.sock.setsockopt(socket.SOL_SOCKET, option, limits.DATA_PAYLOAD)
+            except OSError:
+                continue  # beyond net.core.wmem_max only with CAP_NET_ADMIN
+            return
 
     def queue(self, event: Event) -> None:
         """Put an event behind what is to be written. Raises LocalProtocolError."""
+        assert not self._pipe_bytes  # it would get between a header and its payload
         self.outgoing.append(self.connection.send(event))
 
     def queue_data(self, stream: int, data: bytes) -> None:
         """As `queue`, for a piece of a stream, without copying it."""
+        assert not self._pipe_bytes
         self.outgoing.append(self.connection.send_data_header(stream, len(data)))
         self.outgoing.append(data)
+
+    def queue_pipe(self, stream: int, pipe: int, count: int) -> None:
+        """As `queue_data`, for bytes that a pipe holds now: they stay there until they are written.
+
+        Until `flush_now` has written all of them, nothing else may be queued.
+        """
+        assert not self._pipe_bytes
+        self.outgoing.append(self.connection.send_data_header(stream, count))
+        self._pipe, self._pipe_bytes = pipe, count
 
     def flush_now(self) -> bool:
         """Write what the socket takes without waiting; whether that was all.
 
         Raises ConnectionLost.
         """
-        if not self.outgoing:
-            return True
         try:
-            sent = self.sock.sendmsg(self.outgoing)
+            if self.outgoing and not self._send_queue():
+                return False
+            while self._pipe_bytes:
+                self._splice()
         except BlockingIOError:
             return False
         except OSError:
             raise ConnectionLost from None
+        return True
+
+    def _send_queue(self) -> bool:
+        sent = self.sock.sendmsg(self.outgoing)
         while self.outgoing and sent >= len(self.outgoing[0]):
             sent -= len(self.outgoing.pop(0))
         if sent:
             self.outgoing[0] = self.outgoing[0][sent:]
         return not self.outgoing
 
+    def _splice(self) -> None:
+        """splice(2) says EAGAIN for a socket that takes no more, and for a pipe that is empty.
+
+        The pipe can be empty only if another process has opened it through /proc and was faster.
+        Then the frame that was announced cannot be completed.
+        """
+        try:
+            moved = os.splice(
+                self._pipe, self.sock.fileno(), self._pipe_bytes, flags=os.SPLICE_F_NONBLOCK
+            )
+        except BlockingIOError:
+            if readable_bytes(self._pipe):
+                raise
+            moved = 0
+        if not moved:
+            raise ConnectionLost
+        self._pipe_bytes -= moved
+
     async def flush(self) -> None:
         """Write everything, waiting for the host to read. Raises ConnectionLost."""
         while not self.flush_now():
             await trio.lowlevel.wait_writable(self.sock)
 
-    def receive_now(self) -> list[Event] | None:
+    def receive_now(self, most: int = limits.STREAM_READ) -> list[Event] | None:
         """The events in what has arrived, perhaps none yet; None where nothing has arrived.
 
-        Raises ConnectionLost at the end of the connection, and RemoteProtocolError.
+        `most`: bytes to read, at least 1. Raises ConnectionLost at the end of the connection, and
+        RemoteProtocolError.
         """
         try:
-            count = self.sock.recv_into(BUFFER)
+            count = self.sock.recv_into(BUFFER, min(most, limits.STREAM_READ))
         except BlockingIOError:
             return None
         except OSError:
@@ -83,3 +140,8 @@ class Channel:
         while not (events := self.receive_now()):
             await trio.lowlevel.wait_readable(self.sock)
         return events
+
+
+def readable_bytes(fd: int) -> int:
+    """How much a pipe or terminal holds: FIONREAD of ioctl_tty(2) and pipe(7)."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), "little")

@@ -1,26 +1,23 @@
-"""The bytes between one process and one host's connection, from start to the last frame.
+"""A process and one host's connection, from start to the last frame: whose turn it is, and when.
 
-One coroutine serves everything that a process has: its two outputs, its input, its end, its
-timeout and the socket. They are in an epoll set of their own and trio waits for that set, because a
-task for each would cost more than the whole exec. Nothing here blocks, and nothing is buffered
-beyond one read of each stream: while the host does not read, the pipes are not read, and the
-process waits.
+One coroutine serves everything that a process has: its outputs, its input, its end, its timeout
+and the socket. They are in an epoll set of their own and trio waits for that set, because a task
+for each would cost more than the whole exec. Nothing here blocks. The bytes themselves are moved by
+the pumps; while the host does not read, the pipes are not read, and the process waits.
 """
 
-import fcntl
 import math
-import os
 import select
 import signal
-import termios
 
 import trio
 
-from agent.channel import BUFFER, Channel, ConnectionLost
+from agent.channel import Channel, ConnectionLost, readable_bytes
+from agent.pumps import InputPump, OutputPump
 from agent.state import Process
 from guest import limits
 from guest.connection import Data, End, Event
-from guest.messages import STREAMS, Signal
+from guest.messages import STREAMS, Acknowledge, Detach, Resize, Signal
 
 __all__ = ["Exchange"]
 
@@ -36,25 +33,39 @@ SHORT = 0.001  # seconds in which a short command has done something
 
 
 class Exchange:
-    """`run` once. `timeout`: seconds until the process group is ended, None for never."""
+    """`run` once, for a process that its connection owns.
 
-    def __init__(self, channel: Channel, process: Process, timeout: float | None) -> None:
+    Seconds each: `timeout` from now until the process group gets TERM, None for never; `grace` from
+    there to KILL for everything; `drain_idle` and `drain_cap` as in docs/protocol.md.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        process: Process,
+        timeout: float | None = None,
+        *,
+        grace: float = limits.TIMEOUT_GRACE,
+        drain_idle: float = limits.STREAM_IDLE_AFTER_EXIT,
+        drain_cap: float = limits.STREAM_CAP_AFTER_EXIT,
+    ) -> None:
         self._channel = channel
         self._process = process
+        self._deadline = math.inf if timeout is None else trio.current_time() + timeout
+        self._grace = grace
+        self._drain_idle = drain_idle
+        self._drain_cap = drain_cap
         self._epoll = select.epoll(READY)
         self._socket_fd = channel.sock.fileno()
         self._socket_mask = 0
-        self._blocked = False  # the host does not read; the outputs are not watched
-        self._input = b""  # read from the host, not yet taken by the process: one read at most
-        self._input_ended = False
-        self._input_watched = False
-        self._deadline = math.inf if timeout is None else trio.current_time() + timeout
-        self._timed_out = False
-        self._exited_at = math.inf
-        self._owed: dict[int, int] = {}  # bytes that were in a pipe when the process ended
-        self._last_data: dict[int, float] = {}
-        self._cut: list[str] = []
+        self._outputs: dict[int, OutputPump] = {}  # by descriptor
+        self._input = InputPump(process, self._epoll)
+        self._blocked_since = math.inf  # the host does not read; the outputs are not watched
         self._flush_due = False  # output was queued, or the host reads again
+        self._timed_out = False
+        self._exited = False
+        self._cap_at = math.inf
+        self._cut: list[str] = []
 
     async def run(self, early: list[Event], *, alone: bool = False) -> None:
         """Until `exited` is written. `early`: what arrived together with the request.
@@ -79,11 +90,12 @@ class Exchange:
         status = self._process.status()
         if self._timed_out or self._cut:
             status = status.replace(timed_out=self._timed_out, open_streams=tuple(self._cut))
+        self._process.finish(status)
         self._channel.queue(status)
         await self._channel.flush()
 
     def _over(self) -> bool:
-        return self._exited_at < math.inf and not self._process.outputs
+        return self._exited and not self._outputs
 
     # ── waiting ──────────────────────────────────────────────────────────────────────────────────
 
@@ -92,9 +104,10 @@ class Exchange:
         self._epoll.register(self._process.exit_fd, IN)
         for stream in (1, 2):
             if stream in self._process.outputs:
-                self._epoll.register(self._process.outputs[stream], IN)
+                pump = OutputPump(self._process, stream, self._epoll)
+                self._outputs[pump.fd] = pump
             else:
-                self._channel.queue(End(stream=stream))  # an earlier host saw its end
+                self._channel.queue(End(stream=stream))  # a terminal has only one
 
     async def _wait(self) -> None:
         deadline = self._next_deadline()
@@ -105,11 +118,11 @@ class Exchange:
                 await trio.lowlevel.wait_readable(self._epoll)
 
     def _next_deadline(self) -> float:
-        if self._exited_at == math.inf:
+        if not self._exited:
             return self._deadline
-        if self._blocked:
+        if self._blocked():
             return math.inf
-        return min(self._cut_at(stream) for stream in self._process.outputs)
+        return min(self._cut_at(pump) for pump in self._outputs.values())
 
     def _work(self, patience: float = 0.0) -> None:
         """Handle what is ready, and what becomes ready meanwhile, but not without an end.
@@ -120,49 +133,58 @@ class Exchange:
             ready = self._epoll.poll(patience, READY)
             if not ready:
                 return
-            streams, exited = len(self._process.outputs), False
+            streams, exited = len(self._outputs), False
             for fd, events in ready:
                 if fd == self._socket_fd:
                     self._serve_socket(events)
+                elif fd in self._outputs:
+                    self._move_output(self._outputs[fd])
                 elif fd == self._process.exit_fd:
                     exited = True
-                elif fd == self._process.stdin:
-                    self._write_input()
                 else:
-                    self._read_output(fd)
+                    self._input.resume()
+                    self._update_socket_mask()
             if exited:
                 self._note_exit()
             if self._over():
                 return
             if self._flush_due:
-                self._flush_due = False
                 self._flush()
-            patience = ENDING if len(self._process.outputs) < streams else 0.0
+            patience = ENDING if len(self._outputs) < streams else 0.0
 
     def _serve_socket(self, events: int) -> None:
         if events & OUT:
             self._flush_due = True
         if events & IN:
-            self._take(self._channel.receive_now() or [])
+            self._take(self._channel.receive_now(self._input.room) or [])
         elif events & ~OUT:
             raise ConnectionLost
 
+    def _blocked(self) -> bool:
+        return self._blocked_since < math.inf
+
     def _flush(self) -> None:
         """Write what can be written; stop reading outputs while something is left."""
+        self._flush_due = False
         blocked = not self._channel.flush_now()
-        if blocked == self._blocked:
+        if blocked == self._blocked():
             return
-        self._blocked = blocked
+        now = trio.current_time()
+        if blocked:
+            self._blocked_since = now
+        else:
+            self._cap_at += now - self._blocked_since  # the clock stood still
+            self._blocked_since = math.inf
         self._update_socket_mask()
-        for stream, fd in self._process.outputs.items():
+        for pump in self._outputs.values():
             if blocked:
-                self._epoll.unregister(fd)  # not an empty mask: a hang-up would still wake us
+                pump.unwatch()
             else:
-                self._epoll.register(fd, IN)
-                self._last_data[stream] = trio.current_time()
+                pump.watch()
+                pump.last_data = now
 
     def _update_socket_mask(self) -> None:
-        mask = CLOSED | (0 if self._input else IN) | (OUT if self._blocked else 0)
+        mask = CLOSED | (IN if self._input.room else 0) | (OUT if self._blocked() else 0)
         if self._socket_mask == 0:
             self._epoll.register(self._channel.sock, mask)
         elif mask != self._socket_mask:
@@ -171,114 +193,85 @@ class Exchange:
 
     # ── from the process ─────────────────────────────────────────────────────────────────────────
 
-    def _read_output(self, fd: int) -> None:
-        stream = next(s for s, candidate in self._process.outputs.items() if candidate == fd)
-        if self._blocked:
+    def _move_output(self, pump: OutputPump) -> None:
+        if self._blocked():
             return  # found ready together with what filled the socket
-        try:
-            count = os.readv(fd, (BUFFER,))
-        except BlockingIOError:
-            return  # somebody opened the pipe through /proc and was faster
-        if not count:
-            self._end_output(stream)
-            return
-        self._channel.queue_data(stream, bytes(BUFFER[:count]))
-        self._flush_due = True
-        if self._exited_at < math.inf:
-            self._last_data[stream] = trio.current_time()
-            self._owed[stream] = self._owed.get(stream, 0) - count
+        count = pump.move(self._channel)
+        if count is None:
+            self._end_output(pump)
+        elif count:
+            self._flush_due = True
+            if self._exited:
+                pump.last_data = trio.current_time()
+            if self._channel.splicing:
+                self._flush()
 
-    def _end_output(self, stream: int) -> None:
-        fd = self._process.outputs.pop(stream)
-        if not self._blocked:
-            self._epoll.unregister(fd)
-        os.close(fd)
-        self._channel.queue(End(stream=stream))
+    def _end_output(self, pump: OutputPump) -> None:
+        del self._outputs[pump.fd]
+        pump.close()
+        self._channel.queue(End(stream=pump.stream))
 
     def _note_exit(self) -> None:
         """The process itself has ended; what it wrote may still be in the pipes."""
         self._epoll.unregister(self._process.exit_fd)
-        self._exited_at = trio.current_time()
+        self._exited = True
+        now = trio.current_time()
+        self._cap_at = now + self._drain_cap
+        if self._blocked():
+            self._blocked_since = now
         if self._timed_out:
-            self._process.signal(signal.SIGKILL, "group")  # the rest had its grace, too
-        for stream, fd in self._process.outputs.items():
-            count = fcntl.ioctl(fd, termios.FIONREAD, bytes(4))
-            self._owed[stream] = int.from_bytes(count, "little")
-            self._last_data[stream] = self._exited_at
+            self._process.signal(signal.SIGKILL, "tree")  # the rest had its grace, too
+        for pump in self._outputs.values():
+            pump.owed = readable_bytes(pump.fd)
+            pump.last_data = now
 
     # ── to the process ───────────────────────────────────────────────────────────────────────────
 
     def _take(self, events: list[Event]) -> None:
-        """What the host sent: input, its end, signals."""
+        """What the host sent. Controls act at once, also where the input before them waits."""
         for event in events:
             match event:
                 case Data():
-                    self._input += event.data
+                    self._input.feed(event.data)
                 case End():
-                    self._input_ended = True
+                    self._input.end()
                 case Signal():
                     self._process.signal(event.signal, event.target)
+                case Resize():
+                    self._process.resize(event.rows, event.columns)
+                case Detach():
+                    raise ConnectionLost  # nobody will come back for it
+                case Acknowledge():
+                    pass  # nothing is retained
                 case _:
                     raise AssertionError(f"{event!r} must have been refused")
-        if events:
-            self._write_input()
-
-    def _write_input(self) -> None:
-        """Give the process what its pipe takes, and come back when it takes more."""
-        if self._input and self._process.stdin >= 0:
-            try:
-                self._input = self._input[os.write(self._process.stdin, self._input) :]
-            except BlockingIOError:
-                pass
-            except OSError:
-                self._close_input()  # nobody reads it any more, which is the process's own affair
-        if self._process.stdin < 0:
-            self._input = b""
-        elif self._input_ended and not self._input:
-            self._close_input()
-        if bool(self._input) != self._input_watched:
-            self._input_watched = not self._input_watched
-            if self._input_watched:
-                self._epoll.register(self._process.stdin, OUT)
-            elif self._process.stdin >= 0:
-                self._epoll.unregister(self._process.stdin)
         self._update_socket_mask()
-
-    def _close_input(self) -> None:
-        if self._input_watched:
-            self._epoll.unregister(self._process.stdin)
-            self._input_watched = False
-        os.close(self._process.stdin)
-        self._process.stdin = -1
-        self._input = b""
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────
 
     def _check_clock(self) -> None:
         now = trio.current_time()
-        if self._exited_at < math.inf:
+        if self._exited:
             self._cut_outputs(now)
         elif now >= self._deadline:
             if self._timed_out:
-                self._process.signal(signal.SIGKILL, "group")
+                self._process.signal(signal.SIGKILL, "tree")
                 self._deadline = math.inf
             else:
                 self._timed_out = True
                 self._process.signal(signal.SIGTERM, "group")
-                self._deadline = now + limits.TIMEOUT_GRACE
+                self._deadline = now + self._grace
 
     def _cut_outputs(self, now: float) -> None:
         """End the outputs that another process holds open, once there is no use in waiting."""
-        if self._blocked:
+        if self._blocked():
             return
-        for stream in list(self._process.outputs):
-            if now >= self._cut_at(stream):
-                self._cut.append(STREAMS[stream])
-                self._end_output(stream)
+        for pump in list(self._outputs.values()):
+            if now >= self._cut_at(pump):
+                self._cut.append(STREAMS[pump.stream])
+                self._end_output(pump)
 
-    def _cut_at(self, stream: int) -> float:
+    def _cut_at(self, pump: OutputPump) -> float:
         """Idle for long enough; or too late, but not before everything from before the exit."""
-        idle = self._last_data[stream] + limits.STREAM_IDLE_AFTER_EXIT
-        if self._owed[stream] > 0:
-            return idle
-        return min(idle, self._exited_at + limits.STREAM_CAP_AFTER_EXIT)
+        idle = pump.last_data + self._drain_idle
+        return idle if pump.owed > 0 else min(idle, self._cap_at)

@@ -310,7 +310,8 @@ def test_lost_host_is_noticed_while_stdin_is_stuck(agent: AgentProcess) -> None:
         started = host.start("sleep", "100", stdin=True)
         host.sock.settimeout(0.5)
         with pytest.raises(TimeoutError):
-            host.write(b"x" * MIB)
+            for _ in range(4):
+                host.write(b"x" * MIB)
     wait_until_gone(started.pid)
 
 
