@@ -17,17 +17,20 @@ class Accounts:
 
     def __init__(self) -> None:
         self._stamp: tuple[object, ...] = ()
-        self._identities: dict[str, Identity] = {}
+        self._identities: dict[tuple[str, ...], Identity] = {}
 
-    def identity(self, spec: str) -> Identity:
+    def identity(self, spec: str, more_groups: tuple[str, ...] = ()) -> Identity:
         """As `guest.users.resolve` with the files as they are now. Raises its errors."""
         stamp = (_stamp(USERS_FILE), _stamp(GROUPS_FILE))
         if stamp != self._stamp or len(self._identities) > limits.REMEMBERED_IDENTITIES:
             self._identities.clear()
             self._stamp = stamp
-        if spec not in self._identities:
-            self._identities[spec] = resolve(spec, _read(USERS_FILE), _read(GROUPS_FILE))
-        return self._identities[spec]
+        asked = (spec, *more_groups)
+        if asked not in self._identities:
+            self._identities[asked] = resolve(
+                spec, _read(USERS_FILE), _read(GROUPS_FILE), more_groups=more_groups
+            )
+        return self._identities[asked]
 
 
 def _stamp(path: str) -> tuple[int, ...]:

@@ -3,15 +3,32 @@
 import os
 import time
 
-from agent.channel import Channel
+import trio
+
+from agent.channel import Channel, ConnectionLost
 from agent.state import Agent
+from guest import limits
 from guest.connection import Event
-from guest.messages import InfoResult, PingResult, Shutdown, ShutdownResult
+from guest.errors import OperationError, RemoteProtocolError
+from guest.messages import (
+    Forget,
+    ForgetResult,
+    InfoResult,
+    PingResult,
+    ProcessList,
+    Shutdown,
+    ShutdownResult,
+    SignalProcess,
+    SignalResult,
+    Wait,
+    pack,
+)
 from guest.record import Record
 from guest.supervision import ShutdownRequest
 
-__all__ = ["info", "ping", "shutdown"]
+__all__ = ["forget", "info", "ping", "processes", "shutdown", "signal", "wait"]
 
+SHORT = 48  # characters of a list's entries where there are too many of them
 PAGE_KIB = os.sysconf("SC_PAGE_SIZE") // 1024
 
 
@@ -32,10 +49,76 @@ async def info(agent: Agent, _channel: Channel, _args: Record, _early: list[Even
         agent_pid=os.getpid(),
         agent_starts=agent.configure.starts,
         agent_ready_ms=agent.ready_ms,
-        processes=len(agent.processes),
+        processes=sum(
+            process.exited is None and process is not agent.main
+            for process in agent.processes.values()
+        ),
         connections=agent.connections,
         resident_kib=_resident_kib(),
     )
+
+
+async def processes(agent: Agent, _channel: Channel, _args: Record, _early: list[Event]) -> Record:
+    """All that run and all that are retained."""
+    infos = [process.info() for process in agent.processes.values()]
+    result = ProcessList(processes=tuple(infos))
+    if len(pack(result.to_map())) <= limits.RESPONSE_PAYLOAD:
+        return result
+    return ProcessList(
+        processes=tuple(
+            info.replace(argv=(info.argv[0][:SHORT],), label=info.label[:SHORT]) for info in infos
+        )
+    )
+
+
+async def wait(agent: Agent, channel: Channel, args: Record, _early: list[Event]) -> Record:
+    """How a process ended, as soon as it has. Raises OperationError still_running."""
+    assert isinstance(args, Wait)
+    process = agent.find(args.id)
+    if not process.finished.is_set():
+        with trio.move_on_after(args.timeout):
+            await finished_or_lost(process.finished, channel)
+    if process.exited is None:
+        raise OperationError(
+            "still_running", f"process {args.id} has not ended within {args.timeout:g} s"
+        )
+    return process.exited
+
+
+async def finished_or_lost(finished: trio.Event, channel: Channel) -> None:
+    """Wait for the event, and for the end of a connection that nobody waits at any more.
+
+    Raises ConnectionLost and RemoteProtocolError.
+    """
+    failure: Exception | None = None
+
+    async def watch(scope: trio.CancelScope) -> None:
+        nonlocal failure
+        try:
+            await channel.receive()  # nothing may come, so that this ends with an error
+        except (ConnectionLost, RemoteProtocolError) as error:
+            failure = error
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch, nursery.cancel_scope)
+        await finished.wait()
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def signal(agent: Agent, _channel: Channel, args: Record, _early: list[Event]) -> Record:
+    """Send a signal to any process by its id."""
+    assert isinstance(args, SignalProcess)
+    return SignalResult(delivered=agent.find(args.id).signal(args.signal, args.target))
+
+
+async def forget(agent: Agent, _channel: Channel, args: Record, _early: list[Event]) -> Record:
+    """Drop what is retained of a kept process."""
+    assert isinstance(args, Forget)
+    await agent.find(args.id).forget()
+    return ForgetResult()
 
 
 async def shutdown(agent: Agent, _channel: Channel, args: Record, _early: list[Event]) -> Record:

@@ -1,120 +1,259 @@
 """Processes that hosts start: from a request to the end of everything that was started.
 
-The connection is the process's: while it is open the process runs, and when it is lost the process
-group is killed. Each child is waited for by its pidfd and by nobody else.
+The connection is the process's: while it is open the process runs, and when it is lost everything
+that descends from the process is killed. Each child is waited for by nobody else.
 """
 
 import os
 import signal
 import time
+from collections.abc import Iterable
 
 import _guestsys
 import trio
 
+from agent import terminals, tree
+from agent.cgroups import Leaf
 from agent.channel import Channel
 from agent.exchange import Exchange
+from agent.staging import stage
 from agent.state import Agent, Process
 from guest.connection import Event, Response
 from guest.errors import OperationError, operation_error
 from guest.messages import Exited, Start, Started
-from guest.process import Plan, plan, start_failure
+from guest.privileges import capability_mask, resource_limits
+from guest.process import Plan, plan, shell_argv, start_failure
 from guest.record import Record
+from guest.status import ExitStatus, exit_fields
 
-__all__ = ["ChildProcess", "start"]
+__all__ = ["ChildProcess", "begin", "start"]
+
+Resources = tuple[tuple[int, int, int], ...]
+Channels = tuple[int, dict[int, int]]  # stdin, outputs: our ends
 
 
 async def start(agent: Agent, channel: Channel, args: Record, early: list[Event]) -> None:
     """The operation: spawn, exchange bytes until it has ended, leave nothing. OperationError."""
     assert isinstance(args, Start)
     await agent.wait_root()
-    process = spawn(agent, args)
+    process = await begin(agent, args)
     agent.processes[process.id] = process
     try:
         channel.queue(Response(result=Started(id=process.id, pid=process.pid)))
         alone = len(agent.processes) == 1
-        await Exchange(channel, process, args.timeout).run(early, alone=alone)
+        process.attached = 1
+        await Exchange(channel, process, timeout=args.timeout).run(early, alone=alone)
     finally:
         await process.end()
         del agent.processes[process.id]
 
 
+async def begin(agent: Agent, args: Start) -> "ChildProcess":
+    """Start what was asked for, with its files in place. Raises OperationError.
+
+    Then nothing was started, and nothing is left of it.
+    """
+    starting = Starting(agent, args)
+    if not args.files:
+        return starting.spawn()
+    staged = await stage(args.files, starting.plan.cwd, starting.plan.identity)
+    try:
+        process = starting.spawn()
+    except OperationError:
+        staged.take_back()
+        raise
+    staged.keep()
+    return process
+
+
 class ChildProcess(Process):
-    """A process of our own. Until it is reaped, its pid and process group cannot be another's."""
+    """A process of our own. Until it is reaped, its pid and process group cannot be another's.
+
+    `leaf`: its cgroup, None where the guest has none; then `mark` is in its environment.
+    """
 
     def __init__(
-        self, process_id: str, pid: int, pidfd: int, stdin: int, outputs: dict[int, int]
+        self,
+        process_id: str,
+        pid: int,
+        pidfd: int,
+        streams: Channels,
+        *,
+        leaf: Leaf | None = None,
+        mark: bytes = b"",
+        argv: tuple[str, ...] = (),
+        label: str = "",
     ) -> None:
-        super().__init__(process_id, pid, exit_fd=pidfd, stdin=stdin, outputs=outputs)
+        stdin, outputs = streams
+        super().__init__(
+            process_id, pid, exit_fd=pidfd, stdin=stdin, outputs=outputs, argv=argv, label=label
+        )
+        self.leaf = leaf
+        self.mark = mark
         self._reaped = False
 
     def signal(self, number: int, target: str) -> bool:
-        """To the process or its group; False where it has ended."""
+        """See `Process.signal`."""
         if self._reaped:
             return False
+        if target == "tree":
+            return self._signal_tree(number)
         try:
             if target == "process":
                 os.kill(self.pid, number)
             else:
                 os.killpg(self.pid, number)
         except (ProcessLookupError, PermissionError):
-            return False  # it has ended
+            return False
         return True
+
+    def _signal_tree(self, number: int) -> bool:
+        if self.leaf is None:
+            if number == signal.SIGKILL:
+                return tree.kill(self.pid, self.mark)
+            return tree.send(self.pid, self.mark, number)
+        if number != signal.SIGKILL:
+            return self.leaf.signal(number)
+        delivered = self.leaf.populated()
+        self.leaf.kill()
+        return delivered
+
+    def resize(self, rows: int, columns: int) -> None:
+        """See `Process.resize`."""
+        if self.tty and 1 in self.outputs:
+            terminals.resize(self.outputs[1], rows, columns)
 
     def status(self) -> Exited:
         """Reap it, which must have ended."""
-        result = os.waitid(os.P_PIDFD, self.exit_fd, os.WEXITED)
-        assert result is not None
+        _, status, usage = os.wait4(self.pid, 0)
         self._reaped = True
         duration = time.monotonic() - self.started
-        if result.si_code == os.CLD_EXITED:
-            return Exited(code=result.si_status, duration=duration)
-        dumped = result.si_code == os.CLD_DUMPED
-        return Exited(signal=result.si_status, core_dumped=dumped, duration=duration)
+        oom_killed = False
+        if self.leaf is not None:
+            oom_killed = self.leaf.oom_killed()
+            self.leaf.give_back()
+            self.leaf = None
+        end = ExitStatus.from_map(exit_fields(status))
+        return Exited(
+            code=end.code,
+            signal=end.signal,
+            core_dumped=end.core_dumped,
+            oom_killed=oom_killed,
+            duration=duration,
+            user_seconds=usage.ru_utime,
+            system_seconds=usage.ru_stime,
+            max_rss_kib=usage.ru_maxrss,
+        )
 
     async def end(self) -> None:
         """Kill what still runs, reap it, close every descriptor."""
         self.close_streams()
         if not self._reaped:
-            self.signal(signal.SIGKILL, "group")
+            self.signal(signal.SIGKILL, "tree")
             with trio.CancelScope(shield=True):
                 await trio.lowlevel.wait_readable(self.exit_fd)
-            self.status()
+            self.finish(self.status())
         os.close(self.exit_fd)
 
 
-def spawn(agent: Agent, args: Start) -> ChildProcess:
-    """Start what was asked for. Raises OperationError, and then nothing was started."""
-    image = agent.configure.image
-    identity = agent.accounts.identity(image.user if args.user is None else args.user)
-    planned = plan(args.argv, identity, env=args.env, cwd=args.cwd, image=image)
-    step = "pipe"
-    opened: list[int] = []  # in pairs: ours, the child's
-    try:
-        opened += reversed(os.pipe2(os.O_CLOEXEC)) if args.stdin else (-1, null_input())
-        opened += os.pipe2(os.O_CLOEXEC)
-        opened += os.pipe2(os.O_CLOEXEC)
-        step = "spawn"
-        pid, pidfd = _guestsys.spawn(
-            planned.argv,
-            planned.env,
-            candidates=planned.candidates,
-            cwd=planned.cwd,
-            fds=(opened[1], opened[3], opened[5]),
-            uid=identity.uid,
-            gid=identity.gid,
-            groups=identity.groups,
-            rlimits=agent.child_limits,
+class Starting:
+    """A request that was found to be in order. Raises OperationError where it is not."""
+
+    def __init__(self, agent: Agent, args: Start) -> None:
+        image = agent.configure.image
+        self.agent = agent
+        self.args = args
+        self.argv = shell_argv(args.argv, args.shell)
+        user = image.user if args.user is None else args.user
+        self.plan = plan(
+            self.argv,
+            agent.accounts.identity(user, args.groups),
+            env=args.env,
+            clear_env=args.clear_env,
+            cwd=args.cwd,
+            image=image,
+            tty=args.tty is not None,
         )
-    except OSError as error:
-        close_all(opened[0::2])
-        raise not_started(planned, getattr(error, "step", step), error) from None
-    finally:
-        close_all(opened[1::2])
-    stdin, stdout, stderr = opened[0::2]
-    for fd in (stdin, stdout, stderr):
-        if fd >= 0:
-            os.set_blocking(fd, False)  # anybody in the guest may open the pipe's other end again
-    return ChildProcess(agent.next_id(), pid, pidfd, stdin, {1: stdout, 2: stderr})
+        self.capabilities = -1 if args.capabilities is None else capability_mask(args.capabilities)
+        self.resources: Resources = agent.child_limits
+        if args.limits is not None:
+            self.resources += resource_limits(args.limits.rlimits)
+
+    def spawn(self) -> ChildProcess:
+        """Start it. Raises OperationError, and then nothing was started."""
+        leaf = self.agent.take_cgroup(self.args.limits)
+        mark = b"" if leaf else tree.MARKER + os.urandom(8).hex().encode()
+        try:
+            pid, pidfd, streams = self._spawn(leaf, mark)
+        except OperationError:
+            if leaf is not None:
+                leaf.give_back()
+            raise
+        process = ChildProcess(
+            self.agent.next_id(),
+            pid,
+            pidfd,
+            streams,
+            leaf=leaf,
+            mark=mark,
+            argv=self.argv,
+            label=self.args.label,
+        )
+        process.tty = self.args.tty is not None
+        return process
+
+    def _spawn(self, leaf: Leaf | None, mark: bytes) -> tuple[int, int, Channels]:
+        identity = self.plan.identity
+        ours: list[int] = []
+        theirs: list[int] = []
+        step = "streams"
+        try:
+            self._open_streams(ours, theirs)
+            step = "spawn"
+            pid, pidfd = _guestsys.spawn(
+                self.plan.argv,
+                (*self.plan.env, mark) if mark else self.plan.env,
+                candidates=self.plan.candidates,
+                cwd=self.plan.cwd,
+                fds=(theirs[0], theirs[1], theirs[2]),
+                tty=theirs[0] if self.args.tty else -1,
+                uid=identity.uid,
+                gid=identity.gid,
+                groups=identity.groups,
+                umask=self.args.umask,
+                cgroup_fd=-1 if leaf is None else leaf.fd,
+                no_new_privs=self.args.no_new_privs,
+                rlimits=self.resources,
+                capabilities=self.capabilities,
+            )
+        except OSError as error:
+            close_all(ours)
+            raise not_started(self.plan, getattr(error, "step", step), error) from None
+        finally:
+            close_all(set(theirs))
+        return pid, pidfd, (ours[0], dict(enumerate(ours[1:], start=1)))
+
+    def _open_streams(self, ours: list[int], theirs: list[int]) -> None:
+        """Fill in the two ends of stdin, stdout and stderr; a terminal is all three. OSError."""
+        if self.args.tty is not None:
+            master, slave = terminals.open_terminal(self.args.tty, self.plan.identity.uid)
+            ours.append(master)
+            theirs += (slave, slave, slave)
+            ours.append(os.dup(master))  # each stream is closed by itself
+            return
+        if self.args.stdin:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(writer, False)
+            ours.append(writer)
+            theirs.append(reader)
+        else:
+            ours.append(-1)
+            theirs.append(null_input())
+        for _ in (1, 2):
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(reader, False)  # anybody in the guest may open the other end again
+            ours.append(reader)
+            theirs.append(writer)
 
 
 def null_input() -> int:
@@ -140,7 +279,7 @@ def not_started(planned: Plan, step: str, error: OSError) -> OperationError:
     return operation_error(code, message, fields)
 
 
-def close_all(descriptors: list[int]) -> None:
+def close_all(descriptors: Iterable[int]) -> None:
     """Close those that are open."""
     for fd in descriptors:
         if fd >= 0:

@@ -36,6 +36,10 @@ OPERATIONS: dict[str, Handler] = {
     "shutdown": operations.shutdown,
     "start": processes.start,
     "attach": main_process.attach,
+    "processes": operations.processes,
+    "wait": operations.wait,
+    "signal": operations.signal,
+    "forget": operations.forget,
 }
 
 

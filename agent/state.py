@@ -10,9 +10,10 @@ import time
 import trio
 
 from agent.accounts import Accounts
+from agent.cgroups import Cgroups, Leaf, needed_controllers, open_cgroups, unavailable
 from guest import limits
 from guest.errors import OperationError
-from guest.messages import Exited, ProcessInfo
+from guest.messages import Exited, Limits, ProcessInfo
 from guest.supervision import Configure
 
 TYPE_CHECKING = False
@@ -139,6 +140,8 @@ class Agent:
         self.main_started = trio.Event()
         self.main: Process | None = None
         self.accounts = Accounts()
+        self.cgroups: Cgroups | None = None
+        self._looked_for_cgroups = False
         self.processes: dict[str, Process] = {}
         self.connections = 0
         self._last_id = 0
@@ -156,6 +159,20 @@ class Agent:
             raise OperationError("no_such_process", f"there is no process {process_id!r:.100}")
         return process
 
+    def take_cgroup(self, wanted: Limits | None) -> Leaf | None:
+        """A cgroup for a process that starts; None where the guest has none that can be written.
+
+        Raises OperationError cgroup_unavailable for limits that cannot be kept.
+        """
+        if not self._looked_for_cgroups:  # only now, as the image's root has to be in place
+            self._looked_for_cgroups = True
+            self.cgroups = open_cgroups()
+        if self.cgroups is not None:
+            return self.cgroups.take(wanted)
+        if needed_controllers(wanted):
+            raise unavailable("the guest has no cgroup v2 that its agent may write to")
+        return None
+
     async def wait_root(self) -> None:
         """Until processes can be started. Raises OperationError not_ready after ROOT_WAIT."""
         if self.root_ready.is_set():
@@ -170,6 +187,8 @@ class Agent:
         for process in self.processes.values():
             if not process.kept:
                 process.signal(signal.SIGKILL, "tree")
+        if self.cgroups is not None:
+            self.cgroups.close()
 
 
 def listed_argv(argv: tuple[str, ...]) -> tuple[str, ...]:

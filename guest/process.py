@@ -14,9 +14,10 @@ from guest.errors import operation_error
 from guest.record import Record
 from guest.users import Identity
 
-__all__ = ["DEFAULT_PATH", "Plan", "plan", "start_failure"]
+__all__ = ["DEFAULT_PATH", "DEFAULT_TERM", "Plan", "plan", "shell_argv", "start_failure"]
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+DEFAULT_TERM = "xterm"  # of a process with a terminal
 
 
 class Plan(Record):
@@ -38,13 +39,16 @@ def plan(
     identity: Identity,
     *,
     env: dict[str, str] | None = None,
+    clear_env: bool = False,
     cwd: str | None = None,
     image: ImageDefaults | None = None,
+    tty: bool = False,
 ) -> Plan:
-    """The plan for a request. `env` goes over the image's; `cwd` None takes the image's.
+    """The plan for a request. `env` goes over the image's, or with `clear_env` in its place.
 
-    PATH and HOME are filled in as docker does where neither sets them. Raises OperationError with
-    code bad_request, or bad_cwd where the working directory is not absolute.
+    `cwd` None takes the image's. PATH, HOME and, with `tty`, TERM are filled in as docker does
+    where nothing sets them. Raises OperationError with code bad_request, or bad_cwd where the
+    working directory is not absolute.
     """
     image = image or ImageDefaults()
     if not argv or not argv[0]:
@@ -56,7 +60,11 @@ def plan(
             f"cwd: {directory!r:.200} is not an absolute path",
             {"path": directory[: limits.ERROR_MESSAGE]},
         )
-    merged = {"PATH": DEFAULT_PATH, **image.env, **(env or {})}
+    merged = {"PATH": DEFAULT_PATH}
+    if tty:
+        merged["TERM"] = DEFAULT_TERM
+    merged.update({} if clear_env else image.env)
+    merged.update(env or {})
     if not merged.get("HOME"):
         merged["HOME"] = identity.home
     return Plan(
@@ -66,6 +74,11 @@ def plan(
         cwd=_encoded(directory, "cwd"),
         identity=identity,
     )
+
+
+def shell_argv(argv: tuple[str, ...], shell: str | None) -> tuple[str, ...]:
+    """The arguments of a request that gives either a program or a line for the image's shell."""
+    return argv if shell is None else ("/bin/sh", "-c", shell)
 
 
 def _candidates(program: bytes, search: bytes) -> tuple[bytes, ...]:

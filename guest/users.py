@@ -40,12 +40,15 @@ class _Group(Record):
     members: tuple[str, ...]
 
 
-def resolve(spec: str, passwd: bytes = b"", group: bytes = b"") -> Identity:
+def resolve(
+    spec: str, passwd: bytes = b"", group: bytes = b"", *, more_groups: tuple[str, ...] = ()
+) -> Identity:
     """The identity for "", "name", "uid", "name:group" or "uid:gid".
 
     `passwd` and `group` are the contents of the image's files, b"" where there is none. A number
-    is always an id, never a name. An explicit group leaves out the supplementary ones. A uid or gid
-    that is in neither file is fine; a name that is in neither is a StartError, code bad_user.
+    is always an id, never a name. An explicit group leaves out the supplementary ones of the file,
+    not `more_groups`. A uid or gid that is in neither file is fine; a name that is in neither is a
+    StartError, code bad_user.
     """
     user, _, wanted_group = spec.partition(":")
     account = _find_account(user, _accounts(passwd))
@@ -55,10 +58,11 @@ def resolve(spec: str, passwd: bytes = b"", group: bytes = b"") -> Identity:
             raise _bad_user(spec, f"no user {user!r:.200} in the image's {USERS_FILE}")
         account = _Account(name="", uid=uid, gid=0, home="/")
     if wanted_group:
-        gid, others = _explicit_group(spec, wanted_group, group), []
+        gid, others = _explicit_group(spec, wanted_group, group), list[int]()
     else:
         gid = account.gid
         others = [g.gid for g in _groups(group) if account.name and account.name in g.members]
+    others += [_explicit_group(spec, wanted, group) for wanted in more_groups]
     return Identity(
         uid=account.uid,
         gid=gid,

@@ -20,9 +20,9 @@ def openat2(dir_fd: int, path: str, flags: int, mode: int = 0, resolve: int = 0)
 class SpawnError(OSError):
     """The child failed between clone and exec. `step` is the call that failed, as in "chdir".
 
-    Steps: clone, cgroup, setsid, setpgid, tty, fds, oom_score_adj, rlimit, setgroups, setgid,
-    setuid, chdir, no_new_privs, close_range, signals, exec. `filename` is set for exec: the
-    candidate.
+    Steps: clone, cgroup, setsid, setpgid, tty, fds, oom_score_adj, rlimit, setgroups,
+    capabilities, setgid, setuid, chdir, no_new_privs, close_range, signals, exec. `filename` is set
+    for exec: the candidate.
     """
 
     step: str
@@ -44,12 +44,15 @@ def spawn(
     cgroup_fd: int = -1,
     no_new_privs: bool = False,
     rlimits: Sequence[tuple[int, int, int]] = (),
+    capabilities: int = -1,
 ) -> tuple[int, int]:
     """Start a program and return (pid, pidfd) once it has exec'ed; both are the caller's to reap.
 
     `candidates` are paths tried in order as execvp(3) does (ENOENT, ENOTDIR and EACCES go on to the
     next; EACCES wins in the end). `fds` become 0, 1 and 2; every other descriptor is closed.
-    Signals are unblocked and at their defaults. `oom_score_adj` is not lowered where that is not
+    Signals are unblocked and at their defaults. `capabilities` has a bit for each that may stay in
+    the bounding, permitted and effective sets, and empties the inheritable and ambient ones; -1
+    leaves all sets alone. `oom_score_adj` is not lowered where that is not
     allowed. The calling thread holds the GIL until the child has exec'ed. Raises SpawnError; then
     no child exists any more.
     """

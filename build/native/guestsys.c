@@ -14,6 +14,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h> /* the structures of capset(2) */
 #include <linux/sched.h> /* CLONE_PIDFD, CLONE_INTO_CGROUP */
 #include <sched.h>
 #include <signal.h>
@@ -212,6 +213,7 @@ struct plan {
     mode_t umask;
     int fds[FIRST_OWN_FD];
     int session, tty, cgroup_fd, no_new_privs;
+    int64_t capabilities; /* a bit for each that it may have; -1: all that there are */
 
     const char *step; /* the step that the child is at */
     const char *path; /* of the program, where exec failed */
@@ -263,6 +265,37 @@ set_groups(size_t count, const gid_t *groups, gid_t own)
         return 0;
     errno = EPERM;
     return -1;
+}
+
+/* Take capabilities out of the bounding set, from which no exec can bring them back. */
+static long
+drop_bounding_set(uint64_t kept)
+{
+    for (int capability = 0; capability < 64; capability++) {
+        if (kept >> capability & 1)
+            continue;
+        if (syscall(SYS_prctl, PR_CAPBSET_DROP, capability, 0, 0, 0) < 0)
+            return errno == EINVAL ? 0 : -1; /* beyond the last one that this kernel has */
+    }
+    return 0;
+}
+
+/* Of the sets that setresuid(2) has left, only what is kept; nothing inherited. Exec then gives root
+ * the bounding set and everybody else what the file has, as in a container. */
+static long
+keep_capabilities(uint64_t kept)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct sets[2];
+    if (syscall(SYS_capget, &header, sets) < 0)
+        return -1;
+    for (int half = 0; half < 2; half++) {
+        uint32_t mask = (uint32_t)(kept >> 32 * half);
+        sets[half].effective &= mask;
+        sets[half].permitted &= mask;
+        sets[half].inheritable = 0; /* the ambient set follows */
+    }
+    return syscall(SYS_capset, &header, sets);
 }
 
 /* Make fds[i] be descriptor i. The sources may be any numbers, also each other's targets, so those
@@ -354,8 +387,12 @@ prepare_and_execute(struct plan *plan)
     for (size_t i = 0; i < plan->limit_count; i++)
         STEP("rlimit", syscall(SYS_prlimit64, 0, plan->limits[i].resource, plan->limits[i].values, NULL));
     STEP("setgroups", set_groups(plan->group_count, plan->groups, plan->gid));
+    if (plan->capabilities >= 0)
+        STEP("capabilities", drop_bounding_set((uint64_t)plan->capabilities));
     STEP("setgid", syscall(SYS_setresgid, plan->gid, plan->gid, plan->gid));
     STEP("setuid", syscall(SYS_setresuid, plan->uid, plan->uid, plan->uid));
+    if (plan->capabilities >= 0)
+        STEP("capabilities", keep_capabilities((uint64_t)plan->capabilities));
     syscall(SYS_umask, plan->umask);
     STEP("chdir", syscall(SYS_chdir, plan->cwd));
     if (plan->no_new_privs)
@@ -549,23 +586,25 @@ sys_spawn(PyObject *module, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"argv",     "env",    "candidates",   "cwd",     "fds",   "uid",
                             "gid",      "groups", "session",      "tty",     "oom_score_adj",
-                            "umask",    "cgroup_fd", "no_new_privs", "rlimits", NULL};
+                            "umask",    "cgroup_fd", "no_new_privs", "rlimits", "capabilities",
+                            NULL};
     enum { ARGV, ENV, CANDIDATES, GROUPS, LIMITS, SEQUENCES };
     static const char *const what[] = {"argv", "env", "candidates", "groups", "rlimits"};
     PyObject *given[SEQUENCES] = {NULL}, *fast[SEQUENCES] = {NULL}, *fds = NULL, *result = NULL;
-    struct plan plan = {.session = 1, .tty = -1, .cgroup_fd = -1, .step = "clone"};
+    struct plan plan = {.session = 1, .tty = -1, .cgroup_fd = -1, .capabilities = -1,
+                        .step = "clone"};
     struct limit *limits = NULL;
     gid_t *groups = NULL;
-    long long uid = 0, gid = 0;
+    long long uid = 0, gid = 0, capabilities = -1;
     unsigned int mask = 022;
     int oom_score_adj = 0;
     char oom_text[16];
 
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$OyO!LLOpiiIipO:spawn", names, &given[ARGV],
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$OyO!LLOpiiIipOL:spawn", names, &given[ARGV],
                                      &given[ENV], &given[CANDIDATES], &plan.cwd, &PyTuple_Type, &fds,
                                      &uid, &gid, &given[GROUPS], &plan.session, &plan.tty,
                                      &oom_score_adj, &mask, &plan.cgroup_fd, &plan.no_new_privs,
-                                     &given[LIMITS]))
+                                     &given[LIMITS], &capabilities))
         return NULL;
     if (!given[CANDIDATES] || !plan.cwd || !fds)
         return PyErr_SetString(PyExc_TypeError, "spawn needs candidates, cwd and fds"), NULL;
@@ -590,6 +629,7 @@ sys_spawn(PyObject *module, PyObject *args, PyObject *keywords)
     plan.groups = groups;
     plan.limits = limits;
     plan.umask = mask;
+    plan.capabilities = capabilities;
     plan.uid = (uid_t)uid;
     plan.gid = (gid_t)gid;
     result = run_plan(&plan);

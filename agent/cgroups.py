@@ -1,0 +1,351 @@
+"""Control groups: one leaf for each process that a host starts, with all that descends from it.
+
+A leaf is what limits hold for, what the kernel tells about, and the one thing that a whole tree
+cannot escape from. All of it is cgroup v2 (Documentation/admin-guide/cgroup-v2.rst) by plain files.
+Making and removing a directory there costs more than an exec, so leaves without limits are used
+again once they are empty. Where the hierarchy is not there or not as expected, processes go without
+it, and `agent.tree` looks after their trees.
+
+    …/microguest/SOME-NAME/      of one agent, locked while that agent lives
+        agent/                   the agent itself, which its processes' memory use may not push out
+        1/ 2/ 3/ …               the leaves
+"""
+
+import errno
+import fcntl
+import os
+import signal
+import time
+
+from guest import limits
+from guest.errors import OperationError, operation_error
+from guest.messages import Limits
+
+__all__ = ["Cgroups", "Leaf", "open_cgroups"]
+
+# Where systems mount it; the second one beside a hierarchy of version 1.
+MOUNTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
+OURS = "microguest"
+WANTED = ("memory", "cpu", "pids")
+CPU_PERIOD = 100_000  # microseconds, the kernel's default
+FREEZE_WAIT = 0.2  # seconds, for a kernel without cgroup.kill
+CLOSE_WAIT = 0.1  # seconds, for what was killed to be gone
+LINGERING_LOOKS = 8  # leaves that are looked at again for each one that is taken
+
+
+def open_cgroups() -> "Cgroups | None":
+    """A directory of the agent's own in the first hierarchy that it may write to, if any."""
+    for mount in MOUNTS:
+        try:
+            return Cgroups(mount)
+        except OSError:
+            continue
+    return None
+
+
+class Leaf:
+    """One process's cgroup. `fd`: its directory, for clone3(2). `limited`: it has limits.
+
+    `name`: its path below the mount, by which a later agent can `adopt` it.
+    """
+
+    def __init__(self, owner: "Cgroups", name: str, *, limited: bool) -> None:
+        self._owner = owner
+        self.name = name
+        self.path = path = f"{owner.mount}/{name}"
+        self.limited = limited
+        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._events = self._open("memory.events")
+        self._oom_before = self._oom_kills()
+
+    def kill(self) -> None:
+        """SIGKILL to everything in it and below; nothing of it can start anything any more."""
+        try:
+            self._write("cgroup.kill", "1")
+        except FileNotFoundError:  # before Linux 5.14
+            self.kill_each()
+        except OSError:
+            pass  # it was removed from outside
+
+    def kill_each(self) -> None:
+        """As `kill`, process by process, while none of them can run."""
+        try:
+            self._write("cgroup.freeze", "1")
+            deadline = time.monotonic() + FREEZE_WAIT
+            while not self._says("cgroup.events", b"frozen 1") and time.monotonic() < deadline:
+                time.sleep(0.001)
+            self.signal(signal.SIGKILL)  # which also ends what is frozen
+            self._write("cgroup.freeze", "0")
+        except OSError:
+            self.signal(signal.SIGKILL)
+
+    def signal(self, number: int) -> bool:
+        """To each process in it and below; whether there was one."""
+        delivered = False
+        for pid in self.members():
+            try:
+                os.kill(pid, number)
+                delivered = True
+            except (ProcessLookupError, PermissionError):
+                continue
+        return delivered
+
+    def members(self) -> list[int]:
+        """The processes in it and below, those that wait to be reaped left out."""
+        found: list[int] = []
+        for folder, _, _ in os.walk(self.path):
+            try:
+                with open(f"{folder}/cgroup.procs", "rb") as file:
+                    found += map(int, file.read().split())
+            except (OSError, ValueError):  # removed meanwhile; threaded ones list no processes
+                continue
+        return found
+
+    def populated(self) -> bool:
+        """Whether anything in it or below still runs."""
+        return not self._says("cgroup.events", b"populated 0")
+
+    def divided(self) -> bool:
+        """Whether it was given cgroups below it, so that it cannot be used again."""
+        return os.fstat(self.fd).st_nlink > 2
+
+    def oom_killed(self) -> bool:
+        """Whether the kernel has killed in it for want of memory since it was taken."""
+        return self._oom_kills() > self._oom_before
+
+    def give_back(self) -> None:
+        """The process has ended; what it left behind may live on in the leaf."""
+        self._owner.give_back(self)
+
+    def close(self) -> None:
+        """Let go of the descriptors, not of the cgroup."""
+        os.close(self.fd)
+        if self._events >= 0:
+            os.close(self._events)
+
+    def limit(self, wanted: Limits) -> None:
+        """Set what is limited. Raises OSError."""
+        if wanted.memory is not None:
+            self._write("memory.max", str(wanted.memory))
+            try:
+                self._write("memory.swap.max", "0")
+            except FileNotFoundError:
+                pass  # a kernel without swap
+        if wanted.cpu is not None:
+            self._write("cpu.max", f"{int(wanted.cpu * CPU_PERIOD)} {CPU_PERIOD}")
+        if wanted.processes is not None:
+            self._write("pids.max", str(wanted.processes))
+
+    def taken_again(self) -> "Leaf":
+        """It is for another process from now on."""
+        self._oom_before = self._oom_kills()
+        return self
+
+    def _oom_kills(self) -> int:
+        if self._events < 0:
+            return 0
+        for line in os.pread(self._events, 512, 0).split(b"\n"):
+            name, _, count = line.partition(b" ")
+            if name == b"oom_kill":
+                return int(count)
+        return 0
+
+    def _says(self, file: str, line: bytes) -> bool:
+        fd = self._open(file)
+        if fd < 0:
+            return True  # gone
+        try:
+            return line in os.read(fd, 512).split(b"\n")
+        except OSError as error:
+            if error.errno != errno.ENODEV:  # removed
+                raise
+            return True
+        finally:
+            os.close(fd)
+
+    def _open(self, file: str) -> int:
+        try:
+            return os.open(file, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
+        except OSError:
+            return -1
+
+    def _write(self, file: str, text: str) -> None:
+        write(f"{self.path}/{file}", text)
+
+
+class Cgroups:
+    """The agent's own part of the hierarchy at `mount`. Raises OSError where it cannot have one.
+
+    `controllers`: those of WANTED that its leaves have.
+    """
+
+    def __init__(self, mount: str) -> None:
+        if not os.path.isfile(f"{mount}/cgroup.controllers"):  # of version 2 only
+            raise FileNotFoundError(errno.ENOENT, "no cgroup v2", mount)
+        self.mount = mount
+        parent = f"{mount}/{OURS}"
+        make_directory(parent)
+        remove_abandoned(parent)
+        self.path = f"{parent}/{os.urandom(6).hex()}"
+        os.mkdir(self.path, 0o755)
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for folder in (mount, parent, self.path):
+            enable_controllers(folder)
+        self.controllers = frozenset(read_words(f"{self.path}/cgroup.subtree_control"))
+        self._count = 0
+        self._idle: list[Leaf] = []
+        self._lingering: list[str] = []  # names of leaves with processes that outlived their own
+        self._shelter_agent()
+
+    def take(self, wanted: Limits | None = None) -> Leaf:
+        """A leaf with nothing in it. Raises OperationError cgroup_unavailable."""
+        missing = needed_controllers(wanted) - self.controllers
+        if missing:
+            raise unavailable(
+                f"the guest's cgroups have no {', '.join(sorted(missing))} controller"
+            )
+        limited = bool(needed_controllers(wanted))
+        if not limited:
+            if not self._idle:
+                self._look_at_lingering()
+            if self._idle:
+                return self._idle.pop().taken_again()
+        try:
+            leaf = self._make(limited=limited)
+        except OSError as error:
+            raise unavailable(f"a cgroup cannot be made: {error.strerror}") from None
+        if wanted is not None and limited:
+            try:
+                leaf.limit(wanted)
+            except OSError as error:
+                self.give_back(leaf)
+                raise unavailable(f"the limits cannot be set: {error}") from None
+        return leaf
+
+    def give_back(self, leaf: Leaf) -> None:
+        """See `Leaf.give_back`."""
+        if leaf.populated() or leaf.divided():
+            leaf.close()
+            self._lingering.append(leaf.name)
+        elif leaf.limited or len(self._idle) >= limits.IDLE_CGROUPS:
+            leaf.close()
+            remove(leaf.path)
+        else:
+            self._idle.append(leaf)
+
+    def adopt(self, name: str) -> Leaf:
+        """The leaf of a process that an earlier agent started. Raises OSError where it is gone."""
+        return Leaf(self, name, limited=True)
+
+    def close(self) -> None:
+        """Remove all that is empty; what is not stays for the next agent to clear away."""
+        for leaf in self._idle:
+            leaf.close()
+        self._idle.clear()
+        write_if_possible(f"{self.mount}/cgroup.procs", "0")
+        deadline = time.monotonic() + CLOSE_WAIT
+        while not remove(self.path) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        os.close(self._lock)
+
+    def _make(self, *, limited: bool) -> Leaf:
+        self._count += 1
+        path = f"{self.path}/{self._count}"
+        os.mkdir(path, 0o755)
+        return Leaf(self, os.path.relpath(path, self.mount), limited=limited)
+
+    def _look_at_lingering(self) -> None:
+        """Remove some of those that are empty by now, oldest first."""
+        for name in self._lingering[:LINGERING_LOOKS]:
+            self._lingering.remove(name)
+            if not remove(f"{self.mount}/{name}"):
+                self._lingering.append(name)
+
+    def _shelter_agent(self) -> None:
+        """A cgroup for the agent, with memory that stays its own however short it is elsewhere."""
+        try:
+            os.mkdir(f"{self.path}/agent", 0o755)
+            write(f"{self.path}/agent/cgroup.procs", "0")
+        except OSError:
+            return  # it stays where it is
+        for folder in (os.path.dirname(self.path), self.path, f"{self.path}/agent"):
+            write_if_possible(f"{folder}/memory.min", str(limits.AGENT_MEMORY))
+        write_if_possible(f"{self.path}/agent/cpu.weight", "10000")
+
+
+def needed_controllers(wanted: Limits | None) -> frozenset[str]:
+    """Which controllers these limits are for."""
+    if wanted is None:
+        return frozenset()
+    given = {"memory": wanted.memory, "cpu": wanted.cpu, "pids": wanted.processes}
+    return frozenset(name for name, value in given.items() if value is not None)
+
+
+def unavailable(reason: str) -> OperationError:
+    """The error for limits that cannot be kept."""
+    return operation_error("cgroup_unavailable", f"limits: {reason}", {"step": "cgroup"})
+
+
+def make_directory(path: str) -> None:
+    """Unless it is there. Raises OSError."""
+    try:
+        os.mkdir(path, 0o755)
+    except FileExistsError:
+        pass
+
+
+def enable_controllers(folder: str) -> None:
+    """Those that there are, one by one; a cgroup with processes in it refuses."""
+    for name in WANTED:
+        write_if_possible(f"{folder}/cgroup.subtree_control", f"+{name}")
+
+
+def remove_abandoned(parent: str) -> None:
+    """Clear away what agents left that do not live any more, as far as it is empty."""
+    for name in os.listdir(parent):
+        path = f"{parent}/{name}"
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:  # one of the files, or removed by another agent
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(path)
+        except OSError:
+            pass  # its agent lives
+        finally:
+            os.close(fd)
+
+
+def remove(path: str) -> bool:
+    """Remove a cgroup and those below it, as far as they are empty; whether that was all."""
+    for folder, _, _ in os.walk(path, topdown=False):
+        try:
+            os.rmdir(folder)
+        except OSError:
+            continue
+    return not os.path.exists(path)
+
+
+def read_words(path: str) -> list[str]:
+    """The words of a short file. Raises OSError."""
+    with open(path, encoding="ascii") as file:
+        return file.read(4096).split()
+
+
+def write(path: str, text: str) -> None:
+    """One value into one file; one write, as the kernel wants it. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def write_if_possible(path: str, text: str) -> None:
+    """As `write`; without it things work as well, only less protected."""
+    try:
+        write(path, text)
+    except OSError:
+        pass

@@ -1,0 +1,96 @@
+"""Everything that descends from a process, found in /proc: for guests without a writable cgroup v2.
+
+A descendant is known by its chain of parents, its session or process group, or by a variable in its
+environment. What wipes its environment, leaves the session and outlives its parent cannot be found.
+"""
+
+import os
+import signal
+
+__all__ = ["MARKER", "kill", "send"]
+
+MARKER = b"MICROGUEST_PROCESS="
+ROUNDS = 32  # of looking for more, while what was found is stopped
+ENVIRONMENT = 256 * 1024  # bytes that are searched
+
+
+def send(pid: int, mark: bytes, number: int) -> bool:
+    """A signal to the process `pid`, of which the id is not free yet, and all its descendants.
+
+    `mark`: the entry of its environment that begins with MARKER. Returns whether there was one.
+    """
+    delivered = False
+    for member in find(pid, mark):
+        delivered |= signal_one(member, number)
+    return delivered
+
+
+def kill(pid: int, mark: bytes) -> bool:
+    """SIGKILL to all of them. They are stopped first, so that none can start more meanwhile."""
+    stopped: set[int] = set()
+    for _ in range(ROUNDS):
+        new = find(pid, mark) - stopped
+        if not new:
+            break
+        for member in new:
+            signal_one(member, signal.SIGSTOP)
+        stopped |= new
+    delivered = False
+    for member in stopped:
+        delivered |= signal_one(member, signal.SIGKILL)
+    return delivered
+
+
+def find(pid: int, mark: bytes) -> set[int]:
+    """Their pids as they are now, without those that only wait to be reaped."""
+    parents: dict[int, int] = {}
+    members = set()
+    own = os.getpid()
+    for name in os.listdir("/proc"):
+        if not name.isdecimal() or int(name) in (1, own):
+            continue
+        fields = stat_fields(name)
+        if not fields or fields[0] in (b"Z", b"X"):
+            continue
+        parent, group, session = map(int, fields[1:4])
+        parents[int(name)] = parent
+        if int(name) == pid or pid in (group, session) or is_marked(name, mark):
+            members.add(int(name))
+    return members | descendants(parents, members | {pid})
+
+
+def descendants(parents: dict[int, int], roots: set[int]) -> set[int]:
+    """Of the pids in `parents`, those that have one of `roots` above them."""
+    found: set[int] = set()
+    grown = True
+    while grown:
+        new = {child for child, parent in parents.items() if parent in roots | found} - found
+        found |= new
+        grown = bool(new)
+    return found
+
+
+def stat_fields(pid: str) -> list[bytes]:
+    """State, parent, group and session, from proc_pid_stat(5); [] where it has gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            return (file.read(4096) or b"").rpartition(b")")[2].split(None, 4)[:4]
+    except OSError:
+        return []
+
+
+def is_marked(pid: str, mark: bytes) -> bool:
+    """Whether its environment has the entry."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
+            return mark in (file.read(ENVIRONMENT) or b"").split(b"\0")
+    except OSError:  # gone, or a kernel thread
+        return False
+
+
+def signal_one(pid: int, number: int) -> bool:
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
