@@ -28,6 +28,7 @@ from report import Claim, Report, draw
 from guest.errors import MicroguestError
 
 PROJECT = Path(__file__).parent.parent
+COLOURS = {"microguest": "#0b6e4f", "C floor": "#3d4a5c"}
 
 
 def main() -> int:
@@ -49,7 +50,7 @@ def main() -> int:
     report.claims = claims(report)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     report.write_json(options.json)
-    plot = draw(report.latency, "Warm exec of a static program", "microguest")
+    plot = draw(report.latency, "Warm exec of a static program", COLOURS)
     options.json.with_suffix(".svg").write_text(plot)
     report.print()
     return 0
@@ -79,8 +80,7 @@ def claims(report: Report) -> list[Claim]:
     """What the process engine promises, with what was measured."""
     floor, ours = report.latency[latency.FLOOR], report.latency[latency.OURS]
     client = report.latency[latency.OURS_PYTHON]
-    native = (latency.FLOOR, latency.OURS, latency.OURS_PYTHON)
-    peers = {name: row.p50 for name, row in report.latency.items() if name not in native}
+    peers = {name: row.p50 for name, row in report.latency.items() if name not in latency.NATIVE}
     found = [
         Claim("exec p50 / C floor, prepared bytes", ratio(ours.p50, floor.p50), 1.6, "x"),
         Claim("exec p50 / C floor, Agent.exec", ratio(client.p50, floor.p50), 1.6, "x"),

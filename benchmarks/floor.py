@@ -1,4 +1,4 @@
-"""The C side of the benchmarks: builds floor.c and true.c, runs them, prepares what they send.
+"""The C side of the benchmarks: builds the programs, runs floor.c, prepares what it sends.
 
 Imports the protocol from `guest` only to encode requests.
 """
@@ -21,12 +21,13 @@ class FloorFailed(Exception):
 
 
 class Floor:
-    """`folder` gets the two static programs and the prepared requests."""
+    """`folder` gets the static programs and the prepared requests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.program = self._compile("floor")
         self.true = self._compile("true")
+        self.bare = self._compile("bare", "-nostdlib")
 
     def run(self, *words: str | int | Path, before: tuple[str, ...] = ()) -> list[str]:
         """Run a mode to its end and give its lines. `before`: words of a wrapper. FloorFailed."""
@@ -62,7 +63,7 @@ class Floor:
         path.write_bytes(hello + start)
         return path
 
-    def _compile(self, name: str) -> Path:
+    def _compile(self, name: str, *flags: str) -> Path:
         target = self.folder / name
-        subprocess.run(["gcc", *FLAGS, "-o", target, SOURCES / f"{name}.c"], check=True)
+        subprocess.run(["gcc", *FLAGS, *flags, "-o", target, SOURCES / f"{name}.c"], check=True)
         return target

@@ -13,12 +13,15 @@ from report import Crowd, Latency
 
 import host_client
 
-__all__ = ["CLIENTS", "FLOOR", "OURS", "OURS_PYTHON", "crowd", "latencies"]
+__all__ = ["CLIENTS", "FLOOR", "NATIVE", "OURS", "OURS_PYTHON", "crowd", "latencies"]
 
 FLOOR = "C floor: posix_spawn + waitpid"
 FLOOR_OF_TWO = "C floor, two at a time"
 OURS = "microguest, prepared bytes (C client)"
 OURS_PYTHON = "microguest, Agent.exec (Python client)"
+FLOOR_BARE = "C floor, program without libc"
+OURS_BARE = "microguest, program without libc (C client)"
+NATIVE = (FLOOR, OURS, OURS_PYTHON, FLOOR_BARE, OURS_BARE)  # all that are no peers
 QUICK_SHARE = 50  # execs of a round, of those that take about a millisecond
 SLOW_SHARE = 5
 QUICK = 3_000_000  # nanoseconds
@@ -33,12 +36,15 @@ def latencies(
 ) -> dict[str, Latency]:
     """Of a static program that does nothing, started warm. `rounds`: turns of each contender."""
     request = floor.request("true", TOKEN, str(floor.true))
+    bare = floor.request("bare", TOKEN, str(floor.bare))
     with host_client.connect(agent.url, token=TOKEN) as client:
         contenders: dict[str, Sample] = {
             FLOOR: lambda count: floor.times("spawn", count, floor.true),
             OURS: lambda count: floor.times("exec", agent.socket_path, count, request),
             OURS_PYTHON: lambda count: [timed_exec(client, floor.true) for _ in range(count)],
             **peers,
+            FLOOR_BARE: lambda count: floor.times("spawn", count, floor.bare),
+            OURS_BARE: lambda count: floor.times("exec", agent.socket_path, count, bare),
         }
         shares = {
             name: QUICK_SHARE if min(sample(5)) < QUICK else SLOW_SHARE

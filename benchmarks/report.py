@@ -131,10 +131,12 @@ class Report:
 def print_latency(title: str, rows: Mapping[str, Latency]) -> None:
     if not rows:
         return
-    floor = next(iter(rows.values())).p50
+    floor = math.nan
     columns = ("p50 µs", "p99 µs", "min µs", "p50 / floor", "µs over it", "p99 / p50", "execs")
     print(f"\n| {title} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for name, row in rows.items():
+        if name.startswith("C floor"):
+            floor = row.p50  # of those below it
         cells = [f"{row.p50:,.0f}", f"{row.p99:,.0f}", f"{row.least:,.0f}"]
         cells += [f"{row.p50 / floor:.2f}", f"{row.p50 - floor:,.0f}", f"{row.p99 / row.p50:.2f}"]
         print(f"| {name} | {' | '.join(cells)} | {row.count} |")
@@ -164,13 +166,13 @@ LABELS = 300  # pixels for the names
 PLOT = 520  # pixels for the bars
 ROW = 34
 TOP = 64
-OURS_COLOUR, OTHER_COLOUR, FLOOR_COLOUR = "#0b6e4f", "#8a94a6", "#3d4a5c"
+OTHER_COLOUR = "#8a94a6"
 
 
-def draw(rows: Mapping[str, Latency], title: str, ours: str) -> str:
+def draw(rows: Mapping[str, Latency], title: str, colours: Mapping[str, str]) -> str:
     """An SVG: one bar to the p50 and a line on to the p99, on a logarithmic axis of microseconds.
 
-    The first row is the floor; rows whose name begins with `ours` stand out.
+    `colours`: of the rows whose name begins so; the others are grey.
     """
     low = math.floor(math.log10(min(row.least for row in rows.values())))
     high = math.ceil(math.log10(max(row.p99 for row in rows.values())))
@@ -195,12 +197,11 @@ def draw(rows: Mapping[str, Latency], title: str, ours: str) -> str:
         parts.append(f'<text x="{at}" y="{bottom + 20}" text-anchor="middle">{label}</text>')
     for index, (name, row) in enumerate(rows.items()):
         y = TOP + ROW * index
-        colour = OURS_COLOUR if name.startswith(ours) else OTHER_COLOUR
-        colour = colour if index else FLOOR_COLOUR
-        middle, start = y + ROW / 2 - 4, x(10.0**low)
+        colour = next((c for start, c in colours.items() if name.startswith(start)), OTHER_COLOUR)
+        middle, left = y + ROW / 2 - 4, x(10.0**low)
         parts.append(f'<text x="{LABELS - 8}" y="{middle + 5}" text-anchor="end">')
         parts.append(f"{escape(name)}</text>")
-        bar = f'x="{start}" y="{y}" width="{x(row.p50) - start:.1f}" height="{ROW - 8}"'
+        bar = f'x="{left}" y="{y}" width="{x(row.p50) - left:.1f}" height="{ROW - 8}"'
         parts.append(f'<rect {bar} fill="{colour}"/>')
         parts.append(f'<path d="M{x(row.p50)} {middle}H{x(row.p99)}" stroke="{colour}"/>')
         parts.append(f'<path d="M{x(row.p99)} {middle - 6}v12" stroke="{colour}"/>')
