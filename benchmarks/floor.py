@@ -36,7 +36,8 @@ class Floor:
             argv,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="backslashreplace",  # the agent's own words are quoted as they came
             check=False,
             timeout=DEADLINE,
         )
