@@ -54,12 +54,17 @@ class Leaf:
         self.name = name
         self.path = path = f"{owner.mount}/{name}"
         self.limited = limited
+        self.killed = False
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._events = self._open("memory.events")
         self._oom_before = self._oom_kills()
 
     def kill(self) -> None:
-        """SIGKILL to everything in it and below; nothing of it can start anything any more."""
+        """SIGKILL to everything in it and below; nothing of it can start anything any more.
+
+        Linux 6.18 also kills what is cloned into it at any later time, so it is not used again.
+        """
+        self.killed = True
         try:
             self._write("cgroup.kill", "1")
         except FileNotFoundError:  # before Linux 5.14
@@ -228,7 +233,7 @@ class Cgroups:
         if leaf.populated() or leaf.divided():
             leaf.close()
             self._lingering.append(leaf.name)
-        elif leaf.limited or len(self._idle) >= limits.IDLE_CGROUPS:
+        elif leaf.limited or leaf.killed or len(self._idle) >= limits.IDLE_CGROUPS:
             leaf.close()
             remove(leaf.path)
         else:

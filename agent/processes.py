@@ -276,6 +276,9 @@ def not_started(planned: Plan, step: str, error: OSError) -> OperationError:
         os.fsdecode(planned.cwd),
         program_exists=exists,
     )
+    if isinstance(error, terminals.NoTerminal):
+        message = f"no terminal: {error.filename}: {error.strerror}; it needs devpts at /dev/pts"
+        fields["path"] = error.filename
     return operation_error(code, message, fields)
 
 

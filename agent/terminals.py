@@ -15,7 +15,7 @@ import termios
 
 from guest.messages import Winsize
 
-__all__ = ["end_of_file", "open_terminal", "resize"]
+__all__ = ["NoTerminal", "end_of_file", "open_terminal", "resize"]
 
 # The second is what docker and systemd make; it need not exist where devpts is mounted.
 MULTIPLEXERS = ("/dev/pts/ptmx", "/dev/ptmx")
@@ -31,13 +31,19 @@ _SIZE = struct.Struct("HHHH")  # struct winsize: rows, columns, and two that nob
 _PGRP = struct.Struct("i")
 
 
+class NoTerminal(OSError):
+    """With errno, and the path of the multiplexer that was tried last."""
+
+    step = "terminal"
+
+
 def open_terminal(size: Winsize, uid: int) -> tuple[int, int]:
     """A new terminal of this size, its slave owned by `uid`: (master, slave).
 
     Both are close-on-exec, the master does not block and is nobody's controlling terminal. Raises
-    OSError with the path of what could not be opened.
+    NoTerminal.
     """
-    master = _open_multiplexer()
+    master, path = _open_multiplexer()
     slave = -1
     try:
         fcntl.ioctl(master, TIOCSPTLCK, bytes(4))
@@ -45,11 +51,11 @@ def open_terminal(size: Winsize, uid: int) -> tuple[int, int]:
         os.fchown(slave, uid, -1)
         os.fchmod(slave, OWN_MODE)
         _set_size(master, size.rows, size.columns)
-    except OSError:
+    except OSError as error:
         os.close(master)
         if slave >= 0:
             os.close(slave)
-        raise
+        raise NoTerminal(error.errno, error.strerror, path) from None
     return master, slave
 
 
@@ -87,19 +93,20 @@ def end_of_file(master: int, *, unfinished: bool) -> bytes:
     return character * 2 if unfinished and canonical else character
 
 
-def _open_multiplexer() -> int:
-    problem = OSError(errno.ENODEV, os.strerror(errno.ENODEV), MULTIPLEXERS[0])
+def _open_multiplexer() -> tuple[int, str]:
+    """And its path. Raises NoTerminal."""
+    problem = NoTerminal(errno.ENODEV, os.strerror(errno.ENODEV), MULTIPLEXERS[0])
     for path in MULTIPLEXERS:
         try:  # without O_NONBLOCK something else at that path could hold the agent
             fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            problem = error
+            problem = NoTerminal(error.errno, error.strerror, path)
             continue
         status = os.fstat(fd)
         if stat.S_ISCHR(status.st_mode) and status.st_rdev == MULTIPLEXER_DEVICE:
-            return fd
+            return fd, path
         os.close(fd)
-        problem = OSError(errno.ENODEV, "not a pseudo-terminal multiplexer", path)
+        problem = NoTerminal(errno.ENODEV, os.strerror(errno.ENODEV), path)
     raise problem
 
 

@@ -29,6 +29,7 @@ from guest.messages import (
     InfoResult,
     Ping,
     PingResult,
+    Resize,
     Signal,
     Start,
     Started,
@@ -283,6 +284,22 @@ class Host:
 
     def signal(self, number: int, target: str = "group") -> None:
         self.send(Signal(signal=number, target=target))
+
+    def resize(self, rows: int, columns: int) -> None:
+        self.send(Resize(rows=rows, columns=columns))
+
+    def read_until(self, wanted: bytes, outputs: tuple[int, ...] = (1,)) -> bytes:
+        """The next output, as far as `wanted` is in it, with what came in the same piece."""
+        seen = b""
+        while wanted not in seen:
+            try:
+                event = self.receive()
+            except TimeoutError:
+                raise AssertionError(f"{wanted!r} did not come, but {seen!r}") from None
+            if isinstance(event, Data) and event.stream in outputs:
+                seen += event.data
+            assert not isinstance(event, Exited), f"{event} after {seen!r}"
+        return seen
 
     def collect(self) -> Result:
         """Everything until the process has ended and the agent has closed."""
