@@ -26,19 +26,35 @@ def send(pid: int, mark: bytes, number: int) -> bool:
 
 
 def kill(pid: int, mark: bytes) -> bool:
-    """SIGKILL to all of them. They are stopped first, so that none can start more meanwhile."""
+    """SIGKILL to all of them. They are stopped first, so that none can start more meanwhile.
+
+    A fork that has begun goes on after its parent was told to stop, but not after KILL: what was
+    born in between is there when all the others have been killed (copy_process in the kernel's
+    kernel/fork.c), so it is looked for until nobody new is found.
+    """
+    delivered = False
+    killed: set[int] = set()
+    for _ in range(ROUNDS):
+        members = stop(pid, mark, killed)
+        if not members:
+            break
+        for member in members:
+            delivered |= signal_one(member, signal.SIGKILL)
+        killed |= members
+    return delivered
+
+
+def stop(pid: int, mark: bytes, known: set[int]) -> set[int]:
+    """SIGSTOP to all of them but the `known` ones, until nobody new is found; who they are."""
     stopped: set[int] = set()
     for _ in range(ROUNDS):
-        new = find(pid, mark) - stopped
+        new = find(pid, mark) - stopped - known
         if not new:
             break
         for member in new:
             signal_one(member, signal.SIGSTOP)
         stopped |= new
-    delivered = False
-    for member in stopped:
-        delivered |= signal_one(member, signal.SIGKILL)
-    return delivered
+    return stopped
 
 
 def find(pid: int, mark: bytes) -> set[int]:
