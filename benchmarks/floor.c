@@ -11,7 +11,8 @@
  *   floor pour BYTES                            writes them to stdout, 1 MiB at a time
  *   floor relay read|splice PROGRAM [ARG...]    bytes and ns of its stdout, pipe -> socket
  *   floor drain SOCKET REQUEST                  bytes and ns of a process's output
- *   floor send PORT BYTES TIMES                 in a guest: sends them to whoever connects by vsock
+ *   floor send PORT TIMES FLOOR pour BYTES      in a guest: sends them to whoever connects by vsock,
+ *                                               by turns itself and out of the pipe of that process
  *   floor receive SOCKET                        bytes and ns until the sender closes
  *   floor pause                                 does nothing until it is killed
  *
@@ -361,45 +362,55 @@ static void print_received(int fd)
     printf("%lld\n%lld\n", (long long)total, (long long)(now() - start));
 }
 
-/* What an agent has to do at the least: a process's pipe to a socket that another process reads. */
-static void mode_relay(int splicing, char **argv)
+/* What an agent has to do at the least: a process's pipe, emptied into a socket. */
+static void relay(int fd, int splicing, char **argv)
 {
-    int pair[2], output[2];
+    int output[2];
     pid_t pid;
     posix_spawn_file_actions_t actions;
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) || pipe2(output, O_CLOEXEC))
-        fail("socketpair or pipe: %s", strerror(errno));
+    if (pipe2(output, O_CLOEXEC))
+        fail("pipe: %s", strerror(errno));
     fcntl(output[0], F_SETPIPE_SZ, BUFFER);
-    pid_t sink = fork();
-    if (sink == 0) {
-        close(pair[0]);
-        close(output[1]);
-        print_received(pair[1]);
-        exit(0);
-    }
-    close(pair[1]);
     posix_spawn_file_actions_init(&actions);
     posix_spawn_file_actions_adddup2(&actions, output[1], 1);
-    if (sink < 0 || posix_spawn(&pid, argv[0], &actions, NULL, argv, environ))
+    if (posix_spawn(&pid, argv[0], &actions, NULL, argv, environ))
         fail("cannot start %s", argv[0]);
+    posix_spawn_file_actions_destroy(&actions);
     close(output[1]);
     for (;;) {
-        ssize_t count = splicing
-                            ? splice(output[0], NULL, pair[0], NULL, BUFFER, SPLICE_F_MOVE)
-                            : read(output[0], buffer, sizeof buffer);
+        ssize_t count = splicing ? splice(output[0], NULL, fd, NULL, BUFFER, SPLICE_F_MOVE)
+                                 : read(output[0], buffer, sizeof buffer);
         if (count < 0)
             fail("pipe: %s", strerror(errno));
         if (count == 0)
             break;
         if (!splicing)
-            write_all(pair[0], buffer, (size_t)count);
+            write_all(fd, buffer, (size_t)count);
     }
-    close(pair[0]);
-    while (wait(NULL) > 0)
-        ;
+    close(output[0]);
+    waitpid(pid, NULL, 0);
 }
 
-static void mode_send(long port, int64_t size, long times)
+static void mode_relay(int splicing, char **argv)
+{
+    int pair[2];
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair))
+        fail("socketpair: %s", strerror(errno));
+    pid_t sink = fork();
+    if (sink < 0)
+        fail("fork: %s", strerror(errno));
+    if (sink == 0) {
+        close(pair[0]);
+        print_received(pair[1]);
+        exit(0);
+    }
+    close(pair[1]);
+    relay(pair[0], splicing, argv);
+    close(pair[0]);
+    waitpid(sink, NULL, 0);
+}
+
+static int listen_on(long port)
 {
     struct sockaddr_vm address = {
         .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = (unsigned)port};
@@ -408,11 +419,21 @@ static void mode_send(long port, int64_t size, long times)
         listen(listener, 4))
         fail("vsock port %ld: %s", port, strerror(errno));
     write_all(1, "listening\n", 10);
-    while (times--) {
+    return listener;
+}
+
+/* By turns: itself, then as the reader of a process that does, then again. */
+static void mode_send(long port, long times, char **argv)
+{
+    int listener = listen_on(port);
+    for (long turn = 0; turn < times; turn++) {
         int fd = accept(listener, NULL, NULL);
         if (fd < 0)
             fail("accept: %s", strerror(errno));
-        pour(fd, size);
+        if (turn % 2)
+            relay(fd, 0, argv);
+        else
+            pour(fd, number(argv[2], 1L << 40));
         close(fd);
     }
 }
@@ -441,8 +462,8 @@ int main(int argc, char **argv)
         mode_relay(!strcmp(argv[2], "splice"), argv + 3);
     else if (argc == 4 && !strcmp(mode, "drain"))
         mode_drain(argv[2], argv[3]);
-    else if (argc == 5 && !strcmp(mode, "send"))
-        mode_send(number(argv[2], 0x7fffffff), number(argv[3], 1L << 40), number(argv[4], 1000));
+    else if (argc == 7 && !strcmp(mode, "send"))
+        mode_send(number(argv[2], 0x7fffffff), number(argv[3], 1000), argv + 4);
     else if (argc == 3 && !strcmp(mode, "receive"))
         print_received(dial(argv[2]));
     else if (argc == 2 && !strcmp(mode, "pause"))

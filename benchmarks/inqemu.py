@@ -18,12 +18,13 @@ from host_client.deadline import Deadline
 from host_client.errors import MachineError
 from host_client.machines.folder import machines_root
 
-__all__ = ["FLOOR", "FLOOR_OUTPUT", "OURS", "OURS_OUTPUT", "OURS_PYTHON", "measure"]
+__all__ = ["FLOOR", "FLOOR_OUTPUT", "FLOOR_RELAY", "OURS", "OURS_OUTPUT", "OURS_PYTHON", "measure"]
 
 FLOOR = "C floor, in the guest"
 OURS = "microguest, prepared bytes (C client)"
 OURS_PYTHON = "microguest, Agent.exec (Python client)"
 FLOOR_OUTPUT = "C floor: plain sender"
+FLOOR_RELAY = "C floor: pipe to socket, read + write, 1 MiB"
 OURS_OUTPUT = "microguest"
 OUTPUT = 128 << 20  # bytes
 PORT = 7777  # in the guest; any that is free
@@ -66,13 +67,15 @@ def latencies(
 def rates(
     floor: Floor, agent: host_client.Agent, device: str, guest: str, token: str, rounds: int
 ) -> dict[str, float]:
-    """GB/s from the guest's C sender and from a process of the agent; medians of the rounds."""
-    request = floor.request("guest-pour", token, "/floor", "pour", str(OUTPUT))
-    sender = Start(argv=("/floor", "send", str(PORT), str(OUTPUT), str(rounds)))
-    found: dict[str, list[float]] = {FLOOR_OUTPUT: [], OURS_OUTPUT: []}
+    """GB/s from the guest's C programs and from a process of the agent; medians of the rounds."""
+    pour = ("/floor", "pour", str(OUTPUT))
+    request = floor.request("guest-pour", token, *pour)
+    sender = Start(argv=("/floor", "send", str(PORT), str(2 * rounds), *pour))
+    found: dict[str, list[float]] = {FLOOR_OUTPUT: [], FLOOR_RELAY: [], OURS_OUTPUT: []}
     with agent.open_process(sender) as process:
         next(process.events(Deadline(READY_WITHIN)))  # it says that it listens
         for _ in range(rounds):
-            found[FLOOR_OUTPUT].append(floor.rate("receive", f"{device},{PORT}"))
+            for name in (FLOOR_OUTPUT, FLOOR_RELAY):  # in this order, which is the sender's
+                found[name].append(floor.rate("receive", f"{device},{PORT}"))
             found[OURS_OUTPUT].append(floor.rate("drain", guest, request))
     return {name: statistics.median(values) for name, values in found.items()}
