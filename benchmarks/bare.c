@@ -1,5 +1,5 @@
-/* As true.c, without a libc: glibc's start alone executes CPUID some twenty times, and in a virtual
- * machine each of them is a trip to the hypervisor. With this one, a start costs what it costs the
+/* As true.c, without a libc: glibc's start asks the CPU about itself by CPUID, and in a virtual
+ * machine each of those is a trip to the hypervisor. With this one, a start costs what it costs the
  * kernel. */
 #include <sys/syscall.h>
 
