@@ -42,7 +42,15 @@ async def start(agent: Agent, channel: Channel, args: Record, early: list[Event]
         channel.queue(Response(result=Started(id=process.id, pid=process.pid)))
         alone = len(agent.processes) == 1
         process.attached = 1
-        await Exchange(channel, process, timeout=args.timeout).run(early, alone=alone)
+        exchange = Exchange(
+            channel,
+            process,
+            args.timeout,
+            grace=args.grace,
+            drain_idle=args.drain_idle,
+            drain_cap=args.drain_cap,
+        )
+        await exchange.run(early, alone=alone)
     finally:
         await process.end()
         del agent.processes[process.id]

@@ -198,6 +198,7 @@ class Host:
         self.sock.settimeout(WAIT)
         self.sock.connect(agent.path)
         self.connection = Connection(Role.HOST)
+        self.read_size = 256 * 1024  # bytes at a time
         self._events: list[Event] = []
         if hello:
             self.send(Hello(token=token, client="test"))
@@ -215,7 +216,7 @@ class Host:
         """The next event; a Welcome is checked and passed over."""
         while not self._events:
             try:
-                data = self.sock.recv(256 * 1024)
+                data = self.sock.recv(self.read_size)
             except ConnectionResetError:
                 raise Closed from None
             if not data:
