@@ -141,11 +141,6 @@ class Leaf:
         if wanted.processes is not None:
             self._write("pids.max", str(wanted.processes))
 
-    def taken_again(self) -> "Leaf":
-        """It is for another process from now on."""
-        self._oom_before = self._oom_kills()
-        return self
-
     def _oom_kills(self) -> int:
         if self._events < 0:
             return 0
@@ -199,9 +194,8 @@ class Cgroups:
             enable_controllers(folder)
         self.controllers = frozenset(read_words(f"{self.path}/cgroup.subtree_control"))
         self._count = 0
-        self._idle: list[Leaf] = []
+        self._idle: list[str] = []  # names of empty leaves without limits
         self._lingering: list[str] = []  # names of leaves with processes that outlived their own
-        self._shelter_agent()
 
     def take(self, wanted: Limits | None = None) -> Leaf:
         """A leaf with nothing in it. Raises OperationError cgroup_unavailable."""
@@ -211,13 +205,10 @@ class Cgroups:
                 f"the guest's cgroups have no {', '.join(sorted(missing))} controller"
             )
         limited = bool(needed_controllers(wanted))
-        if not limited:
-            if not self._idle:
-                self._look_at_lingering()
-            if self._idle:
-                return self._idle.pop().taken_again()
+        if not limited and not self._idle:
+            self._look_at_lingering()
         try:
-            leaf = self._make(limited=limited)
+            leaf = self._take_idle() if self._idle and not limited else self._make(limited=limited)
         except OSError as error:
             raise unavailable(f"a cgroup cannot be made: {error.strerror}") from None
         if wanted is not None and limited:
@@ -230,14 +221,28 @@ class Cgroups:
 
     def give_back(self, leaf: Leaf) -> None:
         """See `Leaf.give_back`."""
-        if leaf.populated() or leaf.divided():
-            leaf.close()
+        empty, again = not leaf.populated(), not (leaf.limited or leaf.killed or leaf.divided())
+        leaf.close()
+        if not empty:
             self._lingering.append(leaf.name)
-        elif leaf.limited or leaf.killed or len(self._idle) >= limits.IDLE_CGROUPS:
-            leaf.close()
-            remove(leaf.path)
-        else:
-            self._idle.append(leaf)
+        elif again and len(self._idle) < limits.IDLE_CGROUPS:
+            self._idle.append(leaf.name)
+        elif not remove(leaf.path):
+            self._lingering.append(leaf.name)
+
+    def shelter(self) -> None:
+        """A cgroup for this process, with memory that stays its own however short it is elsewhere.
+
+        `close` moves it to the hierarchy's root.
+        """
+        try:
+            os.mkdir(f"{self.path}/agent", 0o755)
+            write(f"{self.path}/agent/cgroup.procs", "0")
+        except OSError:
+            return  # it stays where it is
+        for folder in (os.path.dirname(self.path), self.path, f"{self.path}/agent"):
+            write_if_possible(f"{folder}/memory.min", str(limits.AGENT_MEMORY))
+        write_if_possible(f"{self.path}/agent/cpu.weight", "10000")
 
     def adopt(self, name: str) -> Leaf:
         """The leaf of a process that an earlier agent started. Raises OSError where it is gone."""
@@ -245,14 +250,14 @@ class Cgroups:
 
     def close(self) -> None:
         """Remove all that is empty; what is not stays for the next agent to clear away."""
-        for leaf in self._idle:
-            leaf.close()
-        self._idle.clear()
         write_if_possible(f"{self.mount}/cgroup.procs", "0")
         deadline = time.monotonic() + CLOSE_WAIT
         while not remove(self.path) and time.monotonic() < deadline:
             time.sleep(0.002)
         os.close(self._lock)
+
+    def _take_idle(self) -> Leaf:
+        return Leaf(self, self._idle.pop(), limited=False)
 
     def _make(self, *, limited: bool) -> Leaf:
         self._count += 1
@@ -266,17 +271,6 @@ class Cgroups:
             self._lingering.remove(name)
             if not remove(f"{self.mount}/{name}"):
                 self._lingering.append(name)
-
-    def _shelter_agent(self) -> None:
-        """A cgroup for the agent, with memory that stays its own however short it is elsewhere."""
-        try:
-            os.mkdir(f"{self.path}/agent", 0o755)
-            write(f"{self.path}/agent/cgroup.procs", "0")
-        except OSError:
-            return  # it stays where it is
-        for folder in (os.path.dirname(self.path), self.path, f"{self.path}/agent"):
-            write_if_possible(f"{folder}/memory.min", str(limits.AGENT_MEMORY))
-        write_if_possible(f"{self.path}/agent/cpu.weight", "10000")
 
 
 def needed_controllers(wanted: Limits | None) -> frozenset[str]:
