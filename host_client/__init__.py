@@ -10,18 +10,36 @@ Names are imported when they are first used, so that importing this package cost
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from host_client import errors
+    from guest.messages import Keep, Limits, StagedFile
+    from host_client import aio, errors
     from host_client.agent import Agent, connect
     from host_client.machines.boot import boot
     from host_client.machines.machine import Machine
+    from host_client.process import Process
     from host_client.result import Result
 
-__all__ = ["Agent", "Machine", "Result", "boot", "connect", "errors"]
+__all__ = [
+    "Agent",
+    "Keep",
+    "Limits",
+    "Machine",
+    "Process",
+    "Result",
+    "StagedFile",
+    "aio",
+    "boot",
+    "connect",
+    "errors",
+]
 
 _HOME = {
     "Agent": "host_client.agent",
+    "Keep": "guest.messages",
+    "Limits": "guest.messages",
     "Machine": "host_client.machines.machine",
+    "Process": "host_client.process",
     "Result": "host_client.result",
+    "StagedFile": "guest.messages",
     "boot": "host_client.machines.boot",
     "connect": "host_client.agent",
 }
@@ -30,8 +48,8 @@ _HOME = {
 def __getattr__(name: str) -> object:
     import importlib
 
-    if name == "errors":
-        return importlib.import_module("host_client.errors")
+    if name in ("aio", "errors"):
+        return importlib.import_module(f"host_client.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -3,22 +3,27 @@
 Every dial gives a connected, non-blocking stream socket or raises ConnectError within its deadline.
 """
 
+import errno
 import os
 import select
 import socket
-import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from guest.bootconfig import AGENT_PORT
 from host_client.deadline import Deadline
 from host_client.errors import ConnectError
+from host_client.steps import Steps, Wait
 
 __all__ = ["Address", "HybridAddress", "NotListening", "UnixAddress", "VsockAddress", "parse"]
 
 SUN_PATH_MAX: Final = 107  # bytes of a Unix socket's path without its NUL, unix(7)
 LINE_MAX: Final = 64  # bytes of a hybrid device's answer to CONNECT
 PORT_MAX: Final = 2**32 - 1
+BACKLOG_EVERY: Final = 0.002  # seconds between tries while a Unix socket's backlog is full
+LOOK_EVERY: Final = 1.0  # seconds that one wait may take
+REFUSED: Final = {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE}
 
 
 class NotListening(ConnectError):
@@ -34,9 +39,9 @@ class UnixAddress:
     def __str__(self) -> str:
         return f"unix://{_quoted(self.path)}"
 
-    def dial(self, deadline: Deadline) -> socket.socket:
+    def dial(self, deadline: Deadline) -> Steps[socket.socket]:
         """Connect. ConnectError where nobody listens."""
-        return connect_unix(self.path, deadline, str(self))
+        return connect_unix(self.path, deadline, self.__str__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,7 @@ class VsockAddress:
     def __str__(self) -> str:
         return f"vsock://{self.cid}:{self.port}"
 
-    def dial(self, deadline: Deadline) -> socket.socket:
+    def dial(self, deadline: Deadline) -> Steps[socket.socket]:
         """Connect. NotListening where the guest or its listener is not up."""
         if not hasattr(socket, "AF_VSOCK"):
             raise ConnectError(f"cannot dial {self}: this Python has no vsock", url=str(self))
@@ -58,13 +63,15 @@ class VsockAddress:
         except OSError as error:
             raise _connect_error(str(self), error) from error
         try:
-            sock.settimeout(deadline.left())
-            sock.connect((self.cid, self.port))
-        except OSError as error:
+            sock.setblocking(False)
+            failed = yield from _connected(sock, (self.cid, self.port), deadline)
+        except BaseException:
             sock.close()
-            refused = isinstance(error, ConnectionError)
-            raise _connect_error(str(self), error, again=refused) from error
-        sock.setblocking(False)
+            raise
+        if failed:
+            sock.close()
+            reason = OSError(failed, os.strerror(failed))
+            raise _connect_error(str(self), reason, again=failed in REFUSED)
         return sock
 
 
@@ -78,16 +85,16 @@ class HybridAddress:
     def __str__(self) -> str:
         return f"hybrid://{_quoted(self.path)}?port={self.port}"
 
-    def dial(self, deadline: Deadline) -> socket.socket:
+    def dial(self, deadline: Deadline) -> Steps[socket.socket]:
         """Connect and ask for the port. NotListening where the guest does not accept."""
-        sock = connect_unix(self.path, deadline, str(self))
+        sock = yield from connect_unix(self.path, deadline, self.__str__)
         try:
             sock.send(b"CONNECT %d\n" % self.port)
-            line = _read_line(sock, deadline, str(self))
+            line = yield from _read_line(sock, deadline, str(self))
         except OSError as error:
             sock.close()
             raise _connect_error(str(self), error, again=True) from error
-        except ConnectError:
+        except BaseException:
             sock.close()
             raise
         if not line.startswith(b"OK "):
@@ -117,33 +124,45 @@ def parse(url: str) -> Address:
     )
 
 
-def connect_unix(path: str, deadline: Deadline, url: str) -> socket.socket:
+def connect_unix(path: str, deadline: Deadline, url: Callable[[], str]) -> Steps[socket.socket]:
     """A non-blocking socket connected to `path`, however long that path is."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     folder = -1
     try:
-        # connect(2) on a Unix socket waits for a full backlog by the send timeout, not by poll(2).
-        left = deadline.left()
-        if left is not None:
-            left = max(left, 0.001)
-            timeval = struct.pack("@ll", int(left), int(left % 1 * 1_000_000))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        sock.setblocking(False)
         target = path
-        if len(os.fsencode(path)) > SUN_PATH_MAX:
+        if len(path) > SUN_PATH_MAX or len(os.fsencode(path)) > SUN_PATH_MAX:
             folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             target = f"/proc/self/fd/{folder}/{os.path.basename(path)}"
-        sock.connect(target)
-    except BlockingIOError:
-        sock.close()
-        raise ConnectError(f"{url} did not accept in {deadline.seconds} s", url=url) from None
+        # A full backlog is EAGAIN on a Unix socket, and poll(2) does not tell when it has room.
+        while (failed := sock.connect_ex(target)) == errno.EAGAIN and not deadline.passed:
+            yield Wait(None, 0, deadline.within(BACKLOG_EVERY))
     except (OSError, ValueError) as error:
         sock.close()
-        raise _connect_error(url, error) from error
+        raise _connect_error(url(), error) from error
+    except BaseException:
+        sock.close()
+        raise
     finally:
         if folder >= 0:
             os.close(folder)
-    sock.setblocking(False)
+    if failed:
+        sock.close()
+        if failed == errno.EAGAIN:
+            raise ConnectError(f"{url()} did not accept in {deadline.seconds} s", url=url())
+        raise _connect_error(url(), OSError(failed, os.strerror(failed)))
     return sock
+
+
+def _connected(sock: socket.socket, target: tuple[int, int], deadline: Deadline) -> Steps[int]:
+    """0, or the errno with which connecting failed."""
+    failed = sock.connect_ex(target)
+    while failed in (errno.EINPROGRESS, errno.EALREADY):
+        if deadline.passed:
+            return errno.ETIMEDOUT
+        if (yield Wait(sock, select.POLLOUT, deadline.within(LOOK_EVERY))):
+            failed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return failed
 
 
 def _parse_vsock(url: str, rest: str) -> VsockAddress:
@@ -159,13 +178,11 @@ def _number(text: str, url: str) -> int:
     raise ConnectError(f"{url}: {text!r} is not a number from 0 to {PORT_MAX}", url=url)
 
 
-def _read_line(sock: socket.socket, deadline: Deadline, url: str) -> bytes:
+def _read_line(sock: socket.socket, deadline: Deadline, url: str) -> Steps[bytes]:
     """The device's answer, and not a byte of what the guest says after it."""
     line = b""
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
     while len(line) < LINE_MAX:
-        if not poll.poll(deadline.wait_ms(1.0)):
+        if not (yield Wait(sock, select.POLLIN, deadline.within(LOOK_EVERY))):
             if deadline.passed:
                 raise ConnectError(f"{url} did not answer in {deadline.seconds} s", url=url)
             continue

@@ -1,51 +1,23 @@
-"""The agent of one machine, as the host sees it. Blocking, without threads or an event loop.
+"""The agent of one machine, as the host sees it. Blocking, without threads or an event loop."""
 
-Every command has a connection of its own; small requests share a few kept ones.
-"""
-
-import os
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Self, Unpack
 
 from guest import limits
-from guest.connection import Data, Request, Response
-from guest.errors import RemoteProtocolError, operation_error
-from guest.messages import (
-    Attach,
-    Exited,
-    Failure,
-    Hello,
-    Info,
-    InfoResult,
-    Ping,
-    PingResult,
-    Shutdown,
-    ShutdownResult,
-    Start,
-    Welcome,
-)
-from guest.record import Record
-from host_client.address import Address, NotListening, parse
-from host_client.channel import Channel, Obituary
-from host_client.deadline import Deadline
-from host_client.errors import CommandFailed, ConnectError, ConnectionLost, DeadlineExceeded
-from host_client.process import Output, ProcessStream
+from guest.messages import Attach, InfoResult, PingResult, ProcessInfo, Start
+from host_client.address import Address, parse
+from host_client.channel import Obituary
+from host_client.driver import Driver
+from host_client.errors import ConnectError
+from host_client.exchange import Exchange
+from host_client.process import Process, ProcessStream
+from host_client.request import Argument, Options, attach_record, start_record
 from host_client.result import Result
+from host_client.session import MAX_OUTPUT, MAX_UNREAD
+from host_client.steps import run
 
 __all__ = ["Agent", "connect"]
-
-IDLE_CONNECTIONS: Final = 4  # kept for small requests
-REUSED_WAIT: Final = 2.0  # seconds for an answer on a kept one, before a new one is tried
-RETRY_EVERY: Final = 0.01  # seconds between dials of a guest whose listener is not up
-KILL_ALLOWANCE: Final = 5.0  # seconds a timed-out command gets to be killed and reported
-MAX_OUTPUT: Final = 256 * 1024 * 1024  # bytes of each stream that exec holds in memory
-CLIENT: Final = "microguest-host"
-
-Argument = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-R = TypeVar("R", bound=Record)
 
 
 def connect(url: str, *, token: str | None = None, timeout: float = 10.0) -> "Agent":
@@ -56,14 +28,12 @@ def connect(url: str, *, token: str | None = None, timeout: float = 10.0) -> "Ag
     A guest that is still booting is waited for; a socket that nobody serves is an error at once.
     Raises ConnectError; OperationError("unauthorized") for a wrong token.
     """
-    if "://" not in url:
-        from host_client.machines.find import agent_of
-
-        return agent_of(url, timeout=timeout)
-    if token is None:
-        raise ConnectError(f"{url} needs a token; only a machine's name goes without", url=url)
-    agent = Agent(parse(url), token, timeout=timeout)
-    agent.ping()
+    agent = Agent.at(url, token=token, timeout=timeout)
+    try:
+        agent.ping()
+    except BaseException:
+        agent.close()
+        raise
     return agent
 
 
@@ -76,16 +46,20 @@ class Agent:
         token: str,
         *,
         timeout: float = 10.0,
-        obituary: Obituary = lambda _seconds: "",
+        obituary: Obituary | None = None,
     ) -> None:
-        self.address = address
-        self.timeout = timeout
-        self.first_exec_at: float | None = None  # monotonic clock, when the first result was here
-        self._token = token
-        self._obituary = obituary
-        self._lock = threading.Lock()
-        self._idle: list[Channel] = []
-        self._closed = False
+        self.driver = Driver(address, token, timeout=timeout, obituary=obituary)
+
+    @classmethod
+    def at(cls, url: str, *, token: str | None = None, timeout: float = 10.0) -> "Agent":
+        """As `connect`, without dialling yet."""
+        if "://" not in url:
+            from host_client.machines.find import find
+
+            return find(url).agent(timeout=timeout)
+        if token is None:
+            raise ConnectError(f"{url} needs a token; only a machine's name goes without", url=url)
+        return cls(parse(url), token, timeout=timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -101,203 +75,124 @@ class Agent:
     def __repr__(self) -> str:
         return f"Agent({str(self.address)!r})"
 
+    @property
+    def address(self) -> Address:
+        """Where it is."""
+        return self.driver.address
+
+    @property
+    def timeout(self) -> float:
+        """Seconds for a small request, and for the agent's greeting."""
+        return self.driver.timeout
+
+    @property
+    def first_exec_at(self) -> float | None:
+        """When the first result of a command was here, on the monotonic clock."""
+        return self.driver.first_exec_at
+
     def close(self) -> None:
         """Close the kept connections. Commands that run in other threads end by themselves."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-        for channel in idle:
-            channel.close()
+        self.driver.close()
 
     def exec(
         self,
-        argv: Sequence[Argument],
+        argv: Sequence[Argument] = (),
         *,
         input: bytes | None = None,  # noqa: A002  the name that subprocess.run has for it
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | None = None,
-        timeout: float | None = None,
         check: bool = False,
         max_output: int = MAX_OUTPUT,
+        **options: Unpack[Options],
     ) -> Result:
         """Run a command in the guest and collect what it writes.
 
-        argv: program and arguments; a list, there is no shell. input: its stdin; None is /dev/null.
-        env: merged over the image's. cwd, user: None takes the image's; user as `docker exec -u`.
-        timeout: seconds after which it is killed, with its process group. check: a status other
-        than 0 raises CommandFailed. max_output: bytes of stdout and of stderr, each.
+        argv: program and arguments, a list. input: its stdin; None is /dev/null. check: a status
+        other than 0 raises CommandFailed. max_output: bytes of stdout and of stderr, each; beyond
+        it the command is killed. options: see `host_client.request.Options`.
 
         Raises StartError where the command could not be started (`code` says why), DeadlineExceeded
         with the output so far, OutputTooLarge, ConnectionLost, ConnectError.
         """
-        start = Start(
-            argv=words(argv),
-            env=dict(env or {}),
-            cwd=cwd,
-            user=user,
-            stdin=input is not None,
-            timeout=timeout,
-        )
-        deadline = Deadline(None if timeout is None else timeout + self.timeout + KILL_ALLOWANCE)
-        with self.open_process(start) as process:
-            result = _collect(process, start, input, deadline, max_output)
-        if self.first_exec_at is None:
-            self.first_exec_at = time.monotonic()
-        if check and result.returncode != 0:
-            raise CommandFailed(f"{start.argv[0]} {result.describe()}", result=result)
-        return result
+        start = start_record(argv, options, stdin=input is not None)
+        result = run(self.driver.exec(start, input, max_output))
+        return result.check() if check else result
 
-    def open_process(self, start: Start) -> ProcessStream:
-        """Start a process and keep its connection. Raises as `exec` does where it cannot start."""
-        return self._open("start", start)
+    def start(
+        self,
+        argv: Sequence[Argument] = (),
+        *,
+        stdin: bool = False,
+        tty: bool | tuple[int, int] | None = None,
+        acknowledge: bool = True,
+        max_unread: int = MAX_UNREAD,
+        **options: Unpack[Options],
+    ) -> Process:
+        """Start a process and talk to it while it runs.
 
-    def attach(self, process: str = "main") -> ProcessStream:
-        """Take over the streams of the workload, whose id is "main"."""
-        return self._open("attach", Attach(id=process))
+        stdin: it reads what is written; False is /dev/null. tty: a terminal of (rows, columns), or
+        True for one as large as ours; its output is all stdout. acknowledge: what a kept process
+        wrote may be forgotten by the agent once it was read here. max_unread: bytes of each output
+        that wait here for a reader. Raises as `exec` does where it cannot start.
+        """
+        start = start_record(argv, options, stdin=stdin, tty=tty)
+        keeps = acknowledge and start.keep is not None
+        exchange = run(self.driver.open(start, Exchange, acknowledge=keeps))
+        return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
+
+    def attach(
+        self,
+        process: str = "main",
+        *,
+        offsets: Mapping[str, int] | None = None,
+        write: bool = True,
+        acknowledge: bool = True,
+        max_unread: int = MAX_UNREAD,
+    ) -> Process:
+        """The streams of a kept process, or of the workload, whose id is "main".
+
+        offsets: by output, the number of the first byte wanted, as `Process.offsets` had it; -1 is
+        only what comes from now on; None is from the oldest that is retained. write: feed its
+        stdin, which one connection can do at a time; False only watches.
+        OperationError: no_such_process, stdin_taken.
+        """
+        attach = attach_record(process, offsets, write=write)
+        keeps = acknowledge and write
+        exchange = run(self.driver.open(attach, Exchange, acknowledge=keeps))
+        return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
+
+    def open_process(self, request: Start | Attach) -> ProcessStream:
+        """A process as bare events, for select(2). Raises as `start` and `attach` do."""
+        return run(self.driver.open(request, ProcessStream))
+
+    def processes(self) -> list[ProcessInfo]:
+        """What runs, and what is kept and not forgotten, in the order of the starts."""
+        return run(self.driver.processes())
+
+    def wait(self, process: str, timeout: float | None = None) -> Result:
+        """Until a process has ended. DeadlineExceeded after `timeout` seconds.
+
+        OperationError("no_such_process") where it is not known any more.
+        """
+        return run(self.driver.wait(process, timeout))
+
+    def signal(self, process: str, name: str | int, target: str = "group") -> bool:
+        """Send "TERM", "SIGTERM" or 15; whether somebody was there to receive it.
+
+        target: the "process", its "group" or its whole "tree". ValueError for unknown ones.
+        """
+        return run(self.driver.signal(process, name, target))
+
+    def forget(self, process: str) -> None:
+        """Drop status and output of a kept process; one that still runs is killed first."""
+        run(self.driver.forget(process))
 
     def ping(self) -> PingResult:
         """Ask whether the agent is alive; answered without waiting for anything in the guest."""
-        return self._request("ping", Ping(), PingResult)
+        return run(self.driver.ping())
 
     def info(self) -> InfoResult:
         """Versions, identity and state of the guest."""
-        return self._request("info", Info(), InfoResult)
+        return run(self.driver.info())
 
     def shutdown(self, *, grace: float = limits.STOP_GRACE) -> None:
         """Ask for the machine's end: TERM, `grace` seconds, KILL, power off. It is not awaited."""
-        self._request("shutdown", Shutdown(grace=grace), ShutdownResult)
-
-    # ── connections ──────────────────────────────────────────────────────────────────────────────
-
-    def _open(self, op: str, args: Record) -> ProcessStream:
-        channel = self._dial(Deadline(self.timeout))
-        try:
-            process = ProcessStream(channel, self._hello(), op, args)
-            process.wait_started(Deadline(self.timeout), Deadline(self.timeout + limits.ROOT_WAIT))
-        except BaseException:
-            channel.close()
-            raise
-        return process
-
-    def _request(self, op: str, args: Record, kind: type[R]) -> R:
-        request = Request(op=op, args=args)
-        channel = self._take_idle()
-        if channel is not None:
-            try:
-                return self._ask(channel, request, kind, Deadline(min(REUSED_WAIT, self.timeout)))
-            except (ConnectionLost, DeadlineExceeded):
-                pass  # stale, as after a guest's reboot or restore; every request can be repeated
-        deadline = Deadline(self.timeout)
-        channel = self._dial(deadline)
-        channel.queue(self._hello())
-        return self._ask(channel, request, kind, deadline)
-
-    def _ask(self, channel: Channel, request: Request, kind: type[R], deadline: Deadline) -> R:
-        """Send one request and wait for its answer; keep the connection where it stays usable."""
-        try:
-            channel.queue(request)
-            while True:
-                for event in channel.step(deadline):
-                    match event:
-                        case Welcome():
-                            pass
-                        case Failure():
-                            raise operation_error(event.code, event.message, event.fields)
-                        case Response(result=result) if isinstance(result, kind):
-                            return result
-                        case _:
-                            name = type(event).__name__
-                            raise RemoteProtocolError(f"{name} in answer to {request.op}")
-        finally:
-            if not (channel.ready and self._keep_idle(channel)):
-                channel.close()
-
-    def _hello(self) -> Hello:
-        return Hello(token=self._token, client=CLIENT)
-
-    def _dial(self, deadline: Deadline) -> Channel:
-        """A new connection. A guest whose listener is not up yet is dialled again until then."""
-        while True:
-            try:
-                sock = self.address.dial(deadline)
-            except ConnectError as error:
-                if how := self._obituary(0.0 if isinstance(error, NotListening) else 1.0):
-                    raise ConnectionLost(how) from error
-                if not isinstance(error, NotListening) or deadline.passed:
-                    raise
-                time.sleep(RETRY_EVERY)
-            else:
-                return Channel(sock, str(self.address), self._obituary)
-
-    def _take_idle(self) -> Channel | None:
-        while True:
-            with self._lock:
-                if not self._idle:
-                    return None
-                channel = self._idle.pop()
-            if channel.usable:
-                return channel
-            channel.close()
-
-    def _keep_idle(self, channel: Channel) -> bool:
-        with self._lock:
-            if self._closed or len(self._idle) >= IDLE_CONNECTIONS:
-                return False
-            self._idle.append(channel)
-            return True
-
-
-def words(argv: Sequence[Argument]) -> tuple[str, ...]:
-    """`argv` as the wire has it. TypeError for one string, ValueError for what cannot be run."""
-    if isinstance(argv, str | bytes | os.PathLike):
-        raise TypeError(
-            f'argv must be a list of words, not one string: write ["sh", "-c", {argv!r}] for a '
-            "shell, or split it"
-        )
-    decoded = tuple(_word(word) for word in argv)
-    if not decoded or not decoded[0]:
-        raise ValueError("argv must begin with the name of a program")
-    return decoded
-
-
-def _word(word: Argument) -> str:
-    raw = os.fspath(word)
-    text = raw.decode("utf-8", "surrogateescape") if isinstance(raw, bytes) else raw
-    if "\0" in text:
-        raise ValueError(f"argv holds a NUL byte: {text!r:.100}")
-    return text
-
-
-def _collect(
-    process: ProcessStream,
-    start: Start,
-    stdin: bytes | None,
-    deadline: Deadline,
-    max_output: int,
-) -> Result:
-    output = Output(max_output)
-    if stdin is not None:
-        process.write(memoryview(stdin).cast("B"))
-        process.end_input()
-    try:
-        for event in process.events(deadline):
-            if isinstance(event, Data):
-                output.add(event)
-    except DeadlineExceeded:
-        raise _timed_out(start, output, "and the agent did not report its end") from None
-    exited = process.exited
-    assert isinstance(exited, Exited)
-    if exited.timed_out:
-        raise _timed_out(start, output, "and was killed")
-    return Result.of(start.argv, exited, output.stdout, output.stderr)
-
-
-def _timed_out(start: Start, output: Output, how: str) -> DeadlineExceeded:
-    seconds = start.timeout or 0.0
-    return DeadlineExceeded(
-        f"{start.argv[0]} ran longer than {seconds:g} s {how}",
-        seconds=seconds,
-        stdout=output.stdout,
-        stderr=output.stderr,
-    )
+        run(self.driver.shutdown(grace))

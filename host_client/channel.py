@@ -1,53 +1,74 @@
 """One connection to an agent: the protocol's state machine on a plain non-blocking socket.
 
-This is the only place that waits for a socket. A wait ends with events, with its deadline, or with
-the news that the machine is gone.
+This is the only place that reads and writes such a socket; it waits by steps, for whoever runs
+them. A wait ends with events, with its deadline, or with the news that the machine is gone.
 """
 
 import select
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 from guest.connection import Connection, Event, Role, State
-from guest.errors import RemoteProtocolError
+from guest.errors import OperationError, RemoteProtocolError
 from host_client.deadline import Deadline
-from host_client.errors import ConnectionLost, DeadlineExceeded
+from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
+from host_client.steps import Steps, Wait
 
-__all__ = ["Channel", "Obituary"]
+__all__ = ["Broken", "Channel", "Obituary", "Probe", "ended"]
 
 RECEIVE_SIZE: Final = 256 * 1024  # bytes per recv(2): some pipe-fuls of output
 CHECK_EVERY: Final = 1.0  # seconds between looks at whether the machine still lives
+PROBE_AFTER: Final = 2.0  # seconds of silence after which the agent is asked whether it lives
+EXPLAIN_WITHIN: Final = 1.0  # seconds: a VMM's exit is known a little after its sockets close
+EXPLAIN_EVERY: Final = 0.02
 
 # How the machine behind the connection ended, or "" while it runs. The argument is how many seconds
 # it may take to find out.
 Obituary = Callable[[float], str]
-EXPLAIN_WITHIN: Final = 1.0  # seconds: a VMM's exit is known a little after its sockets close
+
+# Asks the agent on another connection. Raises where there is no answer.
+Probe = Callable[[], Steps[None]]
+
+# What one recv(2) is read into. Events hold copies, so that one buffer serves connection after
+# connection; several are only needed by threads that receive at the same time.
+_buffers: deque[bytearray] = deque(maxlen=4)
+
+
+class Broken(Exception):
+    """The connection is of no use any more; `Channel.explained` finds out why."""
 
 
 class Channel:
     """Sends and receives events. Not thread-safe. After any error: close it."""
 
-    def __init__(self, sock: socket.socket, url: str, obituary: Obituary) -> None:
-        """Takes over `sock`, a connected non-blocking socket."""
+    def __init__(
+        self,
+        sock: socket.socket,
+        url: Callable[[], str],
+        obituary: Obituary | None,
+        probe: Probe | None = None,
+    ) -> None:
+        """Takes over `sock`, a connected non-blocking socket. `probe`: where waits have no end."""
         self.url = url
-        self._sock = sock
+        self.sock = sock
         self._obituary = obituary
+        self._probe = probe
         self._connection = Connection(Role.HOST)
-        self._poll = select.poll()
-        self._watched = select.POLLIN
-        self._poll.register(sock, select.POLLIN)
-        self._outbox: deque[memoryview] = deque()
+        self._outbox: deque[bytes | memoryview] = deque()
         self._send_broken = False
+        self._heard = 0.0  # monotonic: last sign of life from the agent; 0.0: since the last look
+        self._looked = 0.0  # when somebody last looked whether it lives
 
     def fileno(self) -> int:
-        """For select(2): readable when `step` has something to take."""
-        return self._sock.fileno()
+        """For select(2): readable when there is something to take."""
+        return self.sock.fileno()
 
     def close(self) -> None:
         """Close the connection; a process that belongs to it is killed by the agent."""
-        self._sock.close()
+        self.sock.close()
 
     @property
     def pending(self) -> int:
@@ -62,10 +83,12 @@ class Channel:
     @property
     def usable(self) -> bool:
         """For an idle connection: nothing has arrived, not even its end."""
-        return not self._poll.poll(0)
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return not poll.poll(0)
 
     def queue(self, *events: Event) -> None:
-        """Encode events and keep them for `step`. LocalProtocolError where they are not allowed."""
+        """Encode events and keep them to be sent. LocalProtocolError where they are not allowed."""
         self._enqueue(b"".join([self._connection.send(event) for event in events]))
 
     def queue_data(self, stream: int, data: memoryview) -> None:
@@ -73,61 +96,76 @@ class Channel:
         self._enqueue(self._connection.send_data_header(stream, len(data)))
         self._enqueue(data)
 
-    def step(self, deadline: Deadline) -> list[Event]:
+    def own_queued(self) -> None:
+        """Copy what is still queued, so that its owner may change it."""
+        self._outbox = deque(bytes(piece) for piece in self._outbox)
+
+    def step(self, deadline: Deadline) -> Steps[list[Event]]:
         """Send what can be sent and return what has arrived, waiting for the first of either.
 
         DeadlineExceeded, ConnectionLost and RemoteProtocolError end the connection's use.
         """
-        if self._outbox and not self._watched & select.POLLOUT:
-            self._flush()  # most often all of it fits and poll(2) need not ask for room
-        self._watch(select.POLLIN | (select.POLLOUT if self._outbox else 0))
-        ready = self._wait(deadline)
-        if ready & select.POLLOUT:
-            self._flush()
-        if ready & ~select.POLLOUT:
-            return self._receive()
-        return []
-
-    def take(self) -> list[Event]:
-        """Like `step`, but never waits."""
-        if self._outbox:
-            self._flush()
-        return self._receive()
-
-    def _enqueue(self, data: bytes | memoryview) -> None:
-        if not self._send_broken:
-            self._outbox.append(memoryview(data))
-
-    def _watch(self, events: int) -> None:
-        if events != self._watched:
-            self._watched = events
-            self._poll.modify(self._sock, events)
-
-    def _wait(self, deadline: Deadline) -> int:
-        while True:
-            ready = self._poll.poll(deadline.wait_ms(CHECK_EVERY))
-            if ready:
-                return ready[0][1]
+        self.flush()  # most often all of it fits and nobody needs to wait for room
+        events = select.POLLIN | select.POLLOUT if self._outbox else select.POLLIN
+        while not (ready := (yield Wait(self.sock, events, deadline.within(CHECK_EVERY)))):
             if deadline.passed:
                 raise DeadlineExceeded(
-                    f"{self.url} gave no answer within {deadline.seconds} s",
+                    f"{self.url()} gave no answer within {deadline.seconds} s",
                     seconds=deadline.seconds or 0.0,
                 )
-            self.check_alive()
+            yield from self.check_alive()
+        try:
+            return self.arrived(ready)
+        except Broken as error:
+            raise (yield from self.explained(error)) from error
 
-    def check_alive(self) -> None:
-        """ConnectionLost where the machine is known to have ended."""
-        if how := self._obituary(0.0):
+    def arrived(self, ready: int) -> list[Event]:
+        """Do what poll(2) said can be done; never waits. Raises Broken, RemoteProtocolError."""
+        if ready & select.POLLOUT:
+            self.flush()
+        return self.receive() if ready & ~select.POLLOUT else []
+
+    def check_alive(self) -> Steps[None]:
+        """ConnectionLost where the machine has ended, or where it answers no one any more.
+
+        For whoever has waited in vain; looks at most once in CHECK_EVERY seconds.
+        """
+        now = time.monotonic()
+        if now - self._looked < 0.9 * CHECK_EVERY:
+            return
+        self._looked = now
+        if self._obituary is not None and (how := self._obituary(0.0)):
             raise ConnectionLost(how)
+        if not self._heard:
+            self._heard = now - CHECK_EVERY
+        if self._probe is None or now - self._heard < PROBE_AFTER:
+            return
+        try:
+            yield from self._probe()
+        except OperationError:
+            pass  # a refusal is a sign of life as well
+        except (ConnectionLost, ConnectError, DeadlineExceeded) as error:
+            if not self.usable:  # something has come here meanwhile
+                return
+            raise ConnectionLost(f"the guest at {self.url()} is not alive: {error}") from error
+        self._heard = time.monotonic()
 
-    def _flush(self) -> None:
+    def wake(self) -> None:
+        """Let everybody who watches the socket notice that it is about to be closed."""
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has ended already, which they notice as well
+
+    def flush(self) -> None:
+        """Give the kernel what it takes now."""
         try:
             while self._outbox:
-                sent = self._sock.send(self._outbox[0])
+                sent = self.sock.send(self._outbox[0])
                 if sent == len(self._outbox[0]):
                     self._outbox.popleft()
                 else:
-                    self._outbox[0] = self._outbox[0][sent:]
+                    self._outbox[0] = memoryview(self._outbox[0])[sent:]
         except BlockingIOError:
             pass
         except OSError:
@@ -135,21 +173,43 @@ class Channel:
             self._send_broken = True
             self._outbox.clear()
 
-    def _receive(self) -> list[Event]:
+    def receive(self) -> list[Event]:
+        """What is there. Raises Broken, RemoteProtocolError."""
         try:
-            data = self._sock.recv(RECEIVE_SIZE)
+            buffer = _buffers.pop()
+        except IndexError:
+            buffer = bytearray(RECEIVE_SIZE)
+        try:
+            size = self.sock.recv_into(buffer)
+            if size:
+                self._heard = 0.0
+                return self._connection.receive(memoryview(buffer)[:size])
         except BlockingIOError:
             return []
         except OSError as error:
-            raise self._lost(str(error.strerror)) from error
-        if data:
-            return self._connection.receive(data)
+            raise Broken(str(error.strerror)) from error
+        finally:
+            _buffers.append(buffer)
         try:
             self._connection.receive_eof()
         except RemoteProtocolError as error:
-            raise self._lost(str(error)) from None
-        raise self._lost("connection closed")
+            raise Broken(str(error)) from None
+        raise Broken("connection closed")
 
-    def _lost(self, what: str) -> ConnectionLost:
-        how = self._obituary(EXPLAIN_WITHIN)
-        return ConnectionLost(how or f"lost the agent at {self.url}: {what}")
+    def explained(self, error: Broken) -> Steps[ConnectionLost]:
+        """What to raise for it: how the machine ended, where that can be known."""
+        how = yield from ended(self._obituary, Deadline(EXPLAIN_WITHIN))
+        return ConnectionLost(how or f"lost the agent at {self.url()}: {error}")
+
+    def _enqueue(self, data: bytes | memoryview) -> None:
+        if not self._send_broken:
+            self._outbox.append(data)
+
+
+def ended(obituary: Obituary | None, patience: Deadline) -> Steps[str]:
+    """How the machine ended, "" where it still seems to live when the patience is over."""
+    if obituary is None:
+        return ""
+    while not (how := obituary(0.0)) and not patience.passed:
+        yield Wait(None, 0, EXPLAIN_EVERY)
+    return how

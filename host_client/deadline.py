@@ -23,7 +23,8 @@ class Deadline:
         """Whether the time is over."""
         return self._at is not None and time.monotonic() >= self._at
 
-    def wait_ms(self, at_most: float) -> int:
-        """Milliseconds to hand to poll(2): until then, but no more than `at_most` seconds."""
-        left = self.left()
-        return int(1000 * (at_most if left is None else min(left, at_most))) + 1
+    def within(self, at_most: float) -> float:
+        """Seconds to wait now: until then, but no more than `at_most`."""
+        if self._at is None:
+            return at_most
+        return min(at_most, max(0.0, self._at - time.monotonic()))

@@ -6,6 +6,7 @@ MicroguestError
 ├── DeadlineExceeded      an operation did not finish in the time that its caller gave
 ├── CommandFailed         a command ended with another status than 0 (only where asked)
 ├── OutputTooLarge        a command wrote more than the caller wants to hold in memory
+├── OutputStalled         a process cannot go on until its caller reads its other output
 ├── ImageError            an image that is missing, broken or cannot be made bootable
 └── MachineError          a machine that cannot be started, found or stopped
     └── BootFailed        the guest said why it did not come up, or died before it could
@@ -25,6 +26,7 @@ __all__ = [
     "DeadlineExceeded",
     "ImageError",
     "MachineError",
+    "OutputStalled",
     "OutputTooLarge",
 ]
 
@@ -64,8 +66,19 @@ class CommandFailed(MicroguestError):
         self.result = result
 
 
+class OutputStalled(MicroguestError):
+    """Waiting would never end: the buffer of `stream` is full, and it is this caller's to read.
+
+    Nothing is lost and nothing has ended: read that output, then go on.
+    """
+
+    def __init__(self, message: str, *, stream: str) -> None:
+        super().__init__(message)
+        self.stream = stream
+
+
 class OutputTooLarge(MicroguestError):
-    """A command wrote more than `limit` bytes to `stream`; it was killed and its output dropped."""
+    """A command wrote more than `limit` bytes to `stream`: more than is held in memory."""
 
     def __init__(self, message: str, *, stream: str, limit: int) -> None:
         super().__init__(message)

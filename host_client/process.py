@@ -1,36 +1,62 @@
-"""A process connection: one process of the guest, its streams and its end.
+"""Processes of a guest, for callers that block.
 
-Both `Agent.exec` and the command line drive this; it works under select(2) as well.
+`Process` has streams; `ProcessStream` has bare events, for who waits for several things at once.
 """
 
+import codecs
+import threading
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self, TypeVar
 
-from guest import limits
-from guest.connection import Data, End, Event, Request, Response
-from guest.errors import RemoteProtocolError, operation_error
-from guest.messages import STREAMS, Exited, Failure, Hello, Signal, Started, Welcome
-from guest.record import Record
-from host_client.channel import Channel
+from guest.connection import Event
+from host_client.channel import Broken
 from host_client.deadline import Deadline
-from host_client.errors import OutputTooLarge
+from host_client.exchange import Exchange
+from host_client.request import signal_number
+from host_client.result import Result
+from host_client.session import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
+from host_client.steps import Steps, run, wait_for
 
-__all__ = ["Output", "ProcessStream"]
+__all__ = ["Process", "ProcessInput", "ProcessOutput", "ProcessStream"]
 
-STDIN: Final = 0
+CHUNK: Final = 256 * 1024  # bytes that an iteration gives at a time, at most
+
+R = TypeVar("R")
 
 
-class ProcessStream:
-    """Started or attached to. Iterate over it for Data, End and, last, Exited events."""
+class Runner(Protocol):
+    """Runs steps of the session."""
 
-    def __init__(self, channel: Channel, hello: Hello, op: str, args: Record) -> None:
-        self._channel = channel
-        self._early: list[Event] = []  # what came together with the answer; one recv(2) at most
-        self._welcomed = False
-        self.started: Started | None = None
-        self.exited: Exited | None = None
-        channel.queue(hello, Request(op=op, args=args))
+    def __call__(self, steps: Steps[R], /) -> R: ...
+
+
+class Process:
+    """A process in a guest, started or attached to. Thread-safe; a context manager.
+
+    Leaving the context kills it, unless it is kept or has ended. Its outputs are read one by one,
+    both together by iteration, or with `communicate`. An output that nobody reads stops the process
+    once 1 MiB of it has arrived and its pipe in the guest is full; where that would make a call
+    here wait for ever, it raises OutputStalled.
+
+    Every wait ends with ConnectionLost within seconds when the machine dies or freezes.
+    """
+
+    def __init__(
+        self, exchange: Exchange, *, acknowledge: bool = True, max_unread: int = MAX_UNREAD
+    ) -> None:
+        self._session = Session(
+            exchange,
+            caller=threading.get_ident,
+            acknowledge=acknowledge,
+            max_unread=max_unread,
+        )
+        self._changed = threading.Condition()
+        self.id = self._session.started.id
+        self.pid = self._session.started.pid
+        self.stdin = ProcessInput(self._run, self._session)
+        self.stdout = ProcessOutput(self._run, self._session, STDOUT)
+        self.stderr = ProcessOutput(self._run, self._session, STDERR)
 
     def __enter__(self) -> Self:
         return self
@@ -43,125 +69,205 @@ class ProcessStream:
     ) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Drop the connection. A process that this connection started is killed by the agent."""
-        self._channel.close()
+    def __repr__(self) -> str:
+        exited = self._session.exited
+        return f"Process({self._session.name}, {'runs' if exited is None else 'has ended'})"
 
-    def fileno(self) -> int:
-        """For select(2). Call `take` when it is readable."""
-        return self._channel.fileno()
+    def __iter__(self) -> Iterator[tuple[str, bytes]]:
+        """("stdout" or "stderr", bytes) as they arrive, until it has ended."""
+        while (chunk := self._run(self._session.read_any())) is not None:
+            yield chunk
 
     @property
-    def pending(self) -> int:
-        """Bytes of stdin that are queued; write more when it is 0."""
-        return self._channel.pending
+    def offsets(self) -> dict[str, int]:
+        """By output, the number of the first byte that was not given out yet: for `attach`."""
+        return dict(self._session.offsets)
 
-    def wait_started(self, hello: Deadline, start: Deadline) -> Started:
-        """Wait until the agent has greeted and then answered, each with a deadline of its own.
+    @property
+    def dropped(self) -> dict[str, int]:
+        """After an attach, by output: bytes that were asked for and are gone."""
+        return dict(self._session.started.dropped)
 
-        StartError or OperationError where the answer is no.
+    def wait(self, timeout: float | None = None) -> Result:
+        """Until it has ended; its output stays to be read. DeadlineExceeded after `timeout` s."""
+        return self._run(self._session.wait(timeout))
+
+    def poll(self) -> Result | None:
+        """What `wait` would return if it has ended, else None. Does not wait."""
+        return self._run(self._session.poll())
+
+    def communicate(
+        self,
+        input: bytes | None = None,  # noqa: A002  the name that subprocess has for it
+        *,
+        timeout: float | None = None,
+        max_output: int = MAX_OUTPUT,
+    ) -> Result:
+        """Feed `input` and end stdin (None: neither), collect both outputs, wait for the end.
+
+        DeadlineExceeded after `timeout` seconds, with the output so far; OutputTooLarge beyond
+        `max_output` bytes of one output. The process goes on in both cases.
         """
-        while self.started is None:
-            deadline = start if self._welcomed else hello
-            self._early += self._checked(self._channel.step(deadline))
-        return self.started
+        return self._run(self._session.communicate(input, timeout, max_output))
+
+    def signal(self, name: str | int, target: str = "group") -> None:
+        """Send "TERM", "SIGTERM" or 15 to the "process", its "group" or its whole "tree".
+
+        ValueError where there is no such signal or target. One that has ended is no error.
+        """
+        number = signal_number(name)
+        self._run(self._session.send(lambda exchange: exchange.signal(number, target)))
+
+    def kill(self) -> None:
+        """Kill it and everything that descends from it."""
+        self.signal("KILL", "tree")
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Give its terminal a size. SIGWINCH is sent also where it is the same."""
+        self._run(self._session.send(lambda exchange: exchange.resize(rows, columns)))
+
+    def acknowledge(self, *, stdout: int | None = None, stderr: int | None = None) -> None:
+        """Say that nothing before these offsets is needed again; None: what was given out.
+
+        Only needed where it was opened with acknowledge=False.
+        """
+        self._run(self._session.send(self._session.acknowledgement(stdout, stderr)))
+
+    def detach(self) -> None:
+        """Leave a kept process to itself; `Agent.attach` finds it again by its id."""
+        self._run(self._session.detach())
+
+    def close(self) -> None:
+        """Drop the connection. Kills it, unless it is kept or has ended. May be called again."""
+        with self._changed:
+            self._session.close()
+            self._changed.notify_all()
+
+    def _run(self, steps: Steps[R]) -> R:
+        """Run steps of the session: alone between two waits, which others use for theirs."""
+        session, changed = self._session, self._changed
+        with changed:
+            try:
+                version = session.version
+                wait = next(steps)
+                while True:
+                    if session.version != version:
+                        changed.notify_all()
+                    if wait.sock is None:
+                        changed.wait(wait.seconds)
+                        ready = 0
+                    else:
+                        changed.release()
+                        try:
+                            ready = wait_for(wait)
+                        finally:
+                            changed.acquire()
+                    version = session.version
+                    wait = steps.send(ready)
+            except StopIteration as stop:
+                result: R = stop.value
+                return result
+            finally:
+                steps.close()
+                changed.notify_all()
+
+
+class ProcessInput:
+    """A process's stdin."""
+
+    def __init__(self, run: Runner, session: Session) -> None:
+        self._run = run
+        self._session = session
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send all of it, waiting while the process does not read.
+
+        What a process that has ended cannot read any more is dropped, as its end tells enough.
+        """
+        self._run(self._session.write(data))
+
+    def close(self) -> None:
+        """No more input: the process reads the end of its stdin. May be called again."""
+        self._run(self._session.send(Exchange.end_input))
+
+
+class ProcessOutput:
+    """A process's stdout or stderr. Iteration gives bytes as they arrive."""
+
+    def __init__(self, run: Runner, session: Session, stream: int) -> None:
+        self._run = run
+        self._session = session
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        while piece := self.read(CHUNK):
+            yield piece
+
+    def read(self, most: int = -1) -> bytes:
+        """At least 1 and at most `most` bytes, as soon as there are any; b"" at the end.
+
+        -1 is everything until the end, of which there may be 256 MiB (OutputTooLarge).
+        """
+        return self._run(self._session.reading(self._stream, most))
+
+    def lines(self) -> Iterator[bytes]:
+        """Lines with their newlines as they arrive; one over 1 MiB comes in pieces."""
+        while line := self._run(self._session.read_line(self._stream)):
+            yield line
+
+    def text(self, encoding: str = "utf-8", errors: str = "replace") -> Iterator[str]:
+        """Lines as text, without their newlines."""
+        for line in self.lines():
+            yield codecs.decode(line, encoding, errors).removesuffix("\n")
+
+
+class ProcessStream(Exchange):
+    """A process as bare events, for select(2): what a terminal is joined to.
+
+    Nothing is buffered here, and nothing acknowledged by itself. Not thread-safe.
+    """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def step(self, deadline: Deadline) -> list[Event]:
         """The next events; an empty list when only stdin moved. Empty for ever after Exited."""
-        if self._early:
-            early, self._early = self._early, []
-            return early
-        if self.exited is not None:
-            return []
-        return self._checked(self._channel.step(deadline))
+        return run(self.next_events(deadline))
 
     def take(self) -> list[Event]:
         """What is there, without waiting."""
-        if self._early or self.exited is not None:
-            return self.step(Deadline(0))
-        return self._checked(self._channel.take())
+        early = self.early()
+        if early or self.exited is not None:
+            return early
+        self.channel.flush()
+        try:
+            return self.checked(self.channel.receive())
+        except Broken as error:
+            raise run(self.channel.explained(error)) from error
 
     def check_alive(self) -> None:
-        """ConnectionLost where the machine has died without a word on the connection."""
-        self._channel.check_alive()
+        """ConnectionLost where the machine has died, or answers nobody any more."""
+        run(self.channel.check_alive())
 
     def events(self, deadline: Deadline) -> Iterator[Event]:
         """All events until and including Exited."""
-        while self.exited is None or self._early:
+        while self.exited is None:
             yield from self.step(deadline)
+        yield from self.early()
 
     def __iter__(self) -> Iterator[Event]:
         return self.events(Deadline(None))
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Queue bytes for stdin; call while `pending` is 0 to keep what is queued small.
-
-        As with signals and the end of input, what comes after the process's end is dropped.
-        """
-        if self.exited is not None:
-            return
-        view = memoryview(data)
-        for start in range(0, len(view), limits.DATA_PAYLOAD):
-            self._channel.queue_data(STDIN, view[start : start + limits.DATA_PAYLOAD])
-
-    def end_input(self) -> None:
-        """No more stdin."""
-        if self.exited is None:
-            self._channel.queue(End(stream=STDIN))
-
-    def signal(self, number: int, target: str = "group") -> None:
-        """Send a signal to the "process" or its "group"."""
-        if self.exited is None:
-            self._channel.queue(Signal(signal=number, target=target))
-
-    def _checked(self, events: list[Event]) -> list[Event]:
-        """Events of the process; answers are noted and refusals raised."""
-        passed: list[Event] = []
-        for event in events:
-            match event:
-                case Welcome():
-                    self._welcomed = True
-                case Failure():
-                    raise operation_error(event.code, event.message, event.fields)
-                case Response(result=Started() as started):
-                    self.started = started
-                case Exited():
-                    self.exited = event
-                    passed.append(event)
-                case Data() | End():
-                    passed.append(event)
-                case _:
-                    raise RemoteProtocolError(f"{type(event).__name__} on a process connection")
-        return passed
-
-
-class Output:
-    """Collects stdout and stderr in memory, each up to `limit` bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._pieces: dict[int, list[bytes]] = {1: [], 2: []}
-        self._sizes = {1: 0, 2: 0}
-
-    def add(self, event: Data) -> None:
-        """Keep the bytes. OutputTooLarge where that would be more than the limit."""
-        self._sizes[event.stream] += len(event.data)
-        if self._sizes[event.stream] > self._limit:
-            name = STREAMS[event.stream]
-            raise OutputTooLarge(
-                f"the command wrote more than {self._limit} bytes to {name} and was killed: raise "
-                "max_output, or send the output to a file",
-                stream=name,
-                limit=self._limit,
-            )
-        self._pieces[event.stream].append(event.data)
-
-    @property
-    def stdout(self) -> bytes:
-        """All of stdout so far."""
-        return b"".join(self._pieces[1])
-
-    @property
-    def stderr(self) -> bytes:
-        """All of stderr so far."""
-        return b"".join(self._pieces[2])

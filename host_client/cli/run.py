@@ -6,10 +6,15 @@ from typing import Final
 
 from guest import limits
 from guest.errors import StartError
+from guest.messages import Attach, Keep, Start
 from guest.report import WorkloadFailed
-from host_client.cli import INTERRUPTED
-from host_client.cli.stream import Interrupted, join, terminal_signals
+from host_client.cli import INTERRUPTED, complain
+from host_client.cli.detachkeys import parse as parse_keys
+from host_client.cli.foreground import Detached, Interrupted, in_foreground
+from host_client.cli.stream import passed_signals
+from host_client.cli.terminal import Terminal, size_of
 from host_client.errors import ConnectionLost, DeadlineExceeded, MachineError
+from host_client.images import open_image, process_for
 from host_client.machines.boot import start
 from host_client.machines.machine import Machine
 from host_client.machines.settings import Settings
@@ -22,6 +27,8 @@ POWER_OFF_WAIT: Final = 20.0  # seconds from the workload's end to the machine's
 
 def main(options: argparse.Namespace) -> int:
     """The command's exit code; 127 and 126 where it could not be started."""
+    if options.tty:
+        return in_terminal(options)
     machine = start(settings_of(options))
     if options.detach:
         return detach(machine)
@@ -37,7 +44,6 @@ def main(options: argparse.Namespace) -> int:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """What `boot` would be called with."""
-    entrypoint = None if options.entrypoint is None else [options.entrypoint]
     return Settings(
         image=options.image,
         machine=options.machine,
@@ -46,8 +52,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
         name=options.name,
         kernel=options.kernel,
         command=options.command or None,
-        entrypoint=entrypoint,
-        workload=True,
+        entrypoint=entrypoint_of(options),
+        workload=not options.tty,
         stdio="console" if options.detach else "attached",
         env=dict(options.env),
         user=options.user,
@@ -58,18 +64,53 @@ def settings_of(options: argparse.Namespace) -> Settings:
     )
 
 
+def entrypoint_of(options: argparse.Namespace) -> list[str] | None:
+    """None: the image's."""
+    return None if options.entrypoint is None else [options.entrypoint]
+
+
 def foreground(machine: Machine, *, stdin: bool) -> int:
     """Join the workload's streams to ours; the machine ends with it."""
-    with terminal_signals() as signals:
+    with passed_signals() as signals:  # what comes before the workload runs is passed on later
         await_workload(machine)
-        with machine.agent.attach("main") as process:
-            if not stdin:
-                process.end_input()
-            exited = join(process, signals, stdin=stdin)
+        exited = in_foreground(machine.agent, Attach(), stdin=stdin, signals=signals)
     try:
         machine.wait(POWER_OFF_WAIT)
     except DeadlineExceeded:
         machine.kill()
+    return exited.shell_code
+
+
+def in_terminal(options: argparse.Namespace) -> int:
+    """The command on a terminal, started by the agent of a machine that idles; it ends with it."""
+    if options.detach:
+        raise MachineError(
+            "run -d gives the command no terminal: leave out -t, and use microguest shell"
+        )
+    terminal = Terminal() if options.interactive else None
+    keys = parse_keys(options.detach_keys) if terminal else b""
+    with open_image(options.image) as image:
+        argv = process_for(image.config, options.command or None, entrypoint_of(options))
+    request = Start(argv=argv, stdin=True, tty=size_of(1, 0), keep=Keep() if keys else None)
+    machine = start(settings_of(options))
+    try:
+        exited = in_foreground(
+            machine.agent, request, stdin=options.interactive, terminal=terminal, keys=keys
+        )
+    except Interrupted:
+        machine.kill()
+        return INTERRUPTED
+    except Detached as process:
+        machine.detach()
+        complain(
+            f"detached: microguest attach {machine.name} {process}; the machine goes on until "
+            f"microguest stop {machine.name}"
+        )
+        return 0
+    except BaseException:
+        machine.kill()
+        raise
+    machine.stop(grace=0.0)  # as docker: what else runs ends with the command
     return exited.shell_code
 
 

@@ -1,0 +1,30 @@
+"""The same client for asyncio and trio, over anyio: `pip install microguest[aio]`.
+
+    from host_client import aio
+
+    async with await aio.connect("demo") as agent:
+        result = await agent.exec(["uname", "-a"])
+
+Cancelling a command closes its connection, and so kills the process, unless it is kept.
+"""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from host_client.aio.agent import Agent, connect
+    from host_client.aio.process import Process
+
+__all__ = ["Agent", "Process", "connect"]
+
+_HOME = {
+    "Agent": "host_client.aio.agent",
+    "Process": "host_client.aio.process",
+    "connect": "host_client.aio.agent",
+}
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,146 @@
+"""The agent of one machine, for asyncio and trio. The logic is `host_client.driver`'s."""
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self, Unpack
+
+from guest import limits
+from guest.messages import InfoResult, PingResult, ProcessInfo
+from host_client import agent as blocking
+from host_client.address import Address
+from host_client.aio.process import Process
+from host_client.aio.waiting import run
+from host_client.driver import Driver
+from host_client.exchange import Exchange
+from host_client.request import Argument, Options, attach_record, start_record
+from host_client.result import Result
+from host_client.session import MAX_OUTPUT, MAX_UNREAD
+
+__all__ = ["Agent", "connect"]
+
+
+async def connect(
+    url: str,
+    *,
+    token: str | None = None,
+    timeout: float = 10.0,  # noqa: ASYNC109  of every later request as well
+) -> "Agent":
+    """As `host_client.connect`: the same URLs, names, waits and errors."""
+    agent = Agent(blocking.Agent.at(url, token=token, timeout=timeout).driver)
+    try:
+        await agent.ping()
+    except BaseException:
+        agent.close()
+        raise
+    return agent
+
+
+class Agent:
+    """As `host_client.Agent`, and for any number of tasks. An async context manager.
+
+    Made by `connect`, or for a machine of this program by `Agent.of(machine.agent)`.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+
+    @classmethod
+    def of(cls, agent: blocking.Agent) -> Self:
+        """The same agent; closing either of them closes the connections that they share."""
+        return cls(agent.driver)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"aio.Agent({str(self.address)!r})"
+
+    @property
+    def address(self) -> Address:
+        """Where it is."""
+        return self.driver.address
+
+    def close(self) -> None:
+        """Close the kept connections. Commands that run in other tasks end by themselves."""
+        self.driver.close()
+
+    async def exec(
+        self,
+        argv: Sequence[Argument] = (),
+        *,
+        input: bytes | None = None,  # noqa: A002
+        check: bool = False,
+        max_output: int = MAX_OUTPUT,
+        **options: Unpack[Options],
+    ) -> Result:
+        """Run a command in the guest and collect what it writes; cancelled, it is killed."""
+        start = start_record(argv, options, stdin=input is not None)
+        result = await run(self.driver.exec(start, input, max_output))
+        return result.check() if check else result
+
+    async def start(
+        self,
+        argv: Sequence[Argument] = (),
+        *,
+        stdin: bool = False,
+        tty: bool | tuple[int, int] | None = None,
+        acknowledge: bool = True,
+        max_unread: int = MAX_UNREAD,
+        **options: Unpack[Options],
+    ) -> Process:
+        """Start a process and talk to it while it runs: `async with await agent.start(…)`."""
+        start = start_record(argv, options, stdin=stdin, tty=tty)
+        keeps = acknowledge and start.keep is not None
+        exchange = await run(self.driver.open(start, Exchange, acknowledge=keeps))
+        return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
+
+    async def attach(
+        self,
+        process: str = "main",
+        *,
+        offsets: Mapping[str, int] | None = None,
+        write: bool = True,
+        acknowledge: bool = True,
+        max_unread: int = MAX_UNREAD,
+    ) -> Process:
+        """The streams of a kept process, or of the workload, whose id is "main"."""
+        attach = attach_record(process, offsets, write=write)
+        keeps = acknowledge and write
+        exchange = await run(self.driver.open(attach, Exchange, acknowledge=keeps))
+        return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
+
+    async def processes(self) -> list[ProcessInfo]:
+        """What runs, and what is kept and not forgotten, in the order of the starts."""
+        return await run(self.driver.processes())
+
+    async def wait(self, process: str, timeout: float | None = None) -> Result:  # noqa: ASYNC109
+        """Until a process has ended. DeadlineExceeded after `timeout` seconds."""
+        return await run(self.driver.wait(process, timeout))
+
+    async def signal(self, process: str, name: str | int, target: str = "group") -> bool:
+        """Send "TERM", "SIGTERM" or 15; whether somebody was there to receive it."""
+        return await run(self.driver.signal(process, name, target))
+
+    async def forget(self, process: str) -> None:
+        """Drop status and output of a kept process; one that still runs is killed first."""
+        await run(self.driver.forget(process))
+
+    async def ping(self) -> PingResult:
+        """Ask whether the agent is alive; answered without waiting for anything in the guest."""
+        return await run(self.driver.ping())
+
+    async def info(self) -> InfoResult:
+        """Versions, identity and state of the guest."""
+        return await run(self.driver.info())
+
+    async def shutdown(self, *, grace: float = limits.STOP_GRACE) -> None:
+        """Ask for the machine's end: TERM, `grace` seconds, KILL, power off. It is not awaited."""
+        await run(self.driver.shutdown(grace))

@@ -1,0 +1,217 @@
+"""Processes of a guest for asyncio and trio. The logic is `host_client.session`'s."""
+
+import codecs
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Final, Protocol, Self, TypeVar
+
+import anyio
+from anyio.abc import ByteReceiveStream, ByteSendStream
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
+
+from host_client.aio.waiting import wait_for
+from host_client.exchange import Exchange
+from host_client.request import signal_number
+from host_client.result import Result
+from host_client.session import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
+from host_client.steps import Steps
+
+__all__ = ["Process", "ProcessInput", "ProcessOutput"]
+
+CHUNK: Final = 256 * 1024  # bytes that an iteration gives at a time, at most
+
+R = TypeVar("R")
+
+
+class Runner(Protocol):
+    """Runs steps of the session."""
+
+    async def __call__(self, steps: Steps[R], /) -> R: ...
+
+
+class Process:
+    """As `host_client.Process`. Any number of tasks may use it; an async context manager.
+
+    A cancelled call loses nothing: what it would have given is given to the next one. Leaving the
+    context drops the connection.
+    """
+
+    def __init__(
+        self, exchange: Exchange, *, acknowledge: bool = True, max_unread: int = MAX_UNREAD
+    ) -> None:
+        self._session = Session(
+            exchange,
+            caller=lambda: anyio.get_current_task().id,
+            acknowledge=acknowledge,
+            max_unread=max_unread,
+        )
+        self._changed = anyio.Event()
+        self.id = self._session.started.id
+        self.pid = self._session.started.pid
+        self.stdin = ProcessInput(self._run, self._session)
+        self.stdout = ProcessOutput(self._run, self._session, STDOUT)
+        self.stderr = ProcessOutput(self._run, self._session, STDERR)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        exited = self._session.exited
+        return f"Process({self._session.name}, {'runs' if exited is None else 'has ended'})"
+
+    async def __aiter__(self) -> AsyncIterator[tuple[str, bytes]]:
+        """("stdout" or "stderr", bytes) as they arrive, until it has ended."""
+        while (chunk := await self._run(self._session.read_any())) is not None:
+            yield chunk
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """By output, the number of the first byte that was not given out yet: for `attach`."""
+        return dict(self._session.offsets)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """After an attach, by output: bytes that were asked for and are gone."""
+        return dict(self._session.started.dropped)
+
+    async def wait(self, timeout: float | None = None) -> Result:  # noqa: ASYNC109
+        """Until it has ended; its output stays to be read. DeadlineExceeded after `timeout` s."""
+        return await self._run(self._session.wait(timeout))
+
+    async def poll(self) -> Result | None:
+        """What `wait` would return if it has ended, else None. Does not wait."""
+        return await self._run(self._session.poll())
+
+    async def communicate(
+        self,
+        input: bytes | None = None,  # noqa: A002
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+        max_output: int = MAX_OUTPUT,
+    ) -> Result:
+        """Feed `input` and end stdin (None: neither), collect both outputs, wait for the end."""
+        return await self._run(self._session.communicate(input, timeout, max_output))
+
+    async def signal(self, name: str | int, target: str = "group") -> None:
+        """Send "TERM", "SIGTERM" or 15 to the "process", its "group" or its whole "tree"."""
+        number = signal_number(name)
+        await self._run(self._session.send(lambda exchange: exchange.signal(number, target)))
+
+    async def kill(self) -> None:
+        """Kill it and everything that descends from it."""
+        await self.signal("KILL", "tree")
+
+    async def resize(self, rows: int, columns: int) -> None:
+        """Give its terminal a size. SIGWINCH is sent also where it is the same."""
+        await self._run(self._session.send(lambda exchange: exchange.resize(rows, columns)))
+
+    async def acknowledge(self, *, stdout: int | None = None, stderr: int | None = None) -> None:
+        """Say that nothing before these offsets is needed again; None: what was given out."""
+        await self._run(self._session.send(self._session.acknowledgement(stdout, stderr)))
+
+    async def detach(self) -> None:
+        """Leave a kept process to itself; `Agent.attach` finds it again by its id."""
+        await self._run(self._session.detach())
+
+    def close(self) -> None:
+        """Drop the connection. Kills it, unless it is kept or has ended. May be called again."""
+        sock = self._session.exchange.channel.sock
+        if sock.fileno() >= 0:
+            anyio.notify_closing(sock)
+        self._session.close()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wake the tasks that wait for a change."""
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def _run(self, steps: Steps[R]) -> R:
+        """Run steps of the session; between two of their waits no other task runs."""
+        session = self._session
+        await checkpoint_if_cancelled()
+        version = session.version
+        try:
+            wait = next(steps)
+            while True:
+                if session.version != version:
+                    self._tell()
+                ready = 0
+                if wait.sock is None:
+                    with anyio.move_on_after(wait.seconds):
+                        await self._changed.wait()
+                else:
+                    try:
+                        ready = await wait_for(wait)
+                    except anyio.ClosedResourceError:
+                        pass  # by `close`, which the session knows of
+                version = session.version
+                wait = steps.send(ready)
+        except StopIteration as stop:
+            result: R = stop.value
+        finally:
+            steps.close()
+            self._tell()
+        await cancel_shielded_checkpoint()
+        return result
+
+
+class ProcessInput(ByteSendStream):
+    """A process's stdin."""
+
+    def __init__(self, run: Runner, session: Session) -> None:
+        self._run = run
+        self._session = session
+
+    async def send(self, item: bytes) -> None:
+        """Send all of it, waiting while the process does not read.
+
+        What a process that has ended cannot read any more is dropped. Where it is cancelled, part
+        of it may have been sent.
+        """
+        await self._run(self._session.write(item))
+
+    async def aclose(self) -> None:
+        """No more input: the process reads the end of its stdin. May be called again."""
+        await self._run(self._session.send(Exchange.end_input))
+
+
+class ProcessOutput(ByteReceiveStream):
+    """A process's stdout or stderr. Iteration gives bytes as they arrive."""
+
+    def __init__(self, run: Runner, session: Session, stream: int) -> None:
+        self._run = run
+        self._session = session
+        self._stream = stream
+
+    async def receive(self, max_bytes: int = CHUNK) -> bytes:
+        """1 to `max_bytes` bytes as soon as there are any. anyio.EndOfStream at the end."""
+        piece = await self.read(max_bytes)
+        if not piece:
+            raise anyio.EndOfStream
+        return piece
+
+    async def read(self, most: int = -1) -> bytes:
+        """As `receive`, with b"" at the end; -1 is everything until the end, up to 256 MiB."""
+        return await self._run(self._session.reading(self._stream, most))
+
+    async def lines(self) -> AsyncIterator[bytes]:
+        """Lines with their newlines as they arrive; one over 1 MiB comes in pieces."""
+        while line := await self._run(self._session.read_line(self._stream)):
+            yield line
+
+    async def text(self, encoding: str = "utf-8", errors: str = "replace") -> AsyncIterator[str]:
+        """Lines as text, without their newlines."""
+        async for line in self.lines():
+            yield codecs.decode(line, encoding, errors).removesuffix("\n")
+
+    async def aclose(self) -> None:
+        """Nothing: what it would still give stays with the process."""

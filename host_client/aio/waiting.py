@@ -1,0 +1,64 @@
+"""How steps wait in an event loop: readiness of a plain socket, for asyncio and trio alike."""
+
+import select
+import socket
+from typing import TypeVar
+
+import anyio
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
+
+from host_client.steps import Steps, Wait
+
+__all__ = ["run", "wait_for"]
+
+R = TypeVar("R")
+
+
+async def run(steps: Steps[R]) -> R:
+    """The result of the steps. Cancelled, they clean up after themselves.
+
+    Also lets others run and notices a cancellation where there is nothing to wait for; a result
+    that is there already is never lost to one.
+    """
+    await checkpoint_if_cancelled()
+    try:
+        wait = next(steps)
+        while True:
+            wait = steps.send(await wait_for(wait))
+    except StopIteration as stop:
+        result: R = stop.value
+    finally:
+        steps.close()
+    await cancel_shielded_checkpoint()
+    return result
+
+
+async def wait_for(wait: Wait) -> int:
+    """What happened of it: poll(2)'s bits, or 0."""
+    if wait.sock is None:
+        await anyio.sleep(wait.seconds)
+        return 0
+    with anyio.move_on_after(wait.seconds):
+        return await _ready(wait.sock, wait.events)
+    return 0
+
+
+async def _ready(sock: socket.socket, events: int) -> int:
+    if events == select.POLLIN:
+        await anyio.wait_readable(sock)
+        return select.POLLIN
+    if events == select.POLLOUT:
+        await anyio.wait_writable(sock)
+        return select.POLLOUT
+    ready = 0
+    async with anyio.create_task_group() as either:
+
+        async def until(wanted: int) -> None:
+            nonlocal ready
+            await _ready(sock, wanted)
+            ready |= wanted
+            either.cancel_scope.cancel()
+
+        either.start_soon(until, select.POLLIN)
+        either.start_soon(until, select.POLLOUT)
+    return ready

@@ -1,0 +1,320 @@
+"""Everything that can be asked of an agent, as steps: the one logic behind every kind of client.
+
+Every command has a connection of its own; small requests share a few kept ones. Thread-safe, and of
+no event loop.
+"""
+
+import threading
+import time
+from typing import Final, TypeVar
+
+from guest import limits
+from guest.connection import Data, Request, Response
+from guest.errors import OperationError, RemoteProtocolError, operation_error
+from guest.messages import (
+    FEATURES,
+    Acknowledge,
+    Attach,
+    Exited,
+    Failure,
+    Forget,
+    ForgetResult,
+    Hello,
+    Info,
+    InfoResult,
+    ListProcesses,
+    Ping,
+    PingResult,
+    ProcessInfo,
+    ProcessList,
+    Shutdown,
+    ShutdownResult,
+    SignalProcess,
+    SignalResult,
+    Start,
+    Wait,
+    Welcome,
+)
+from guest.record import Record
+from host_client.address import Address, NotListening
+from host_client.channel import EXPLAIN_WITHIN, Channel, Obituary, ended
+from host_client.deadline import Deadline
+from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
+from host_client.exchange import Exchange, Output
+from host_client.request import signal_number
+from host_client.result import Result
+from host_client.session import command
+from host_client.steps import Steps
+from host_client.steps import Wait as Pause
+
+__all__ = ["CLIENT", "Driver"]
+
+IDLE_CONNECTIONS: Final = 4  # kept for small requests
+REUSED_WAIT: Final = 2.0  # seconds for an answer on a kept one, before a new one is tried
+RETRY_EVERY: Final = 0.01  # seconds between dials of a guest whose listener is not up
+KILL_ALLOWANCE: Final = 5.0  # seconds a timed-out command gets to be killed and reported
+WAIT_SLICE: Final = 2.0  # seconds that the agent is asked to wait at a time
+CLIENT: Final = "microguest-host"
+
+# What agents knew before they named FEATURES; older ones ignore the other fields.
+BASIC: Final = {
+    Start: frozenset({"argv", "env", "cwd", "user", "stdin", "timeout"}),
+    Attach: frozenset({"id"}),
+}
+
+E = TypeVar("E", bound=Exchange)
+R = TypeVar("R", bound=Record)
+
+
+class Driver:
+    """One agent: where it is, what is known of it, the connections kept to it."""
+
+    def __init__(
+        self,
+        address: Address,
+        token: str,
+        *,
+        timeout: float = 10.0,
+        obituary: Obituary | None = None,
+    ) -> None:
+        self.address = address
+        self.timeout = timeout
+        self.first_exec_at: float | None = None  # monotonic clock, when the first result was here
+        self._hello = Hello(token=token, client=CLIENT)
+        self._obituary = obituary
+        self._features: tuple[str, ...] | None = None  # of the agent, once it has said them
+        self._lock = threading.Lock()
+        self._idle: list[Channel] = []
+        self._closed = False
+
+    def close(self) -> None:
+        """Close the kept connections."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for channel in idle:
+            channel.close()
+
+    # ── processes ────────────────────────────────────────────────────────────────────────────────
+
+    def exec(self, start: Start, stdin: bytes | None, max_output: int) -> Steps[Result]:
+        """Run to the end and collect. Raises as `Agent.exec` says."""
+        seconds = None
+        if start.timeout is not None:
+            seconds = start.timeout + start.grace + self.timeout + KILL_ALLOWANCE
+        deadline = Deadline(seconds)
+        exchange = yield from self.open(start, Exchange)
+        output = Output(max_output)
+        try:
+            if stdin is not None:
+                exchange.write(memoryview(stdin).cast("B"))
+                exchange.end_input()
+            exited = yield from _collected(exchange, output, deadline)
+        except DeadlineExceeded:
+            raise _timed_out(start, output, "and the agent did not report its end") from None
+        finally:
+            exchange.close()
+        if self.first_exec_at is None:
+            self.first_exec_at = time.monotonic()
+        if exited.timed_out:
+            raise _timed_out(start, output, "and was killed")
+        return Result.of(command(start), exited, output.stdout, output.stderr)
+
+    def open(self, args: Start | Attach, kind: type[E], *, acknowledge: bool = False) -> Steps[E]:
+        """Start or attach, and keep the connection. `acknowledge`: begin to, with what we have."""
+        yield from self._require(args)
+        channel = yield from self._dial(Deadline(self.timeout), lasting=True)
+        try:
+            exchange = kind(channel, self._hello, args)
+            if acknowledge and FEATURES[0] in (self._features or ()):
+                channel.queue(_first_acknowledgement(args))
+            yield from exchange.answer(
+                Deadline(self.timeout), Deadline(self.timeout + limits.ROOT_WAIT)
+            )
+        except BaseException:
+            channel.close()
+            raise
+        if self._features is None and exchange.welcome is not None:
+            self._features = exchange.welcome.features
+        return exchange
+
+    def processes(self) -> Steps[list[ProcessInfo]]:
+        """What runs and what is kept."""
+        found = yield from self.request("processes", ListProcesses(), ProcessList)
+        return list(found.processes)
+
+    def wait(self, process: str, timeout: float | None) -> Steps[Result]:
+        """Until the process has ended. DeadlineExceeded after `timeout` seconds."""
+        deadline = Deadline(timeout)
+        while True:
+            seconds = deadline.within(WAIT_SLICE)
+            args = Wait(id=process, timeout=seconds)
+            try:
+                exited = yield from self.request("wait", args, Exited, allowance=seconds)
+            except OperationError as error:
+                if error.code != "still_running":
+                    raise
+            else:
+                return Result.of((process,), exited, b"", b"")
+            if deadline.passed:
+                message = f"process {process} still runs after {timeout or 0.0:g} s"
+                raise DeadlineExceeded(message, seconds=timeout or 0.0)
+
+    def signal(self, process: str, name: str | int, target: str) -> Steps[bool]:
+        """Whether somebody was there to receive it."""
+        args = SignalProcess(id=process, signal=signal_number(name), target=target)
+        answer = yield from self.request("signal", args, SignalResult, repeatable=False)
+        return answer.delivered
+
+    def forget(self, process: str) -> Steps[None]:
+        """Drop what is kept of it."""
+        yield from self.request("forget", Forget(id=process), ForgetResult, repeatable=False)
+
+    # ── small requests ───────────────────────────────────────────────────────────────────────────
+
+    def ping(self) -> Steps[PingResult]:
+        """Is it alive?"""
+        return (yield from self.request("ping", Ping(), PingResult))
+
+    def info(self) -> Steps[InfoResult]:
+        """What is it?"""
+        return (yield from self.request("info", Info(), InfoResult))
+
+    def shutdown(self, grace: float) -> Steps[None]:
+        """Ask for the machine's end."""
+        yield from self.request("shutdown", Shutdown(grace=grace), ShutdownResult)
+
+    def request(
+        self,
+        op: str,
+        args: Record,
+        kind: type[R],
+        *,
+        allowance: float = 0.0,
+        repeatable: bool = True,
+    ) -> Steps[R]:
+        """One small request. `allowance`: seconds that its answer may take beside the usual.
+
+        `repeatable`: asking twice does no harm, so that a kept connection may be tried, which can
+        turn out to be stale, as after a guest's reboot or restore.
+        """
+        request = Request(op=op, args=args)
+        channel = self._take_idle() if repeatable else None
+        if channel is not None:
+            deadline = Deadline(min(REUSED_WAIT, self.timeout) + allowance)
+            try:
+                return (yield from self._ask(channel, request, kind, deadline))
+            except (ConnectionLost, DeadlineExceeded):
+                pass
+        deadline = Deadline(self.timeout + allowance)
+        channel = yield from self._dial(deadline)
+        channel.queue(self._hello)
+        return (yield from self._ask(channel, request, kind, deadline))
+
+    def _ask(
+        self, channel: Channel, request: Request, kind: type[R], deadline: Deadline
+    ) -> Steps[R]:
+        """Send one request and wait for its answer; keep the connection where it stays usable."""
+        try:
+            channel.queue(request)
+            while True:
+                for event in (yield from channel.step(deadline)):
+                    match event:
+                        case Welcome():
+                            self._features = event.features
+                        case Failure():
+                            raise operation_error(event.code, event.message, event.fields)
+                        case Response(result=result) if isinstance(result, kind):
+                            return result
+                        case _:
+                            name = type(event).__name__
+                            raise RemoteProtocolError(f"{name} in answer to {request.op}")
+        finally:
+            if not (channel.ready and self._keep_idle(channel)):
+                channel.close()
+
+    def _require(self, args: Start | Attach) -> Steps[None]:
+        """OperationError where the agent is too old to understand all of the request."""
+        beyond = vars(args).keys() - BASIC[type(args)]
+        if not beyond:
+            return
+        if self._features is None:
+            yield from self.ping()
+        if FEATURES[0] not in (self._features or ()):
+            names = ", ".join(sorted(beyond))
+            raise OperationError(
+                "unknown_operation",
+                f"the agent at {self.address} is older than this program and would ignore: {names}",
+                {"field": names},
+            )
+
+    # ── connections ──────────────────────────────────────────────────────────────────────────────
+
+    def _dial(self, deadline: Deadline, *, lasting: bool = False) -> Steps[Channel]:
+        """A new connection. A guest whose listener is not up yet is dialled again until then.
+
+        `lasting`: it may be silent for ever, so that the guest is asked for signs of life.
+        """
+        refusal: NotListening | None = None
+        while True:
+            try:
+                sock = yield from self.address.dial(deadline)
+            except ConnectError as error:
+                if refusal is not None and deadline.passed:
+                    raise refusal from None  # it says more than that the time was over
+                patience = Deadline(0.0 if isinstance(error, NotListening) else EXPLAIN_WITHIN)
+                if how := (yield from ended(self._obituary, patience)):
+                    raise ConnectionLost(how) from error
+                if not isinstance(error, NotListening) or deadline.passed:
+                    raise
+                refusal = error
+                yield Pause(None, 0, RETRY_EVERY)
+            else:
+                probe = self._probe if lasting else None
+                return Channel(sock, self.address.__str__, self._obituary, probe)
+
+    def _probe(self) -> Steps[None]:
+        yield from self.ping()
+
+    def _take_idle(self) -> Channel | None:
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                channel = self._idle.pop()
+            if channel.usable:
+                return channel
+            channel.close()
+
+    def _keep_idle(self, channel: Channel) -> bool:
+        with self._lock:
+            if self._closed or len(self._idle) >= IDLE_CONNECTIONS:
+                return False
+            self._idle.append(channel)
+            return True
+
+
+def _collected(exchange: Exchange, output: Output, deadline: Deadline) -> Steps[Exited]:
+    """Everything until the end."""
+    while True:
+        for event in (yield from exchange.next_events(deadline)):
+            if isinstance(event, Data):
+                output.add(event.stream, event.data)
+        if exchange.exited is not None:
+            return exchange.exited
+
+
+def _first_acknowledgement(args: Start | Attach) -> Acknowledge:
+    """What the caller has before the first byte: nothing, or what it attaches behind."""
+    offsets = (args.offsets or {}) if isinstance(args, Attach) else {}
+    return Acknowledge(**{stream: max(0, offset) for stream, offset in offsets.items()})
+
+
+def _timed_out(start: Start, output: Output, how: str) -> DeadlineExceeded:
+    seconds = start.timeout or 0.0
+    return DeadlineExceeded(
+        f"{command(start)[0]} ran longer than {seconds:g} s {how}",
+        seconds=seconds,
+        stdout=output.stdout,
+        stderr=output.stderr,
+    )

@@ -1,0 +1,181 @@
+"""A process connection's events: what may be said to the process, and what it says.
+
+Shared by every kind of client; it waits by steps. `host_client.session` puts streams on top.
+"""
+
+from typing import Final
+
+from guest import limits
+from guest.connection import Data, End, Event, Request, Response
+from guest.errors import RemoteProtocolError, operation_error
+from guest.messages import (
+    STREAMS,
+    Acknowledge,
+    Attach,
+    Detach,
+    Exited,
+    Failure,
+    Hello,
+    Signal,
+    Start,
+    Started,
+    Welcome,
+)
+from host_client.backlog import Backlog
+from host_client.channel import Channel
+from host_client.deadline import Deadline
+from host_client.errors import OutputTooLarge
+from host_client.request import resize_record
+from host_client.steps import Steps
+
+__all__ = ["Exchange", "Output"]
+
+STDIN: Final = 0
+
+
+class Exchange:
+    """One process that this connection started or is attached to. Not thread-safe."""
+
+    def __init__(self, channel: Channel, hello: Hello, args: Start | Attach) -> None:
+        self.channel = channel
+        self.request = args
+        self.welcome: Welcome | None = None
+        self.started: Started | None = None
+        self.exited: Exited | None = None
+        self._early: list[Event] = []  # what came together with the answer; one recv(2) at most
+        self._left = False  # detached
+        op = "start" if isinstance(args, Start) else "attach"
+        channel.queue(hello, Request(op=op, args=args))
+
+    def close(self) -> None:
+        """Drop the connection. A process that this started is killed, unless it is kept."""
+        self.channel.close()
+
+    def fileno(self) -> int:
+        """For select(2). Call `take` when it is readable."""
+        return self.channel.fileno()
+
+    @property
+    def pending(self) -> int:
+        """Bytes of stdin that are queued; write more when it is 0."""
+        return self.channel.pending
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing can be said any more: the process has ended, or we have left."""
+        return self.exited is not None or self._left
+
+    def flush(self) -> None:
+        """Give the kernel what it takes now of what was queued."""
+        self.channel.flush()
+
+    # ── what the process says ────────────────────────────────────────────────────────────────────
+
+    def answer(self, hello: Deadline, start: Deadline) -> Steps[Started]:
+        """Wait until the agent has greeted and then answered, each with a deadline of its own.
+
+        StartError or OperationError where the answer is no.
+        """
+        while self.started is None:
+            deadline = hello if self.welcome is None else start
+            self._early += self.checked((yield from self.channel.step(deadline)))
+        return self.started
+
+    def next_events(self, deadline: Deadline) -> Steps[list[Event]]:
+        """Data, End and, last, Exited; an empty list when only stdin moved. Empty after Exited."""
+        if self._early or self.exited is not None:
+            return self.early()
+        return self.checked((yield from self.channel.step(deadline)))
+
+    def early(self) -> list[Event]:
+        """What came together with the answer and nobody has taken yet."""
+        early, self._early = self._early, []
+        return early
+
+    def checked(self, events: list[Event]) -> list[Event]:
+        """Events of the process; answers are noted and refusals raised."""
+        passed: list[Event] = []
+        for event in events:
+            match event:
+                case Welcome():
+                    self.welcome = event
+                case Failure():
+                    raise operation_error(event.code, event.message, event.fields)
+                case Response(result=Started() as started):
+                    self.started = started
+                case Exited():
+                    self.exited = event
+                    passed.append(event)
+                case Data() | End():
+                    passed.append(event)
+                case _:
+                    raise RemoteProtocolError(f"{type(event).__name__} on a process connection")
+        return passed
+
+    # ── what is said to it; after its end all of this does nothing ───────────────────────────────
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Queue bytes for stdin; call while `pending` is 0 to keep what is queued small."""
+        if self.over:
+            return
+        view = memoryview(data)
+        for start in range(0, len(view), limits.DATA_PAYLOAD):
+            self.channel.queue_data(STDIN, view[start : start + limits.DATA_PAYLOAD])
+
+    def end_input(self) -> None:
+        """No more stdin."""
+        if not self.over:
+            self.channel.queue(End(stream=STDIN))
+
+    def signal(self, number: int, target: str = "group") -> None:
+        """Send a signal to the "process", its "group" or its whole "tree"."""
+        if not self.over:
+            self.channel.queue(Signal(signal=number, target=target))
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Give the terminal a size; its foreground group gets SIGWINCH also for the same one."""
+        resize = resize_record(rows, columns)
+        if not self.over:
+            self.channel.queue(resize)
+
+    def acknowledge(self, *, stdout: int = 0, stderr: int = 0) -> None:
+        """Nothing before these offsets is needed again. Only for who may write."""
+        if not self.over:
+            self.channel.queue(Acknowledge(stdout=stdout, stderr=stderr))
+
+    def detach(self) -> None:
+        """Leave a kept process to itself; the agent closes the connection."""
+        if not self.over:
+            self.channel.queue(Detach())
+            self._left = True
+
+
+class Output:
+    """Collects stdout and stderr in memory, each up to `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._backlogs = {1: Backlog(), 2: Backlog()}
+
+    def add(self, stream: int, data: bytes) -> None:
+        """Keep the bytes. OutputTooLarge where that would be more than the limit."""
+        backlog = self._backlogs[stream]
+        if backlog.size + len(data) > self._limit:
+            name = STREAMS[stream]
+            raise OutputTooLarge(
+                f"the command wrote more than {self._limit} bytes to {name}: raise max_output, or "
+                "send the output to a file",
+                stream=name,
+                limit=self._limit,
+            )
+        backlog.add(data)
+
+    @property
+    def stdout(self) -> bytes:
+        """All of stdout so far."""
+        return self._backlogs[1].everything()
+
+    @property
+    def stderr(self) -> bytes:
+        """All of stderr so far."""
+        return self._backlogs[2].everything()

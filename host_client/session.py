@@ -1,0 +1,394 @@
+"""A process with streams that can be read one by one: bounded buffers between it and its callers.
+
+Shared by every kind of client. Several threads or tasks may use one session at a time, each running
+steps of its own, but only one may be between two waits (a lock, or an event loop, sees to that).
+Each of the two directions of the socket is watched by one of them; the others wait for `version` to
+change, by a `Wait` without a socket.
+"""
+
+import select
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from guest import limits
+from guest.connection import Data, End, Event
+from guest.messages import FEATURES, STREAMS, Attach, Exited, Start
+from host_client.backlog import Backlog
+from host_client.channel import CHECK_EVERY, Broken
+from host_client.deadline import Deadline
+from host_client.errors import ConnectionLost, DeadlineExceeded, OutputStalled
+from host_client.exchange import Exchange, Output
+from host_client.result import Result
+from host_client.steps import Steps, Wait
+
+__all__ = ["MAX_OUTPUT", "MAX_UNREAD", "STDERR", "STDOUT", "Session"]
+
+ENGINE: Final = FEATURES[0]  # agents without it take no acknowledgements
+STDOUT: Final = 1
+STDERR: Final = 2
+MAX_OUTPUT: Final = 256 * 1024 * 1024  # bytes of each output that are held in memory unless told
+MAX_UNREAD: Final = 1024 * 1024  # bytes of each output that wait for their reader, and one recv(2)
+STALLED_AFTER: Final = 2.0  # seconds that a caller waits on an output that only it could read
+SHARED_EVERY: Final = 0.05  # seconds of a wait that hears of only one direction
+RUNS: Final = 1024  # alternations between the outputs whose order is remembered
+LEAVE_WITHIN: Final = 5.0  # seconds to tell the agent that we leave
+
+
+class Session:
+    """What the callers of one process share.
+
+    `caller`: identity of the running thread or task. `acknowledge`: bytes that were handed out are
+    acknowledged when their reader comes back, where this connection may do so.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        *,
+        caller: Callable[[], int],
+        acknowledge: bool = True,
+        max_unread: int = MAX_UNREAD,
+    ) -> None:
+        assert exchange.started is not None
+        self.exchange = exchange
+        self.started = exchange.started
+        self.version = 0  # counts what others may wait for
+        self.kept = isinstance(exchange.request, Attach) or exchange.request.keep is not None
+        writes = isinstance(exchange.request, Start) or exchange.request.write
+        able = exchange.welcome is not None and ENGINE in exchange.welcome.features
+        self._acknowledges = acknowledge and self.kept and writes and able
+        self.offsets = {name: self.started.offsets.get(name, 0) for name in ("stdout", "stderr")}
+        self._acknowledged = dict(self.offsets)
+        self._caller = caller
+        self._max_unread = max_unread
+        self._unread = {STDOUT: Backlog(), STDERR: Backlog()}
+        self._readers: dict[int, int] = {}  # who read an output last
+        self._runs: deque[list[int]] = deque()  # [output, bytes] in the order of their arrival
+        self._full_since = 0.0  # monotonic; 0.0: nothing is full, or something was taken since
+        self._ended: set[int] = set()
+        self._reading = False  # somebody watches for input
+        self._writing = False  # somebody watches for room
+        self._failed: Exception | None = None
+        self._closed = False
+        self._take(exchange.early())
+
+    # ── for callers ──────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def exited(self) -> Exited | None:
+        """The report of its end, as soon as it has arrived."""
+        return self.exchange.exited
+
+    def result(self, stdout: bytes = b"", stderr: bytes = b"") -> Result:
+        """Of a process that has ended."""
+        assert self.exited is not None
+        request = self.exchange.request
+        argv = (request.id,) if isinstance(request, Attach) else command(request)
+        return Result.of(argv, self.exited, stdout, stderr)
+
+    def read(self, stream: int, most: int) -> Steps[bytes]:
+        """1 to `most` bytes as soon as there are any; b"" at the end."""
+        unread = self._unread[stream]
+        while not unread.size and stream not in self._ended:
+            yield from self._turn(stream=stream)
+        return self._hand(stream, unread.take(most)) if unread.size else b""
+
+    def reading(self, stream: int, most: int) -> Steps[bytes]:
+        """`read`, or with -1 all until the end, up to MAX_OUTPUT bytes."""
+        return self.read_all(stream, MAX_OUTPUT) if most < 0 else self.read(stream, most)
+
+    def read_all(self, stream: int, most: int) -> Steps[bytes]:
+        """All until the end. OutputTooLarge beyond `most` bytes."""
+        output = Output(most)
+        while piece := (yield from self.read(stream, most)):
+            output.add(stream, piece)
+        return output.stdout or output.stderr
+
+    def read_line(self, stream: int) -> Steps[bytes]:
+        """A line with its newline; the last one may have none. b"" at the end.
+
+        One that is longer than the buffer comes in pieces.
+        """
+        unread = self._unread[stream]
+        while not (line := unread.take_line()):
+            if stream in self._ended or unread.size >= self._max_unread:
+                line = unread.take_all()
+                break
+            yield from self._turn(stream=stream)
+        return self._hand(stream, line)
+
+    def read_any(self) -> Steps[tuple[str, bytes] | None]:
+        """The next bytes of either output, in the order in which they arrived; None at the end."""
+        while not self._runs:
+            if self.exited is not None:
+                return None
+            yield from self._turn(stream=0)
+        stream, size = self._runs[0]
+        return STREAMS[stream], self._hand(stream, self._unread[stream].take(size))
+
+    def write(self, data: bytes | bytearray | memoryview) -> Steps[None]:
+        """Feed stdin; until the kernel has all of it, or the process has ended."""
+        view = memoryview(data).cast("B")
+        exchange = self.exchange
+        try:
+            while not exchange.over and (view or exchange.pending):
+                if view and not exchange.pending:
+                    exchange.write(view[: limits.DATA_PAYLOAD])
+                    view = view[limits.DATA_PAYLOAD :]
+                    exchange.channel.flush()
+                else:
+                    yield from self._turn()
+        finally:
+            exchange.channel.own_queued()
+
+    def send(self, say: Callable[[Exchange], None]) -> Steps[None]:
+        """Queue something that is short, and give it to the kernel where it takes it now.
+
+        What it does not take goes with the next call; all of them wait for room.
+        """
+        if not self.exchange.over:
+            self._check_usable()
+            say(self.exchange)
+            self.exchange.flush()
+            self.version += 1
+        yield from ()
+
+    def acknowledgement(self, stdout: int | None, stderr: int | None) -> Callable[[Exchange], None]:
+        """To be sent: up to these offsets; None is up to what was handed out."""
+        first = self.offsets["stdout"] if stdout is None else stdout
+        second = self.offsets["stderr"] if stderr is None else stderr
+        return lambda exchange: exchange.acknowledge(stdout=first, stderr=second)
+
+    def wait(self, timeout: float | None) -> Steps[Result]:
+        """Until it has ended. DeadlineExceeded after `timeout` seconds."""
+        deadline = Deadline(timeout)
+        while self.exited is None:
+            if deadline.passed:
+                raise self._late(timeout)
+            yield from self._turn(deadline=deadline)
+        return self.result()
+
+    def poll(self) -> Steps[Result | None]:
+        """What is known without waiting."""
+        if self.exited is None and not self._reading and not self._full():
+            try:
+                self._take(self.exchange.checked(self.exchange.channel.receive()))
+            except Broken as error:
+                raise (yield from self._fail(error)) from error
+        return None if self.exited is None else self.result()
+
+    def communicate(
+        self, stdin: bytes | None, timeout: float | None, max_output: int
+    ) -> Steps[Result]:
+        """Feed all of stdin and end it, collect both outputs, wait for the end: all at once."""
+        deadline, output, exchange = Deadline(timeout), Output(max_output), self.exchange
+        rest = None if stdin is None else memoryview(stdin).cast("B")
+        try:
+            while True:
+                while self._runs:
+                    stream, size = self._runs[0]
+                    output.add(stream, self._hand(stream, self._unread[stream].take(size)))
+                if self.exited is not None:
+                    return self.result(output.stdout, output.stderr)
+                if deadline.passed:
+                    raise self._late(timeout, output.stdout, output.stderr)
+                if rest is not None and not exchange.pending:
+                    rest = _feed(exchange, rest)
+                yield from self._turn(stream=0, deadline=deadline)
+        finally:
+            exchange.channel.own_queued()
+
+    @property
+    def name(self) -> str:
+        """The process in a sentence."""
+        request = self.exchange.request
+        what = request.id if isinstance(request, Attach) else command(request)[0]
+        return f"{what!r:.60} (process {self.started.id})"
+
+    def _late(
+        self, timeout: float | None, stdout: bytes = b"", stderr: bytes = b""
+    ) -> DeadlineExceeded:
+        seconds = timeout or 0.0
+        message = f"{self.name} still runs after {seconds:g} s"
+        return DeadlineExceeded(message, seconds=seconds, stdout=stdout, stderr=stderr)
+
+    def detach(self) -> Steps[None]:
+        """Tell the agent what we have and that we leave, then close."""
+        self._acknowledge()
+        self.exchange.detach()
+        deadline = Deadline(LEAVE_WITHIN)
+        channel = self.exchange.channel
+        channel.flush()
+        while channel.pending and not deadline.passed:
+            yield Wait(channel.sock, select.POLLOUT, deadline.within(CHECK_EVERY))
+            channel.flush()
+        self.close()
+
+    def close(self) -> None:
+        """Drop the connection. Who waits on it is woken with ConnectionLost."""
+        if self._closed:
+            return
+        self._acknowledge()
+        self.exchange.channel.flush()
+        self._closed = True
+        self.version += 1
+        if self._reading or self._writing:
+            self.exchange.channel.wake()
+        self.exchange.close()
+
+    # ── one turn of waiting ──────────────────────────────────────────────────────────────────────
+
+    def _turn(self, *, stream: int | None = None, deadline: Deadline | None = None) -> Steps[None]:
+        """Let something happen: bytes arrive or leave, or another caller changes something.
+
+        `stream`: the output that the caller is here to read, 0 for both. OutputStalled where
+        nothing can happen because the other one is full and it is this caller who reads it.
+        """
+        self._check_usable()
+        if stream is not None:
+            self._note_reader(stream)
+        self._acknowledge()
+        channel = self.exchange.channel
+        channel.flush()
+        full = self._full()
+        if full:
+            self._check_stalled(full)
+        wanted = 0
+        if not (self._reading or full):
+            wanted |= select.POLLIN
+        if channel.pending and not self._writing:
+            wanted |= select.POLLOUT
+        # Who watches one direction does not hear when the other one is free to be watched.
+        seconds = SHARED_EVERY if wanted == select.POLLOUT else CHECK_EVERY
+        if deadline is not None:
+            seconds = deadline.within(seconds)
+        try:
+            ready = (
+                (yield from self._watch(wanted, seconds))
+                if wanted
+                else (yield Wait(None, 0, seconds))
+            )
+            self._check_usable()
+            if ready:
+                self._take(self.exchange.checked(channel.arrived(ready)))
+            else:
+                yield from channel.check_alive()
+        except Broken as error:
+            raise (yield from self._fail(error)) from error
+        except Exception as error:
+            self._failed = error
+            raise
+        if ready & select.POLLOUT:
+            self._full_since = 0.0
+
+    def _watch(self, wanted: int, seconds: float) -> Steps[int]:
+        """Watch the socket in the name of all; poll(2)'s bits."""
+        if reads := bool(wanted & select.POLLIN):
+            self._reading = True
+        if writes := bool(wanted & select.POLLOUT):
+            self._writing = True
+        try:
+            return (yield Wait(self.exchange.channel.sock, wanted, seconds))
+        finally:
+            if reads:
+                self._reading = False
+            if writes:
+                self._writing = False
+            self.version += 1
+
+    def _check_stalled(self, full: int) -> None:
+        """Nothing can be received. Who would have to read is somebody else, or this caller."""
+        now = time.monotonic()
+        self._full_since = self._full_since or now
+        caller = self._caller()
+        if self._readers.get(full, caller) != caller or now - self._full_since < STALLED_AFTER:
+            return
+        name = STREAMS[full]
+        raise OutputStalled(
+            f"{self.name} cannot go on: {self._unread[full].size} bytes of its {name} wait to be "
+            "read. Read both outputs, or use communicate",
+            stream=name,
+        )
+
+    def _take(self, events: list[Event]) -> None:
+        """Put what arrived where its reader finds it."""
+        for event in events:
+            if isinstance(event, Data):
+                self._unread[event.stream].add(event.data)
+                self._note_arrival(event.stream, len(event.data))
+            elif isinstance(event, End):
+                self._ended.add(event.stream)
+
+    def _note_arrival(self, stream: int, size: int) -> None:
+        """Remember the order between the outputs; beyond RUNS, only in which they were before."""
+        for run in reversed(self._runs):
+            if run[0] == stream:
+                run[1] += size
+                return
+            if len(self._runs) < RUNS:
+                break
+        self._runs.append([stream, size])
+
+    def _hand(self, stream: int, data: bytes) -> bytes:
+        """Give bytes to a caller: count them."""
+        self._note_reader(stream)
+        if not data:
+            return data
+        self.offsets[STREAMS[stream]] += len(data)
+        left = len(data)
+        for run in self._runs:
+            if run[0] == stream:
+                taken = min(left, run[1])
+                run[1] -= taken
+                left -= taken
+                if not left:
+                    break
+        while self._runs and not self._runs[0][1]:
+            self._runs.popleft()
+        self._full_since = 0.0
+        self.version += 1
+        return data
+
+    def _note_reader(self, stream: int) -> None:
+        for each in (stream,) if stream else (STDOUT, STDERR):
+            self._readers[each] = self._caller()
+
+    def _full(self) -> int:
+        """An output whose buffer is full, so that nothing is received any more; 0 for none."""
+        for stream, unread in self._unread.items():
+            if unread.size >= self._max_unread:
+                return stream
+        return 0
+
+    def _acknowledge(self) -> None:
+        if self._acknowledges and self.offsets != self._acknowledged and not self._closed:
+            self.exchange.acknowledge(**self.offsets)
+            self._acknowledged = dict(self.offsets)
+
+    def _check_usable(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+        if self._closed:
+            raise ConnectionLost(f"the connection to {self.name} was closed here")
+
+    def _fail(self, error: Broken) -> Steps[Exception]:
+        failed = yield from self.exchange.channel.explained(error)
+        self._failed = failed
+        self.version += 1
+        return failed
+
+
+def _feed(exchange: Exchange, rest: memoryview) -> memoryview | None:
+    """Queue the next piece of stdin; what is left of it, None after its end."""
+    if rest:
+        exchange.write(rest[: limits.DATA_PAYLOAD])
+        return rest[limits.DATA_PAYLOAD :]
+    exchange.end_input()
+    return None
+
+
+def command(start: Start) -> tuple[str, ...]:
+    """What was started, for messages."""
+    return start.argv if start.shell is None else ("/bin/sh", "-c", start.shell)
