@@ -48,6 +48,7 @@ def bootstrap() -> tuple[Agent, socket.socket]:
 async def serve(agent: Agent, listener: socket.socket) -> None:
     """Follow PID 1's messages and answer hosts, both for ever."""
     async with trio.open_nursery() as nursery:
+        agent.nursery = nursery
         nursery.start_soon(supervision.follow, agent)
         agent.ready_ms = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000
         agent.link.send(AgentReady(boot_ms=agent.ready_ms))

@@ -1,108 +1,60 @@
-"""The workload as a process that hosts can attach to, under the id "main".
+"""The workload, which PID 1 started and waits for, as the kept process "main".
 
-PID 1 started it and waits for it; the agent has its pipes. So losing a connection here ends
-nothing: what the workload writes stays in its pipes until another host attaches, one at a time.
+PID 1 hands over its pipes once, and from then on holds what the agent deposits, as for every kept
+process.
 """
 
 import os
+import time
 
 import trio
 
-from agent.channel import Channel, ConnectionLost
-from agent.exchange import Exchange
-from agent.state import Agent, Process
+from agent.adopted import Adopted
+from agent.kept import MAIN_ID, KeptProcess, Notes, new_rings
+from agent.state import Agent
 from guest import limits
-from guest.connection import Event, Response
-from guest.errors import OperationError, RemoteProtocolError
-from guest.messages import Attach, Exited, Started
-from guest.record import Record
-from guest.supervision import MainCollected, MainExited
+from guest.errors import OperationError
+from guest.messages import Keep
+from guest.supervision import MainStarted
 
-__all__ = ["MainProcess", "attach"]
-
-MAIN_ID = "main"
+__all__ = ["find_main", "take_main"]
 
 
-async def attach(agent: Agent, channel: Channel, args: Record, early: list[Event]) -> None:
-    """The operation: hand over streams and status of the workload. Raises OperationError."""
-    assert isinstance(args, Attach)
-    if args.id != MAIN_ID:
-        raise OperationError("no_such_process", f"no process {args.id!r:.100} to attach to")
-    main = await wait_for_main(agent)
-    if main.attached:
-        raise OperationError("too_busy", "another host is attached to the workload")
-    main.attached = True
-    try:
-        channel.queue(Response(result=Started(id=MAIN_ID, pid=main.pid)))
-        await Exchange(channel, main, timeout=None).run(early)
-        await wait_for_close(channel)
-    finally:
-        main.attached = False
-    agent.link.send(MainCollected())
-
-
-async def wait_for_main(agent: Agent) -> "MainProcess":
+async def find_main(agent: Agent) -> KeptProcess:
     """The workload, which PID 1 starts right after the root is in place. OperationError."""
-    await agent.wait_root()
     with trio.move_on_after(limits.MAIN_WAIT):
         await agent.main_started.wait()
-    if not isinstance(agent.main, MainProcess):
+    main = agent.processes.get(MAIN_ID)
+    if not isinstance(main, KeptProcess):
         raise OperationError("no_such_process", "this machine has no workload to attach to")
-    return agent.main
+    return main
 
 
-async def wait_for_close(channel: Channel) -> None:
-    """Until the host has read everything, which it shows by closing; or long enough."""
-    try:
-        with trio.move_on_after(limits.COLLECT_WAIT):
-            while True:
-                await channel.receive()
-    except (ConnectionLost, RemoteProtocolError):
-        pass
-
-
-class MainProcess(Process):
-    """`ended` is called when PID 1 says so; `exit_fd` is an eventfd that turns readable then."""
-
-    def __init__(self, pid: int, descriptors: list[int]) -> None:
-        stdin, stdout, stderr = descriptors
+async def take_main(agent: Agent, message: MainStarted, descriptors: list[int]) -> None:
+    """The message: serve the workload, unless an earlier agent's deposit was. Raises OSError."""
+    if MAIN_ID in agent.processes:
+        for fd in descriptors:
+            os.close(fd)
+    else:
         for fd in descriptors:
             os.set_blocking(fd, False)
-        super().__init__(
+        stdin, stdout, stderr = descriptors
+        child = Adopted(
             MAIN_ID,
-            pid,
-            exit_fd=os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK),
-            stdin=stdin,
-            outputs={1: stdout, 2: stderr},
+            message.pid,
+            exit_descriptor(message.pid),
+            (stdin, {1: stdout, 2: stderr}),
         )
-        self.attached = False
-        self._exited: MainExited | None = None
+        notes = Notes(keep=Keep(), started=time.monotonic())
+        main = KeptProcess(agent, child, notes, new_rings(child, notes))
+        await main.begin()
+    agent.main = agent.processes[MAIN_ID]
+    agent.main_started.set()
 
-    def ended(self, message: MainExited) -> None:
-        """PID 1 has reaped it."""
-        self._exited = message
-        os.eventfd_write(self.exit_fd, 1)
 
-    def signal(self, number: int, target: str) -> bool:
-        """As long as PID 1 has not reaped it, its pid is its own."""
-        if self._exited is not None:
-            return False
-        try:
-            if target == "process":
-                os.kill(self.pid, number)
-            else:
-                os.killpg(self.pid, number)
-        except (ProcessLookupError, PermissionError):
-            return False
-        return True
-
-    def status(self) -> Exited:
-        """How it ended, as PID 1 said."""
-        assert self._exited is not None
-        values = self._exited
-        return Exited(
-            code=values.code,
-            signal=values.signal,
-            core_dumped=values.core_dumped,
-            duration=values.duration,
-        )
+def exit_descriptor(pid: int) -> int:
+    """Readable once it has ended. Raises OSError."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:  # already
+        return os.eventfd(1, os.EFD_CLOEXEC)

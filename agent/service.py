@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from agent import main_process, operations, processes
+from agent import attaching, operations
 from agent.channel import Channel, ConnectionLost
 from agent.state import Agent, log
 from guest import __version__, limits
@@ -34,8 +34,8 @@ OPERATIONS: dict[str, Handler] = {
     "ping": operations.ping,
     "info": operations.info,
     "shutdown": operations.shutdown,
-    "start": processes.start,
-    "attach": main_process.attach,
+    "start": attaching.start,
+    "attach": attaching.attach,
     "processes": operations.processes,
     "wait": operations.wait,
     "signal": operations.signal,

@@ -138,6 +138,7 @@ class Agent:
         self.ready_ms = 0.0
         self.root_ready = trio.Event()
         self.main_started = trio.Event()
+        self.nursery: trio.Nursery | None = None  # for what outlives the connection it came from
         self.main: Process | None = None
         self.accounts = Accounts()
         self.cgroups: Cgroups | None = None
@@ -164,14 +165,25 @@ class Agent:
 
         Raises OperationError cgroup_unavailable for limits that cannot be kept.
         """
-        if not self._looked_for_cgroups:  # only now, as the image's root has to be in place
-            self._looked_for_cgroups = True
-            self.cgroups = open_cgroups()
-        if self.cgroups is not None:
-            return self.cgroups.take(wanted)
+        cgroups = self._own_cgroups()
+        if cgroups is not None:
+            return cgroups.take(wanted)
         if needed_controllers(wanted):
             raise unavailable("the guest has no cgroup v2 that its agent may write to")
         return None
+
+    def adopt_cgroup(self, name: str) -> Leaf | None:
+        """That of a process which an earlier agent started. Raises OSError where it is gone."""
+        cgroups = self._own_cgroups()
+        return None if cgroups is None else cgroups.adopt(name)
+
+    def _own_cgroups(self) -> Cgroups | None:
+        if not self._looked_for_cgroups:  # only now, as the image's root has to be in place
+            self._looked_for_cgroups = True
+            self.cgroups = open_cgroups()
+            if self.cgroups is not None:
+                self.cgroups.shelter()
+        return self.cgroups
 
     async def wait_root(self) -> None:
         """Until processes can be started. Raises OperationError not_ready after ROOT_WAIT."""

@@ -6,24 +6,29 @@ understood, the agent ends: there is nobody left who would reap for it or power 
 
 import os
 import socket
+from collections.abc import Callable, Sequence
 
 import trio
 
-from agent.main_process import MainProcess
+from agent.kept import MAIN_ID, KeptProcess
+from agent.main_process import take_main
+from agent.restoring import restore_deposit
 from agent.state import Agent
 from guest import limits
 from guest.supervision import (
     AGENT_FD,
     MESSAGES,
+    KeptExited,
     MainExited,
     MainStarted,
     Message,
+    Restored,
     RootReady,
 )
 
 __all__ = ["Link", "follow"]
 
-MAXIMUM_DESCRIPTORS = 3  # beside one message
+Packet = tuple[Message, Sequence[int]]  # with the descriptors that go with it
 
 
 class Link:
@@ -31,6 +36,7 @@ class Link:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self._turn = trio.Lock()
 
     @classmethod
     def inherited(cls) -> "Link":
@@ -51,9 +57,15 @@ class Link:
         return self._receive()
 
     def _receive(self) -> tuple[Message | None, list[int]]:
-        data, descriptors, flags, _ = socket.recv_fds(
-            self.sock, limits.SUPERVISION_MESSAGE, MAXIMUM_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
-        )
+        try:
+            data, descriptors, flags, _ = socket.recv_fds(
+                self.sock,
+                limits.SUPERVISION_MESSAGE,
+                limits.SUPERVISION_DESCRIPTORS,
+                socket.MSG_CMSG_CLOEXEC,
+            )
+        except ConnectionResetError:  # closed with something of ours unread
+            return None, []
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise OSError("message from PID 1 is larger than agreed")
         if not data:
@@ -63,24 +75,52 @@ class Link:
         return message, descriptors
 
     def send(self, message: Message) -> None:
-        """Tell PID 1. The queue of the pair holds more than the agent ever has to say."""
+        """Tell PID 1 one of the few short things that the queue of the pair always has room for."""
         self.sock.send(MESSAGES.encode(message))
+
+    async def deliver(self, build: Callable[[], Packet | None]) -> None:
+        """Tell PID 1, in the order of the calls, as soon as it has room.
+
+        `build` is called at that moment, so that its descriptors are open then; None is not sent.
+        Raises OSError, but not where PID 1 is gone: `follow` sees that.
+        """
+        async with self._turn:
+            while True:
+                packet = build()
+                if packet is None:
+                    return
+                message, descriptors = packet
+                try:
+                    socket.send_fds(self.sock, [MESSAGES.encode(message)], descriptors)
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self.sock)
+                except (BrokenPipeError, ConnectionResetError):
+                    return
+                else:
+                    return
 
 
 async def follow(agent: Agent) -> None:
     """Act on PID 1's messages. When it is gone, end the whole agent."""
+    deposits: list[tuple[Restored, list[int]]] = []
     while True:
         message, descriptors = await agent.link.receive()
         match message:
+            case Restored():
+                deposits.append((message, descriptors))
             case RootReady():
                 enter_root(descriptors[0])
+                for deposit, held in deposits:  # only now: their cgroups are in the root's view
+                    await restore_deposit(agent, deposit, held)
+                deposits.clear()
                 agent.root_ready.set()
             case MainStarted():
-                agent.main = MainProcess(message.pid, descriptors)
-                agent.main_started.set()
-            case MainExited():
-                if isinstance(agent.main, MainProcess):
-                    agent.main.ended(message)
+                await take_main(agent, message, descriptors)
+            case MainExited() | KeptExited():
+                process_id = message.id if isinstance(message, KeptExited) else MAIN_ID
+                process = agent.processes.get(process_id)
+                if isinstance(process, KeptProcess):
+                    process.reaped(message)
             case _:
                 agent.kill_everything()
                 os._exit(0)

@@ -7,6 +7,7 @@ know is told anew after each start, so that an agent that died costs its connect
 import _socket
 import fcntl
 import os
+import resource
 import time
 
 from guest import limits, supervision
@@ -17,41 +18,56 @@ from guest.supervision import (
     AGENT_FD,
     AgentReady,
     Configure,
+    Deposit,
+    KeptExited,
     MainExited,
     MainStarted,
     RootReady,
+    Withdraw,
 )
+from init_shim import deposits
+from init_shim.deposits import Deposits
 from init_shim.failure import Failure, call
 from init_shim.reporter import say
 from init_shim.workload import RunningWorkload
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
+    from resource import struct_rusage
+
     from guest.record import Record
 
 __all__ = ["AgentProcess"]
 
 NAME = "agent"  # argv[0]: how the program knows what it is to be
+FD_SIZE = 4  # bytes of a descriptor's number beside a message
+UNSAID = 2 * limits.KEPT_PROCESSES  # messages that wait for the agent to read
 HIGH_FD = 10  # the program's descriptor must not be where the child's socket goes
 
 
 class AgentProcess:
     """`pid` is 0 while none runs. `ready` says whether the running one serves.
 
+    Whoever reaps it sets `reaped` at once, and calls `ended` after its last messages were received.
+
     `root` and `workload` are what a later start has to be told about too.
     """
 
     def __init__(self, config: BootConfig, listener: _socket.socket) -> None:
         self.pid = 0
+        self.reaped = False  # its pid is nobody's, or another's
         self.ready = False
         self.starts = 0
         self.crashes = 0
         self.restart_at: float | None = None  # time.monotonic()
         self.root_fd = -1
+        self.deposits = Deposits()
         self.workload: RunningWorkload | None = None
         self._config = config
         self._listener = listener
         self._pair: _socket.socket | None = None
+        # What the pair had no room for: a message with its descriptors, or the id of a deposit.
+        self._unsaid: list[tuple[Record, list[int]] | str] = []
         with call("open", "/proc/self/exe"):
             program = os.open("/proc/self/exe", os.O_RDONLY | os.O_CLOEXEC)
             self._program = fcntl.fcntl(program, fcntl.F_DUPFD_CLOEXEC, HIGH_FD)
@@ -71,6 +87,7 @@ class AgentProcess:
             become_agent(self._program, theirs.fileno())
         theirs.close()
         self.pid, self._pair = pid, ours
+        self.reaped = False
         self.ready = False
         self.restart_at = None
         self.starts += 1
@@ -118,35 +135,67 @@ class AgentProcess:
             versions=versions(),
         )
         self._send(configure, [self._listener.fileno()])
+        self._unsaid += self.deposits.ids()
+        self.say_more()
         if self.root_fd >= 0:
             self._send(RootReady(), [self.root_fd])
         if self.workload is not None:
             self._tell_workload()
             self.main_exited()
 
+    def kept_reaped(self, pid: int, status: int, usage: "struct_rusage") -> None:
+        """PID 1 has reaped this child; tell the agent where it is a deposited one."""
+        message = self.deposits.reaped(pid, status, usage)
+        if message is not None:
+            self._send(message)
+
     def _tell_workload(self) -> None:
         assert self.workload is not None
-        stdin = self.workload.take_stdin()
+        stdin = self.workload.stdin
+        if stdin < 0:  # it is with the agent's deposit, or at its end
+            stdin = self.workload.stdout
         fds = [stdin, self.workload.stdout, self.workload.stderr]
         self._send(MainStarted(pid=self.workload.pid), fds)
-        os.close(stdin)
 
     def _send(self, message: "Record", fds: list[int] | None = None) -> None:
-        """One packet, at once or not at all: an agent that reads nothing is as good as dead."""
-        if self._pair is None:
-            return
+        """Behind what is not said yet. An agent that reads nothing is as good as dead."""
+        if len(self._unsaid) > UNSAID:
+            self._give_up("reads nothing")
+        if self._pair is not None:
+            self._unsaid.append((message, fds or []))
+            self.say_more()
+
+    @property
+    def has_more_to_say(self) -> bool:
+        """Whether to call `say_more` once the agent takes something."""
+        return bool(self._unsaid)
+
+    def say_more(self) -> None:
+        """As much as the pair has room for."""
+        while self._unsaid and self._pair is not None:
+            first = self._unsaid[0]
+            packet = self.deposits.restored(first) if isinstance(first, str) else first
+            if packet is not None and not self._say(self._pair, *packet):
+                return
+            self._unsaid = self._unsaid[1:]
+
+    def _say(self, pair: _socket.socket, message: "Record", fds: list[int]) -> bool:
+        """One packet; False where there is no room for it."""
         data = supervision.MESSAGES.encode(message)
         if len(data) > limits.SUPERVISION_MESSAGE:
             raise Failure(
                 f"{type(message).__name__} for the agent has {len(data)} bytes, at most"
                 f" {limits.SUPERVISION_MESSAGE} fit; make the image's environment smaller"
             )
-        packed = b"".join(fd.to_bytes(4, "little") for fd in fds or ())
+        packed = b"".join(fd.to_bytes(4, "little") for fd in fds)
         rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, packed)] if packed else []
         try:
-            self._pair.sendmsg([data], rights, _socket.MSG_NOSIGNAL)
+            pair.sendmsg([data], rights, _socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
         except OSError as error:
             self._give_up(f"takes no {type(message).__name__}: {error}")
+        return True
 
     # ── what it says ─────────────────────────────────────────────────────────────────────────────
 
@@ -159,40 +208,59 @@ class AgentProcess:
         if self._pair is None:
             return None
         try:
-            data = self._pair.recv(limits.SUPERVISION_MESSAGE + 1)
+            data, fds = receive_packet(self._pair)
         except BlockingIOError:
             return None
+        except ConnectionResetError:  # once, where it died with messages unread; its own are there
+            return self.receive()
         except OSError as error:
             self._give_up(f"cannot be heard: {error}")
             return None
         if not data:
+            deposits.close_all(fds)
             self._close()  # its exit follows, or it goes on without us until it exits
             return None
         try:
             message = supervision.MESSAGES.decode(data)
         except RecordError as error:
+            deposits.close_all(fds)
             self._give_up(f"sent nonsense: {error}")
             return None
+        if isinstance(message, Deposit):
+            taken = self.deposits.take(message, fds)
+            if taken and self.workload is not None and message.pid == self.workload.pid:
+                self.workload.close_stdin()
+            return message
+        deposits.close_all(fds)
+        self._note(message)
+        return message
+
+    def _note(self, message: "Record") -> None:
         if isinstance(message, AgentReady):
             self.ready = True
-        return message
+        elif isinstance(message, Withdraw):
+            self.deposits.withdraw(message.id)
+        elif isinstance(message, KeptExited):
+            self.deposits.note_exit(message)
 
     def _give_up(self, why: str) -> None:
         say(f"agent {self.pid} {why}")
         self._close()
-        if self.pid:
+        if self.pid and not self.reaped:
             os.kill(self.pid, 9)
 
     def _close(self) -> None:
         if self._pair is not None:
             self._pair.close()
             self._pair = None
+            self._unsaid = []
 
 
 def become_agent(program: int, pair: int) -> None:
     """In the child: a session of its own, the pair as AGENT_FD, no environment. Never returns."""
     try:
         os.setsid()
+        resource.setrlimit(*given_limit())
         os.dup2(pair, AGENT_FD)
         os.set_inheritable(AGENT_FD, True)
         os.execve(program, [NAME], {})  # noqa: S606
@@ -200,6 +268,26 @@ def become_agent(program: int, pair: int) -> None:
         say(f"cannot start the agent: {error}")
     finally:
         os._exit(127)
+
+
+def given_limit() -> tuple[int, tuple[int, int]]:
+    """For setrlimit(2): the limit on descriptors that PID 1 was given."""
+    number, soft, hard = deposits.given_descriptor_limit()
+    return number, (soft, hard)
+
+
+def receive_packet(pair: _socket.socket) -> tuple[bytes, list[int]]:
+    """One packet and its descriptors, close-on-exec; those without room are not there. OSError."""
+    size = limits.SUPERVISION_DESCRIPTORS * FD_SIZE
+    data, rights, _, _ = pair.recvmsg(
+        limits.SUPERVISION_MESSAGE + 1, _socket.CMSG_SPACE(size), _socket.MSG_CMSG_CLOEXEC
+    )
+    fds: list[int] = []
+    for level, kind, packed in rights:
+        if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
+            for at in range(0, len(packed) - FD_SIZE + 1, FD_SIZE):
+                fds.append(int.from_bytes(packed[at : at + FD_SIZE], "little"))
+    return data, fds
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from guest import bootconfig, limits
 from guest.bootconfig import BootConfig
 from guest.errors import BootConfigError
 from guest.report import BootFailed, Ready, WorkloadFailed, WorkloadStarted
-from init_shim import modules, mounts, network, power, root
+from init_shim import deposits, modules, mounts, network, power, root
 from init_shim.agent_process import AgentProcess
 from init_shim.failure import Failure, call
 from init_shim.listener import open_listener
@@ -72,6 +72,7 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
         own_session()
         mounts.mount_api()
         power.keyboard_as_signal()
+        deposits.make_room()
         protect_from_oom()
     with step("config"):
         config = take_config()

@@ -56,15 +56,16 @@ class Signals:
         """The boot is over, well or badly."""
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def wait(self, fd: int, timeout: float | None) -> bool:
+    def wait(self, fd: int, timeout: float | None, *, write: bool = False) -> bool:
         """Wait for a signal, for `fd` (-1: none) to be readable, or for `timeout` seconds.
 
-        Returns whether `fd` is readable or closed by its peer.
+        `write`: also for `fd` to take something. Returns whether `fd` is ready or closed by its
+        peer.
         """
         poll = select.poll()
         poll.register(self._reader, select.POLLIN)
         if fd >= 0:
-            poll.register(fd, select.POLLIN)
+            poll.register(fd, select.POLLIN | (select.POLLOUT if write else 0))
         milliseconds = None if timeout is None else max(0, int(timeout * 1000) + 1)
         ready = {number for number, _ in poll.poll(milliseconds)}
         if self._reader in ready:

@@ -6,6 +6,7 @@ are known by pid, everything else that ends is an orphan and needs no more than 
 
 import os
 import time
+from resource import struct_rusage
 
 from guest import limits
 from guest.report import AgentExited, WorkloadExited
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Supervisor"]
 
 REAPED_AT_ONCE = 1024  # children per turn, so that a flood of orphans cannot starve the rest
-MESSAGES_AT_ONCE = 64
+MESSAGES_AT_ONCE = 512  # more than the pair's queue holds, but not without an end
 
 
 class Supervisor:
@@ -61,15 +62,20 @@ class Supervisor:
         return True
 
     def _turn(self, deadline: float | None) -> None:
-        readable = self._signals.wait(self._agent.fileno(), self._patience(deadline))
+        ready = self._signals.wait(
+            self._agent.fileno(), self._patience(deadline), write=self._agent.has_more_to_say
+        )
         if self._signals.stop_requested:
             self._end("shutdown")
-        if readable:
-            self._hear_agent()
+        if ready:
+            self._agent.say_more()
         ended = reap()
+        self._agent.reaped |= any(pid == self._agent.pid for pid, _, _ in ended)
+        if ready or ended:  # a child of the agent is only ours when the agent has said its last
+            self._hear_agent()
         self._more_to_reap = len(ended) == REAPED_AT_ONCE
-        for pid, status in ended:
-            self._ended(pid, status)
+        for pid, status, usage in ended:
+            self._ended(pid, status, usage)
         now = time.monotonic()
         if self._agent.restart_at is not None and now >= self._agent.restart_at:
             self._agent.start()
@@ -96,7 +102,7 @@ class Supervisor:
             elif isinstance(message, MainCollected) and self._collect_until is not None:
                 self._end("done")
 
-    def _ended(self, pid: int, status: int) -> None:
+    def _ended(self, pid: int, status: int, usage: struct_rusage) -> None:
         if pid == self._agent.pid:
             fields = self._agent.ended(status)
             delay = None
@@ -112,20 +118,22 @@ class Supervisor:
                 self._collect_until = time.monotonic() + limits.OUTPUT_GRACE
             else:
                 self._end("done")
+        else:
+            self._agent.kept_reaped(pid, status, usage)
 
     def _end(self, status: str) -> None:
         self.status = self.status or status
 
 
-def reap(most: int = REAPED_AT_ONCE) -> list[tuple[int, int]]:
-    """(pid, wait status) of children that ended, at most `most`."""
-    ended: list[tuple[int, int]] = []
+def reap(most: int = REAPED_AT_ONCE) -> list[tuple[int, int, struct_rusage]]:
+    """(pid, wait status, usage) of children that ended, at most `most`."""
+    ended: list[tuple[int, int, struct_rusage]] = []
     while len(ended) < most:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
             break
         if pid == 0:
             break
-        ended.append((pid, status))
+        ended.append((pid, status, usage))
     return ended

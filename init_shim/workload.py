@@ -13,6 +13,7 @@ from guest import limits, process, users
 from guest.bootconfig import ImageDefaults, Workload
 from guest.errors import OperationError
 from guest.status import exit_fields
+from init_shim import deposits
 from init_shim.failure import call
 
 __all__ = ["RunningWorkload", "WorkloadNotStarted", "start_workload"]
@@ -34,20 +35,18 @@ class RunningWorkload:
 
     def __init__(self, pid: int, stdin: int, stdout: int, stderr: int) -> None:
         self.pid = pid
+        self.stdin = stdin  # the writing end, until the agent has made its deposit
         self.stdout = stdout  # reading ends; -1 where it has the console
         self.stderr = stderr
         self.exit: dict[str, int | bool] | None = None
         self.duration = 0.0  # seconds
-        self._stdin = stdin
         self._started = time.monotonic()
 
-    def take_stdin(self) -> int:
-        """The writing end of its stdin, given away once; later one that only says EPIPE."""
-        stdin, self._stdin = self._stdin, -1
-        if stdin < 0:
-            reader, stdin = os.pipe2(os.O_CLOEXEC)
-            os.close(reader)
-        return stdin
+    def close_stdin(self) -> None:
+        """Give up the writing end: somebody else answers for it, or for its end."""
+        if self.stdin >= 0:
+            os.close(self.stdin)
+            self.stdin = -1
 
     def ended(self, status: int) -> dict[str, int | bool]:
         """It was reaped with this wait status. Returns the fields of its ExitStatus."""
@@ -127,6 +126,7 @@ def spawn(plan: process.Plan, fds: tuple[int, int, int]) -> int:
             uid=identity.uid,
             gid=identity.gid,
             groups=identity.groups,
+            rlimits=(deposits.given_descriptor_limit(),),
         )
     except _guestsys.SpawnError as error:
         code, message, _ = process.start_failure(

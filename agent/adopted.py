@@ -1,0 +1,69 @@
+"""Processes that PID 1 waits for: the workload, and what an earlier agent had started.
+
+PID 1 reaps them and says how they ended. Until it has said so, their ids cannot be others'.
+"""
+
+import os
+import time
+
+import trio
+
+from agent.cgroups import Leaf
+from agent.processes import Channels, ChildProcess
+from agent.tree import MARKER
+from guest.messages import Exited
+from guest.supervision import KeptStatus, MainExited
+
+__all__ = ["Adopted"]
+
+UNMARKED = MARKER + b"none"  # what no process has in its environment
+
+
+class Adopted(ChildProcess):
+    """`reaped` is set once PID 1 has said how it ended."""
+
+    def __init__(
+        self,
+        process_id: str,
+        pid: int,
+        pidfd: int,
+        streams: Channels,
+        *,
+        leaf: Leaf | None = None,
+        mark: bytes = b"",
+        started: float = 0.0,
+    ) -> None:
+        super().__init__(process_id, pid, pidfd, streams, leaf=leaf, mark=mark or UNMARKED)
+        self.started = started
+        self.reaped = trio.Event()
+        self._status: Exited | None = None
+
+    def ended(self, message: KeptStatus | MainExited) -> None:
+        """PID 1's word."""
+        self._reaped = True
+        status = Exited(code=message.code, signal=message.signal, core_dumped=message.core_dumped)
+        if isinstance(message, MainExited):
+            self._status = status.replace(duration=message.duration)
+        else:
+            ago = time.clock_gettime(time.CLOCK_BOOTTIME) - message.ended_ms / 1000
+            self._status = status.replace(
+                duration=max(0.0, time.monotonic() - max(0.0, ago) - self.started),
+                user_seconds=message.user_seconds,
+                system_seconds=message.system_seconds,
+                max_rss_kib=message.max_rss_kib,
+            )
+        self.reaped.set()
+
+    def status(self) -> Exited:
+        """See `Process.status`; only once `reaped` is set."""
+        assert self._status is not None
+        if self.leaf is not None:
+            self._status = self._status.replace(oom_killed=self.leaf.oom_killed())
+            self.leaf.give_back()
+            self.leaf = None
+        return self._status
+
+    async def end(self) -> None:
+        """Close its descriptors; it is not ours to wait for."""
+        self.close_streams()
+        os.close(self.exit_fd)

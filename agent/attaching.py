@@ -1,0 +1,288 @@
+"""Hosts at a kept process: the operations `start` with `keep` and `attach`, and what follows.
+
+Each host gets the output out of the rings, from its own offset, at its own speed. One of them may
+write. Losing a connection ends nothing here.
+"""
+
+import select
+
+import trio
+
+from agent import processes
+from agent.channel import BUFFER, Channel, ConnectionLost
+from agent.kept import MAIN_ID, KeptProcess, check_room, keep
+from agent.main_process import find_main
+from agent.state import Agent
+from guest import limits
+from guest.connection import Data, End, Event, Response
+from guest.errors import OperationError, RemoteProtocolError
+from guest.messages import (
+    STREAMS,
+    Acknowledge,
+    Attach,
+    Detach,
+    Failure,
+    Resize,
+    Signal,
+    Start,
+    Started,
+)
+from guest.record import Record
+from guest.supervision import MainCollected
+
+__all__ = ["Attachment", "attach", "start"]
+
+IN = select.EPOLLIN
+OUT = select.EPOLLOUT
+CLOSED = select.EPOLLRDHUP
+OUTPUTS = (1, 2)
+# All of a frame is sent before anything else may be, and the part that the socket did not take is
+# held here, for each host that does not read: so frames are short, and several go at a time.
+FRAME = 16 * 1024
+ROUNDS = 16  # of sending before other connections get their turn
+
+
+async def start(agent: Agent, channel: Channel, args: Record, early: list[Event]) -> None:
+    """The operation. Raises OperationError."""
+    assert isinstance(args, Start)
+    if args.keep is None:
+        await processes.start(agent, channel, args, early)
+        return
+    await agent.wait_root()
+    check_room(agent)
+    process = await keep(agent, await processes.begin(agent, args), args)
+    attachment = Attachment(channel, process, dict.fromkeys(OUTPUTS, 0), write=True)
+    channel.queue(Response(result=Started(id=process.id, pid=process.pid)))
+    await attachment.run(early)
+
+
+async def attach(agent: Agent, channel: Channel, args: Record, early: list[Event]) -> None:
+    """The operation. Raises OperationError."""
+    assert isinstance(args, Attach)
+    await agent.wait_root()
+    process = await find_main(agent) if args.id == MAIN_ID else agent.find(args.id)
+    if not isinstance(process, KeptProcess):
+        raise OperationError("no_such_process", f"process {args.id} is not kept")
+    if args.write and process.writer is not None:
+        raise OperationError("stdin_taken", f"another connection may write to {process.id}")
+    offsets, dropped = starting_points(process, args.offsets or {})
+    attachment = Attachment(channel, process, offsets, write=args.write)
+    channel.queue(
+        Response(
+            result=Started(
+                id=process.id,
+                pid=process.pid,
+                offsets={STREAMS[stream]: offset for stream, offset in offsets.items() if offset},
+                dropped=dropped,
+            )
+        )
+    )
+    if await attachment.run(early) and args.write and process.id == MAIN_ID:
+        await wait_for_close(channel)
+        agent.link.send(MainCollected())
+
+
+def starting_points(
+    process: KeptProcess, wanted: dict[str, int]
+) -> tuple[dict[int, int], dict[str, int]]:
+    """By stream the first offset to send; by name the bytes asked for that are gone.
+
+    Raises OperationError.
+    """
+    offsets = dict.fromkeys(OUTPUTS, 0)
+    dropped = {}
+    for stream, ring in process.rings.items():
+        name = STREAMS[stream]
+        offset = wanted.get(name, ring.oldest)
+        if offset > ring.written:
+            raise OperationError(
+                "bad_request", f"offsets.{name}: {offset} is beyond its {ring.written} bytes"
+            )
+        offsets[stream] = ring.written if offset < 0 else max(offset, ring.oldest)
+        if 0 <= offset < ring.oldest:
+            dropped[name] = ring.oldest - offset
+    return offsets, dropped
+
+
+async def wait_for_close(channel: Channel) -> None:
+    """Until the host has read everything, which it shows by closing; or long enough."""
+    try:
+        with trio.move_on_after(limits.COLLECT_WAIT):
+            while True:
+                await channel.receive()
+    except (ConnectionLost, RemoteProtocolError):
+        pass
+
+
+class Attachment:
+    """One host at a process, from its making on. `run` once.
+
+    The process's task calls `push` and `watch`, which therefore raise nothing.
+    """
+
+    def __init__(
+        self, channel: Channel, process: KeptProcess, offsets: dict[int, int], *, write: bool
+    ) -> None:
+        self.offsets = offsets  # by stream: of the first byte that is not queued
+        self._channel = channel
+        self._process = process
+        self._write = write
+        self._explicit = False  # the host acknowledges; until then what was sent counts
+        self._ended: set[int] = set()  # streams whose END is queued
+        self._epoll = select.epoll(1)
+        self._mask = 0
+        self._behind = True  # there is something to send
+        self._scope = trio.CancelScope()
+        self._refusal: OperationError | None = None
+        self._lost: Exception | None = None
+        self._detached = False
+        process.enter(self, write=write)
+
+    async def run(self, early: list[Event]) -> bool:
+        """Until `exited` is written, which is True, or the host detached.
+
+        Raises OperationError, ConnectionLost and RemoteProtocolError; the process lives on.
+        """
+        try:
+            self._take(early)
+            self.push()
+            with self._scope:
+                while not self._leaving():
+                    await trio.lowlevel.wait_readable(self._epoll)
+                    self._work()
+        finally:
+            self._process.leave(self)
+            self._epoll.close()
+        if self._lost is not None:
+            raise self._lost
+        if self._detached:
+            return False
+        if self._refusal is not None:
+            error = self._refusal
+            self._channel.queue(Failure(code=error.code, message=error.message))
+        else:
+            assert self._process.exited is not None
+            self._channel.queue(self._process.exited)
+        await self._channel.flush()
+        return self._refusal is None
+
+    def _leaving(self) -> bool:
+        if self._detached or self._refusal is not None or self._lost is not None:
+            return True
+        return self._process.exited is not None and not self._behind and len(self._ended) == 2
+
+    # ── from the process ─────────────────────────────────────────────────────────────────────────
+
+    def push(self) -> None:
+        """Send what is new, as far as the socket takes it."""
+        try:
+            for _ in range(ROUNDS):
+                if not self._channel.flush_now():
+                    self._behind = True
+                    break
+                self._acknowledge_sent()
+                if not self._send_some():
+                    break
+        except ConnectionLost as error:
+            self._lost = error
+        self.watch()
+        if self._leaving():
+            self._scope.cancel()
+
+    def fall_behind(self) -> None:
+        """Bytes that were to be sent are gone."""
+        self.refuse("fell_behind", "output was dropped before it was sent; attach again")
+
+    def refuse(self, code: str, message: str) -> None:
+        """End it, with an error as its last frame."""
+        self._refusal = self._refusal or OperationError(code, message)
+        self._scope.cancel()
+
+    def _send_some(self) -> bool:
+        """Whether there was something to send, which may be held by the channel in part."""
+        self._behind = False
+        for stream in OUTPUTS:
+            ring = self._process.rings.get(stream)
+            if ring is not None and self.offsets[stream] < ring.written:
+                self._behind = True
+                self._send_output(stream, ring.read(self.offsets[stream], BUFFER))
+                return True
+            if stream not in self._ended and stream not in self._process.outputs:
+                self._ended.add(stream)
+                self._channel.queue(End(stream=stream))
+                self._behind = True
+                return True
+        return False
+
+    def _send_output(self, stream: int, count: int) -> None:
+        """`count` bytes of BUFFER as frames, whole ones undone that the socket does not take."""
+        pieces: list[bytes | memoryview] = []
+        for begin in range(0, count, FRAME):
+            end = min(begin + FRAME, count)
+            pieces.append(self._channel.connection.send_data_header(stream, end - begin))
+            pieces.append(BUFFER[begin:end])
+        try:
+            sent = self._channel.sock.sendmsg(pieces)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            raise ConnectionLost from None
+        for header, payload in zip(pieces[0::2], pieces[1::2], strict=True):
+            size = len(header) + len(payload)
+            if sent < size:
+                if sent:
+                    self._channel.outgoing.append(b"".join((header, payload))[sent:])
+                    self.offsets[stream] += len(payload)
+                return
+            sent -= size
+            self.offsets[stream] += len(payload)
+
+    def _acknowledge_sent(self) -> None:
+        if self._write and not self._explicit:
+            for stream in self._process.rings:
+                self._process.acknowledge(stream, self.offsets[stream])
+
+    # ── from the host ────────────────────────────────────────────────────────────────────────────
+
+    def watch(self) -> None:
+        """Wait for what can happen next: room in the socket, and input while there is room."""
+        mask = CLOSED | (OUT if self._behind else 0) | (IN if self._process.input_room else 0)
+        if self._mask == 0:
+            self._epoll.register(self._channel.sock, mask)
+        elif mask != self._mask:
+            self._epoll.modify(self._channel.sock, mask)
+        self._mask = mask
+
+    def _work(self) -> None:
+        for _, ready in self._epoll.poll(0, 1):
+            if ready & IN and self._process.input_room:
+                self._take(self._channel.receive_now(self._process.input_room) or [])
+            elif ready & ~OUT:
+                raise ConnectionLost
+        self.push()
+
+    def _take(self, events: list[Event]) -> None:
+        """What the host sent: input, its end, controls."""
+        process = self._process
+        for event in events:
+            match event:
+                case Data():
+                    process.feed(event.data)
+                case End():
+                    process.end_input()
+                case Signal():
+                    process.signal(event.signal, event.target)
+                case Resize():
+                    process.resize(event.rows, event.columns)
+                case Acknowledge():
+                    self._acknowledge(event)
+                case Detach():
+                    self._detached = True
+                case _:
+                    raise AssertionError(f"{event!r} must have been refused")
+
+    def _acknowledge(self, event: Acknowledge) -> None:
+        self._explicit = True
+        for stream, offset in ((1, event.stdout), (2, event.stderr)):
+            if stream in self._process.rings and offset <= self.offsets[stream]:
+                self._process.acknowledge(stream, offset)

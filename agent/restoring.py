@@ -1,0 +1,71 @@
+"""What an earlier agent had deposited with PID 1 becomes a kept process of this one."""
+
+import os
+
+from agent.adopted import Adopted
+from agent.cgroups import Leaf
+from agent.kept import KeptProcess, Notes
+from agent.ring import OPEN, Ring
+from agent.state import Agent, log
+from guest.messages import STREAMS
+from guest.record import RecordError
+from guest.supervision import Restored
+
+__all__ = ["restore_deposit"]
+
+
+async def restore_deposit(agent: Agent, message: Restored, descriptors: list[int]) -> None:
+    """Go on with one. Raises nothing: what cannot be understood is closed, and that is said."""
+    left = set(descriptors)  # what nobody has taken yet
+    try:
+        process = build(agent, message, descriptors, left)
+    except (OSError, RecordError, KeyError, ValueError) as error:
+        log(f"process {message.id} is not kept any more: {type(error).__name__}: {error}")
+    else:
+        await process.begin()
+    for fd in left:
+        os.close(fd)
+
+
+def build(agent: Agent, message: Restored, descriptors: list[int], left: set[int]) -> KeptProcess:
+    """From `descriptors`; `left` loses what is taken. Raises OSError, RecordError, KeyError."""
+    notes = Notes.from_json(message.meta)
+    pidfd, *others = descriptors
+    held = dict(zip(message.names, others, strict=True))
+    rings = {
+        stream: Ring.restore(held[f"{name}-ring"], drops=notes.keep.on_full == "drop")
+        for stream, name in STREAMS.items()
+        if f"{name}-ring" in held
+    }
+    # An output whose end was noted in its ring is over, even if PID 1 was not told any more.
+    outputs = {
+        stream: held[STREAMS[stream]]
+        for stream, ring in rings.items()
+        if ring.state == OPEN and STREAMS[stream] in held
+    }
+    stage = (held["stage-out"], held["stage-in"]) if "stage-out" in held else None
+    child = Adopted(
+        message.id,
+        message.pid,
+        pidfd,
+        (held.get("stdin", -1), outputs),
+        leaf=adopted_leaf(agent, notes.leaf),
+        mark=os.fsencode(notes.mark),
+        started=notes.started,
+    )
+    child.tty = notes.tty
+    if message.exited is not None:
+        child.ended(message.exited)
+    left -= {pidfd, child.stdin, *outputs.values(), *(stage or ())}
+    left -= {ring.fd for ring in rings.values()}
+    return KeptProcess(agent, child, notes, rings, stage)
+
+
+def adopted_leaf(agent: Agent, name: str) -> Leaf | None:
+    """The cgroup that the process is in, where it still is."""
+    if not name:
+        return None
+    try:
+        return agent.adopt_cgroup(name)
+    except OSError:
+        return None
