@@ -189,10 +189,6 @@ class Attachment:
         if self._leaving():
             self._scope.cancel()
 
-    def fall_behind(self) -> None:
-        """Bytes that were to be sent are gone."""
-        self.refuse("fell_behind", "output was dropped before it was sent; attach again")
-
     def refuse(self, code: str, message: str) -> None:
         """End it, with an error as its last frame."""
         self._refusal = self._refusal or OperationError(code, message)
@@ -203,6 +199,9 @@ class Attachment:
         self._behind = False
         for stream in OUTPUTS:
             ring = self._process.rings.get(stream)
+            if ring is not None and self.offsets[stream] < ring.oldest:
+                self.refuse("fell_behind", "output went before it was sent here; attach again")
+                return False
             if ring is not None and self.offsets[stream] < ring.written:
                 self._behind = True
                 self._send_output(stream, ring.read(self.offsets[stream], BUFFER))
