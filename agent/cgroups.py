@@ -7,8 +7,9 @@ again once they are empty. Where the hierarchy is not there or not as expected, 
 it, and `agent.tree` looks after their trees.
 
     …/microguest/SOME-NAME/      of one agent, locked while that agent lives
-        agent/                   the agent itself, which its processes' memory use may not push out
-        1/ 2/ 3/ …               the leaves
+        agent/                   the agent itself
+        processes/               with less memory than there is, so that the agent never waits for
+            1/ 2/ 3/ …           the kernel to find some; in it the leaves
 """
 
 import errno
@@ -33,11 +34,14 @@ CLOSE_WAIT = 0.1  # seconds, for what was killed to be gone
 LINGERING_LOOKS = 8  # leaves that are looked at again for each one that is taken
 
 
-def open_cgroups() -> "Cgroups | None":
-    """A directory of the agent's own in the first hierarchy that it may write to, if any."""
+def open_cgroups(memory: int | None = None) -> "Cgroups | None":
+    """A directory of the agent's own in the first hierarchy that it may write to, if any.
+
+    `memory`: bytes that all processes may use together, None for as many as there are.
+    """
     for mount in MOUNTS:
         try:
-            return Cgroups(mount)
+            return Cgroups(mount, memory)
         except OSError:
             continue
     return None
@@ -179,7 +183,7 @@ class Cgroups:
     `controllers`: those of WANTED that its leaves have.
     """
 
-    def __init__(self, mount: str) -> None:
+    def __init__(self, mount: str, memory: int | None) -> None:
         if not os.path.isfile(f"{mount}/cgroup.controllers"):  # of version 2 only
             raise FileNotFoundError(errno.ENOENT, "no cgroup v2", mount)
         self.mount = mount
@@ -190,9 +194,14 @@ class Cgroups:
         os.mkdir(self.path, 0o755)
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._leaves = f"{self.path}/processes"
         for folder in (mount, parent, self.path):
             enable_controllers(folder)
-        self.controllers = frozenset(read_words(f"{self.path}/cgroup.subtree_control"))
+        os.mkdir(self._leaves, 0o755)
+        enable_controllers(self._leaves)
+        if memory is not None:
+            write_if_possible(f"{self._leaves}/memory.max", str(memory))
+        self.controllers = frozenset(read_words(f"{self._leaves}/cgroup.subtree_control"))
         self._count = 0
         self._idle: list[str] = []  # names of empty leaves without limits
         self._lingering: list[str] = []  # names of leaves with processes that outlived their own
@@ -261,7 +270,7 @@ class Cgroups:
 
     def _make(self, *, limited: bool) -> Leaf:
         self._count += 1
-        path = f"{self.path}/{self._count}"
+        path = f"{self._leaves}/{self._count}"
         os.mkdir(path, 0o755)
         return Leaf(self, os.path.relpath(path, self.mount), limited=limited)
 

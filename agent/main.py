@@ -34,7 +34,6 @@ def run() -> None:
 
 def bootstrap() -> tuple[Agent, socket.socket]:
     """Take the configuration and the listener from PID 1."""
-    name_process()
     link = supervision.Link.inherited()
     configure, descriptors = link.receive_first()
     if not isinstance(configure, Configure) or len(descriptors) != 1:
@@ -53,15 +52,6 @@ async def serve(agent: Agent, listener: socket.socket) -> None:
         agent.ready_ms = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000
         agent.link.send(AgentReady(boot_ms=agent.ready_ms))
         await service.serve(agent, listener)
-
-
-def name_process() -> None:
-    """What ps shows: the program's file is called init in a machine. Needs /proc."""
-    try:
-        with open("/proc/self/comm", "wb", buffering=0) as file:
-            file.write(b"agent")
-    except OSError:
-        pass  # only a name
 
 
 def raise_descriptor_limit() -> tuple[tuple[int, int, int], ...]:

@@ -17,11 +17,12 @@ from agent.state import Agent, log
 from guest import __version__, limits
 from guest.connection import Event, Request, Response, State
 from guest.errors import OperationError, RemoteProtocolError
-from guest.messages import Failure, Hello, Welcome
+from guest.messages import FEATURES, Failure, Hello, Welcome
 from guest.record import Record
 
 __all__ = ["OPERATIONS", "serve"]
 
+WELCOME = Welcome(agent=__version__, features=FEATURES)
 HOST_CID = 2  # VMADDR_CID_HOST of vsock(7)
 ACCEPT_PAUSE = 0.5  # seconds to wait when the kernel has no descriptor or memory left
 
@@ -123,7 +124,7 @@ def admit(agent: Agent, channel: Channel, hello: Event) -> None:
         raise OperationError("unauthorized", "the token is not this machine's")
     if agent.connections >= limits.CONNECTIONS:
         raise OperationError("too_busy", f"{limits.CONNECTIONS} connections are open already")
-    channel.queue(Welcome(agent=__version__))
+    channel.queue(WELCOME)
 
 
 async def answer_requests(agent: Agent, channel: Channel, events: list[Event]) -> None:

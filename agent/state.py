@@ -142,6 +142,7 @@ class Agent:
         self.main: Process | None = None
         self.accounts = Accounts()
         self.cgroups: Cgroups | None = None
+        self._memory_for_processes = free_memory() if configure.starts == 1 else None
         self._looked_for_cgroups = False
         self.processes: dict[str, Process] = {}
         self.connections = 0
@@ -180,7 +181,7 @@ class Agent:
     def _own_cgroups(self) -> Cgroups | None:
         if not self._looked_for_cgroups:  # only now, as the image's root has to be in place
             self._looked_for_cgroups = True
-            self.cgroups = open_cgroups()
+            self.cgroups = open_cgroups(self._memory_for_processes)
             if self.cgroups is not None:
                 self.cgroups.shelter()
         return self.cgroups
@@ -201,6 +202,12 @@ class Agent:
                 process.signal(signal.SIGKILL, "tree")
         if self.cgroups is not None:
             self.cgroups.close()
+
+
+def free_memory() -> int | None:
+    """Bytes for processes, asked before there are any; None where there is not enough to divide."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - limits.MEMORY_RESERVE
+    return free if free > limits.MEMORY_RESERVE else None
 
 
 def listed_argv(argv: tuple[str, ...]) -> tuple[str, ...]:

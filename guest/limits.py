@@ -36,6 +36,7 @@ OUTPUT_READ = 16 * 1024  # out of a process's pipe or terminal at a time; more i
 PENDING_INPUT = 64 * 1024  # of a process's input, read from its host and not taken by it yet
 IDLE_CGROUPS = 64  # emptied ones that wait for the next process
 AGENT_MEMORY = 32 * 1024 * 1024  # bytes that are the agent's own however short memory is
+MEMORY_RESERVE = 24 * 1024 * 1024  # bytes that hosts' processes together leave to all others
 REMEMBERED_IDENTITIES = 256  # users that were looked up in the image's files
 MAIN_WAIT = 5.0  # from the root's being ready until the workload must have been started
 COLLECT_WAIT = 1.0  # for a host to close after it was sent the workload's end

@@ -788,10 +788,20 @@ start_interpreter(int argc, char **argv)
     return status;
 }
 
+/* What ps shows: the kernel takes the file's name, which is that of PID 1 for the agent too. */
+static void
+name_process(const char *name)
+{
+    const char *slash = name ? strrchr(name, '/') : NULL;
+    if (name)
+        prctl(PR_SET_NAME, slash ? slash + 1 : name, 0, 0, 0);
+}
+
 int
 main(int argc, char **argv)
 {
     PyStatus status;
+    name_process(argv[0]);
     fill_standard_fds();
     status = start_interpreter(argc, argv);
     if (PyStatus_Exception(status))
