@@ -123,6 +123,8 @@ class Driver:
     def open(self, args: Start | Attach, kind: type[E], *, acknowledge: bool = False) -> Steps[E]:
         """Start or attach, and keep the connection. `acknowledge`: begin to, with what we have."""
         yield from self._require(args)
+        if acknowledge and self._features is None:
+            yield from self.ping()  # only newer agents take acknowledgements
         channel = yield from self._dial(Deadline(self.timeout), lasting=True)
         try:
             exchange = kind(channel, self._hello, args)

@@ -16,6 +16,7 @@ from guest.messages import (
     Exited,
     Failure,
     Hello,
+    Resize,
     Signal,
     Start,
     Started,
@@ -25,7 +26,6 @@ from host_client.backlog import Backlog
 from host_client.channel import Channel
 from host_client.deadline import Deadline
 from host_client.errors import OutputTooLarge
-from host_client.request import resize_record
 from host_client.steps import Steps
 
 __all__ = ["Exchange", "Output"]
@@ -127,21 +127,22 @@ class Exchange:
         if not self.over:
             self.channel.queue(End(stream=STDIN))
 
+    def say(self, control: Signal | Resize | Acknowledge) -> None:
+        """Queue a control."""
+        if not self.over:
+            self.channel.queue(control)
+
     def signal(self, number: int, target: str = "group") -> None:
         """Send a signal to the "process", its "group" or its whole "tree"."""
-        if not self.over:
-            self.channel.queue(Signal(signal=number, target=target))
+        self.say(Signal(signal=number, target=target))
 
     def resize(self, rows: int, columns: int) -> None:
         """Give the terminal a size; its foreground group gets SIGWINCH also for the same one."""
-        resize = resize_record(rows, columns)
-        if not self.over:
-            self.channel.queue(resize)
+        self.say(Resize(rows=rows, columns=columns))
 
     def acknowledge(self, *, stdout: int = 0, stderr: int = 0) -> None:
         """Nothing before these offsets is needed again. Only for who may write."""
-        if not self.over:
-            self.channel.queue(Acknowledge(stdout=stdout, stderr=stderr))
+        self.say(Acknowledge(stdout=stdout, stderr=stderr))
 
     def detach(self) -> None:
         """Leave a kept process to itself; the agent closes the connection."""

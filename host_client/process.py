@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
 from guest.connection import Event
+from guest.messages import Resize, Signal
 from host_client.channel import Broken
 from host_client.deadline import Deadline
 from host_client.exchange import Exchange
@@ -115,8 +116,8 @@ class Process:
 
         ValueError where there is no such signal or target. One that has ended is no error.
         """
-        number = signal_number(name)
-        self._run(self._session.send(lambda exchange: exchange.signal(number, target)))
+        signal = Signal(signal=signal_number(name), target=target)
+        self._run(self._session.say(signal))
 
     def kill(self) -> None:
         """Kill it and everything that descends from it."""
@@ -124,14 +125,14 @@ class Process:
 
     def resize(self, rows: int, columns: int) -> None:
         """Give its terminal a size. SIGWINCH is sent also where it is the same."""
-        self._run(self._session.send(lambda exchange: exchange.resize(rows, columns)))
+        self._run(self._session.say(Resize(rows=rows, columns=columns)))
 
     def acknowledge(self, *, stdout: int | None = None, stderr: int | None = None) -> None:
         """Say that nothing before these offsets is needed again; None: what was given out.
 
         Only needed where it was opened with acknowledge=False.
         """
-        self._run(self._session.send(self._session.acknowledgement(stdout, stderr)))
+        self._run(self._session.say(self._session.acknowledgement(stdout, stderr)))
 
     def detach(self) -> None:
         """Leave a kept process to itself; `Agent.attach` finds it again by its id."""
@@ -194,7 +195,7 @@ class ProcessInput:
 
     def close(self) -> None:
         """No more input: the process reads the end of its stdin. May be called again."""
-        self._run(self._session.send(Exchange.end_input))
+        self._run(self._session.end_input())
 
 
 class ProcessOutput:

@@ -5,13 +5,12 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypedDict
 
-from guest.messages import Attach, Keep, Limits, Resize, StagedFile, Start, Winsize
+from guest.messages import Attach, Keep, Limits, StagedFile, Start, Winsize
 
 __all__ = [
     "Argument",
     "Options",
     "attach_record",
-    "resize_record",
     "signal_number",
     "start_record",
     "words",
@@ -143,11 +142,6 @@ def winsize(size: bool | tuple[int, int]) -> Winsize:
         if rows and columns:
             return Winsize(rows=rows, columns=columns)
     return FALLBACK_SIZE
-
-
-def resize_record(rows: int, columns: int) -> Resize:
-    """A terminal's new size. ValueError where it is not 1 to 65535 each."""
-    return Resize(rows=rows, columns=columns)
 
 
 def _word(word: Argument) -> str:

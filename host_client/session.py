@@ -14,7 +14,7 @@ from typing import Final
 
 from guest import limits
 from guest.connection import Data, End, Event
-from guest.messages import FEATURES, STREAMS, Attach, Exited, Start
+from guest.messages import FEATURES, STREAMS, Acknowledge, Attach, Exited, Resize, Signal, Start
 from host_client.backlog import Backlog
 from host_client.channel import CHECK_EVERY, Broken
 from host_client.deadline import Deadline
@@ -70,6 +70,7 @@ class Session:
         self._ended: set[int] = set()
         self._reading = False  # somebody watches for input
         self._writing = False  # somebody watches for room
+        self._input_ended = False
         self._failed: Exception | None = None
         self._closed = False
         self._take(exchange.early())
@@ -143,23 +144,35 @@ class Session:
         finally:
             exchange.channel.own_queued()
 
-    def send(self, say: Callable[[Exchange], None]) -> Steps[None]:
-        """Queue something that is short, and give it to the kernel where it takes it now.
+    def say(self, control: Signal | Resize | Acknowledge) -> Steps[None]:
+        """Send a control; nothing after the process's end."""
+        self.exchange.say(control)
+        yield from self._sent()
+
+    def end_input(self) -> Steps[None]:
+        """No more stdin. May be said again."""
+        if not self._input_ended:
+            self._input_ended = True
+            self.exchange.end_input()
+        yield from self._sent()
+
+    def _sent(self) -> Steps[None]:
+        """Give what was queued to the kernel where it takes it now.
 
         What it does not take goes with the next call; all of them wait for room.
         """
         if not self.exchange.over:
             self._check_usable()
-            say(self.exchange)
             self.exchange.flush()
             self.version += 1
         yield from ()
 
-    def acknowledgement(self, stdout: int | None, stderr: int | None) -> Callable[[Exchange], None]:
-        """To be sent: up to these offsets; None is up to what was handed out."""
-        first = self.offsets["stdout"] if stdout is None else stdout
-        second = self.offsets["stderr"] if stderr is None else stderr
-        return lambda exchange: exchange.acknowledge(stdout=first, stderr=second)
+    def acknowledgement(self, stdout: int | None, stderr: int | None) -> Acknowledge:
+        """Up to these offsets; None is up to what was handed out."""
+        return Acknowledge(
+            stdout=self.offsets["stdout"] if stdout is None else stdout,
+            stderr=self.offsets["stderr"] if stderr is None else stderr,
+        )
 
     def wait(self, timeout: float | None) -> Steps[Result]:
         """Until it has ended. DeadlineExceeded after `timeout` seconds."""
@@ -195,10 +208,19 @@ class Session:
                 if deadline.passed:
                     raise self._late(timeout, output.stdout, output.stderr)
                 if rest is not None and not exchange.pending:
-                    rest = _feed(exchange, rest)
+                    rest = self._feed(rest)
                 yield from self._turn(stream=0, deadline=deadline)
         finally:
             exchange.channel.own_queued()
+
+    def _feed(self, rest: memoryview) -> memoryview | None:
+        """Queue the next piece of stdin; what is left of it, None after its end."""
+        if rest:
+            self.exchange.write(rest[: limits.DATA_PAYLOAD])
+            return rest[limits.DATA_PAYLOAD :]
+        self._input_ended = True
+        self.exchange.end_input()
+        return None
 
     @property
     def name(self) -> str:
@@ -378,15 +400,6 @@ class Session:
         self._failed = failed
         self.version += 1
         return failed
-
-
-def _feed(exchange: Exchange, rest: memoryview) -> memoryview | None:
-    """Queue the next piece of stdin; what is left of it, None after its end."""
-    if rest:
-        exchange.write(rest[: limits.DATA_PAYLOAD])
-        return rest[limits.DATA_PAYLOAD :]
-    exchange.end_input()
-    return None
 
 
 def command(start: Start) -> tuple[str, ...]:

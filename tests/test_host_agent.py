@@ -6,21 +6,21 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hostkit import TOKEN, Peer, Script, agent_at, answer_pings, serving
 
 import host_client
 from guest import frames, limits
-from guest.connection import Connection, Data, End, Request, Response, Role
+from guest.connection import Data, End, Request, Response
 from guest.errors import OperationError, RemoteProtocolError, StartError
 from guest.frames import Kind
 from guest.messages import (
     Exited,
     Failure,
-    Hello,
     PingResult,
     ShutdownResult,
     Signal,
@@ -29,7 +29,6 @@ from guest.messages import (
 )
 from host_client import connect
 from host_client.address import HybridAddress, UnixAddress, VsockAddress, parse
-from host_client.agent import Agent
 from host_client.errors import (
     CommandFailed,
     ConnectError,
@@ -38,93 +37,10 @@ from host_client.errors import (
     OutputTooLarge,
 )
 
-TOKEN = "a" * 64
-Script = Callable[["Peer"], None]
-
-
-class Peer:
-    """The agent's end of one connection: a script says what it does."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.connection = Connection(Role.AGENT)
-        self.events: list[object] = []
-
-    def next(self) -> object:
-        while not self.events:
-            data = self.sock.recv(65536)
-            if not data:
-                raise EOFError
-            self.events += self.connection.receive(data)
-        return self.events.pop(0)
-
-    def send(self, *events: object) -> None:
-        self.sock.sendall(b"".join(self.connection.send(event) for event in events))  # type: ignore[arg-type]
-
-    def greet(self) -> Request:
-        hello = self.next()
-        assert isinstance(hello, Hello)
-        assert hello.token == TOKEN
-        self.send(Welcome(agent="test"))
-        request = self.next()
-        assert isinstance(request, Request)
-        return request
-
-    def start(self) -> Request:
-        request = self.greet()
-        self.send(Response(result=Started(id="1", pid=42)))
-        return request
-
-    def finish(self, **fields: object) -> None:
-        self.send(End(stream=1), End(stream=2), Exited(**fields))
-
-
-@contextmanager
-def serving(path: Path, *scripts: Script) -> Iterator[str]:
-    """Serve one connection with each script, in order; then nobody listens."""
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    listener.listen(16)
-    failures: list[BaseException] = []
-
-    def serve() -> None:
-        for script in scripts:
-            sock, _ = listener.accept()
-            sock.settimeout(10)
-            with sock:
-                try:
-                    script(Peer(sock))
-                except (EOFError, ConnectionError):
-                    pass
-                except BaseException as error:  # noqa: BLE001 the test's own thread reports it
-                    failures.append(error)
-        listener.close()
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield f"unix://{path}"
-    finally:
-        thread.join(20)
-        assert not thread.is_alive(), "a script waits for a connection that never came"
-        listener.close()
-    assert not failures, failures
-
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "agent.sock"
-
-
-def agent_at(path: Path, **options: object) -> Agent:
-    return Agent(UnixAddress(str(path)), TOKEN, **options)  # type: ignore[arg-type]
-
-
-def answer_pings(peer: Peer) -> None:
-    peer.greet()
-    while True:
-        peer.send(Response(result=PingResult(uptime=1.0, root_ready=True)))
-        peer.next()
 
 
 # ── the surface ──────────────────────────────────────────────────────────────────────────────────

@@ -9,6 +9,7 @@ import anyio
 from anyio.abc import ByteReceiveStream, ByteSendStream
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 
+from guest.messages import Resize, Signal
 from host_client.aio.waiting import wait_for
 from host_client.exchange import Exchange
 from host_client.request import signal_number
@@ -102,8 +103,8 @@ class Process:
 
     async def signal(self, name: str | int, target: str = "group") -> None:
         """Send "TERM", "SIGTERM" or 15 to the "process", its "group" or its whole "tree"."""
-        number = signal_number(name)
-        await self._run(self._session.send(lambda exchange: exchange.signal(number, target)))
+        signal = Signal(signal=signal_number(name), target=target)
+        await self._run(self._session.say(signal))
 
     async def kill(self) -> None:
         """Kill it and everything that descends from it."""
@@ -111,11 +112,11 @@ class Process:
 
     async def resize(self, rows: int, columns: int) -> None:
         """Give its terminal a size. SIGWINCH is sent also where it is the same."""
-        await self._run(self._session.send(lambda exchange: exchange.resize(rows, columns)))
+        await self._run(self._session.say(Resize(rows=rows, columns=columns)))
 
     async def acknowledge(self, *, stdout: int | None = None, stderr: int | None = None) -> None:
         """Say that nothing before these offsets is needed again; None: what was given out."""
-        await self._run(self._session.send(self._session.acknowledgement(stdout, stderr)))
+        await self._run(self._session.say(self._session.acknowledgement(stdout, stderr)))
 
     async def detach(self) -> None:
         """Leave a kept process to itself; `Agent.attach` finds it again by its id."""
@@ -181,7 +182,7 @@ class ProcessInput(ByteSendStream):
 
     async def aclose(self) -> None:
         """No more input: the process reads the end of its stdin. May be called again."""
-        await self._run(self._session.send(Exchange.end_input))
+        await self._run(self._session.end_input())
 
 
 class ProcessOutput(ByteReceiveStream):
