@@ -5,15 +5,24 @@ line on stderr and exit code 125.
 """
 
 import os
+import signal
 import sys
 from typing import Final
 
-__all__ = ["main"]
+__all__ = ["Killed", "main"]
 
 OURS: Final = 125  # exit code for what went wrong on our side
 NOT_EXECUTABLE: Final = 126
 NOT_FOUND: Final = 127
 INTERRUPTED: Final = 130  # 128 + SIGINT
+
+
+class Killed(Exception):
+    """A signal ends this program, after everything was put back in order."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         return OURS
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Killed as killed:
+        signal.signal(killed.number, signal.SIG_DFL)
+        os.kill(os.getpid(), killed.number)
+        return 128 + killed.number  # where it is blocked
     return code
 
 

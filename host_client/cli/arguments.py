@@ -4,11 +4,13 @@ import argparse
 import importlib
 import os
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from guest import __version__, limits
 
 __all__ = ["Parser", "parse"]
+
+DETACH_KEYS: Final = "ctrl-p,ctrl-q"  # docker's
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,6 +30,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     _add_run(commands.add_parser("run", help="start a machine from an image"))
     _add_exec(commands.add_parser("exec", help="run a command in a machine"))
+    _add_shell(commands.add_parser("shell", help="a shell in a machine, in this terminal"))
+    _add_attach(commands.add_parser("attach", help="join a kept process of a machine"))
+    _add_ps(commands.add_parser("ps", help="list the processes of a machine"))
+    _add_kill(commands.add_parser("kill", help="send processes of a machine a signal"))
+    _add_wait(commands.add_parser("wait", help="print the exit codes of processes"))
     _add_ls(commands.add_parser("ls", help="list machines"))
     _add_stop(commands.add_parser("stop", help="end machines"))
     _add_logs(commands.add_parser("logs", help="show a machine's console"))
@@ -48,6 +55,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, default=60.0, help="seconds from launch to ready (default 60)")
     add("-d", "--detach", action="store_true", help="print the name and return")
     _add_process_options(parser)
+    _add_detach_keys(parser)
     add("image", metavar="IMAGE", help="oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:ROOTFS")
     add("command", nargs=argparse.REMAINDER, metavar="CMD", help="instead of the image's")
     parser.set_defaults(run=_command("run"))
@@ -55,9 +63,50 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _add_exec(parser: argparse.ArgumentParser) -> None:
     _add_process_options(parser)
+    _add_kept_options(parser)
+    parser.add_argument("-d", "--detach", action="store_true", help="print its id and return")
     parser.add_argument("target", metavar="TARGET", help="the machine's name")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
     parser.set_defaults(run=_command("exec"))
+
+
+def _add_shell(parser: argparse.ArgumentParser) -> None:
+    _add_identity_options(parser)
+    _add_kept_options(parser)
+    parser.add_argument("target", metavar="TARGET", help="the machine's name")
+    parser.set_defaults(run=_command("exec", "shell"))
+
+
+def _add_attach(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--no-stdin", action="store_true", help="only watch: pass on neither stdin nor signals")
+    add("-a", "--all", action="store_true", help="of a terminal too, show what is retained first")
+    _add_detach_keys(parser)
+    add("target", metavar="TARGET", help="the machine's name")
+    add("process", metavar="ID", nargs="?", default="main", help="of a process (default: main)")
+    parser.set_defaults(run=_command("processes", "attach"))
+
+
+def _add_ps(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-a", "--all", action="store_true", help="also those that have ended")
+    add("-q", "--quiet", action="store_true", help="ids only")
+    add("target", metavar="TARGET", help="the machine's name")
+    parser.set_defaults(run=_command("processes", "list_processes"))
+
+
+def _add_kill(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-s", "--signal", default="KILL", help="name or number (default KILL)")
+    add("target", metavar="TARGET", help="the machine's name")
+    add("processes", nargs="+", metavar="ID", help="of a process, as ps shows it")
+    parser.set_defaults(run=_command("processes", "kill"))
+
+
+def _add_wait(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TARGET", help="the machine's name")
+    parser.add_argument("processes", nargs="*", default=["main"], metavar="ID")
+    parser.set_defaults(run=_command("processes", "wait"))
 
 
 def _add_ls(parser: argparse.ArgumentParser) -> None:
@@ -91,9 +140,29 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 def _add_process_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-i", "--interactive", action="store_true", help="pass stdin on")
+    add("-t", "--tty", action="store_true", help="give the command a terminal")
+    _add_identity_options(parser)
+
+
+def _add_identity_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]", type=_variable)
     add("-u", "--user", help="name, uid, name:group or uid:gid")
     add("-w", "--workdir", metavar="DIR", help="working directory")
+
+
+def _add_kept_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--label", default="", help="shown by ps")
+    _add_detach_keys(parser)
+
+
+def _add_detach_keys(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--detach-keys",
+        metavar="KEYS",
+        default=DETACH_KEYS,
+        help=f"leave a terminal with these (default {DETACH_KEYS}); empty for none",
+    )
 
 
 def _variable(text: str) -> tuple[str, str]:

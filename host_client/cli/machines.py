@@ -10,6 +10,7 @@ from typing import Final
 
 from guest.report import CONSOLE_MARK
 from host_client.cli.stream import write_all
+from host_client.cli.table import show
 from host_client.errors import MachineError
 from host_client.machines.console import read_log
 from host_client.machines.find import find
@@ -46,11 +47,7 @@ def list_machines(options: argparse.Namespace) -> int:
         for row in rows:
             print(row[0])
         return 0
-    table = [("NAME", "MACHINE", "STATUS", "IMAGE", "COMMAND"), *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(4)]
-    for row in table:
-        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*padded, row[4]]).rstrip())
+    show(("NAME", "MACHINE", "STATUS", "IMAGE", "COMMAND"), rows)
     return 0
 
 

@@ -1,5 +1,6 @@
-"""A process's streams joined to ours: bytes as they come, signals passed on."""
+"""A process's streams joined to ours: bytes as they come, signals and window sizes passed on."""
 
+import math
 import os
 import select
 import signal
@@ -11,9 +12,13 @@ from typing import Final
 
 from guest.connection import Data
 from guest.messages import Exited
+from host_client.cli import Killed
+from host_client.cli.detachkeys import HELD_FOR, DetachKeys
+from host_client.cli.output import Outputs
+from host_client.cli.terminal import Terminal
 from host_client.process import ProcessStream
 
-__all__ = ["Interrupted", "join", "terminal_signals"]
+__all__ = ["Detached", "Interrupted", "join", "passed_signals", "write_all"]
 
 FORWARDED: Final = (
     signal.SIGINT,
@@ -23,6 +28,9 @@ FORWARDED: Final = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
+OF_TERMINALS: Final = (signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT)
+# With a terminal these are for us: a shell ignores TERM, and nobody types them.
+ENDING_TERMINALS: Final = (signal.SIGTERM, signal.SIGHUP)
 TWICE_WITHIN: Final = 2.0  # seconds between two Ctrl-C that mean: give up
 STDIN_CHUNK: Final = 64 * 1024
 CHECK_EVERY: Final = 1.0  # seconds between looks at whether the machine lives
@@ -32,17 +40,22 @@ class Interrupted(Exception):
     """A second Ctrl-C came soon after the first: the process does not react."""
 
 
+class Detached(Exception):
+    """The detach keys were typed; the process goes on."""
+
+
 @contextmanager
-def terminal_signals() -> Iterator[socket.socket]:
+def passed_signals() -> Iterator[socket.socket]:
     """While this is open, signals arrive as bytes on the socket and do nothing else."""
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)
-    before = {number: signal.getsignal(number) for number in FORWARDED}
+    handled = (*FORWARDED, *OF_TERMINALS)
+    before = {number: signal.getsignal(number) for number in handled}
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
         for number in FORWARDED:
-            signal.signal(number, lambda _number, _frame: None)
+            signal.signal(number, _nothing)
         yield reader
     finally:
         for number, handler in before.items():
@@ -52,65 +65,161 @@ def terminal_signals() -> Iterator[socket.socket]:
         writer.close()
 
 
-def join(process: ProcessStream, signals: socket.socket, *, stdin: bool) -> Exited:
+def _nothing(_number: int, _frame: object) -> None:
+    """The byte on the wake-up descriptor is all that a signal does."""
+
+
+def join(
+    process: ProcessStream,
+    signals: socket.socket,
+    *,
+    stdin: bool,
+    terminal: Terminal | None = None,
+    keys: bytes = b"",
+) -> Exited:
     """Until the process has ended and all it wrote is written here. `stdin`: pass ours on.
 
-    ConnectionLost where its machine dies; Interrupted; BrokenPipeError where stdout is gone.
+    `terminal`: ours, which is raw and belongs to the process; `keys` detach from it then.
+    ConnectionLost where the machine dies; BrokenPipeError where stdout is gone; Interrupted,
+    Detached; Killed where a signal ends us and not the process.
     """
-    return _Joint(process, signals, stdin=stdin).run()
+    joint = _Joint(process, signals, stdin=stdin, terminal=terminal, keys=keys)
+    try:
+        return joint.run()
+    finally:
+        joint.outputs.close()
 
 
 class _Joint:
-    def __init__(self, process: ProcessStream, signals: socket.socket, *, stdin: bool) -> None:
+    def __init__(
+        self,
+        process: ProcessStream,
+        signals: socket.socket,
+        *,
+        stdin: bool,
+        terminal: Terminal | None,
+        keys: bytes,
+    ) -> None:
+        self.outputs = Outputs()
         self._process = process
         self._signals = signals
         self._stdin = stdin  # more may come
+        self._terminal = terminal
+        self._keys = DetachKeys(keys)
+        self._release_at = math.inf  # when keys that are held back have waited long enough
         self._interrupted_at = float("-inf")
 
     def run(self) -> Exited:
         """Move bytes until the end."""
+        if self._terminal is not None:
+            for number in OF_TERMINALS:
+                signal.signal(number, _nothing)
+            self._resize()  # also where it has changed since the start
         self._take()
-        while self._process.exited is None:
+        while self._process.exited is None or self.outputs.blocked_on is not None:
             ready = self._wait()
             if not ready:
                 self._process.check_alive()
+            if time.monotonic() >= self._release_at:
+                self._release_at = math.inf
+                self._type(self._keys.release())
             if self._signals.fileno() in ready:
                 self._pass_signals()
             if 0 in ready:
                 self._read_stdin()
-            self._take()
+            self._move(ready)
         return self._process.exited
 
     def _wait(self) -> set[int]:
+        """Descriptors that are ready; none after a while."""
         poll = select.poll()
-        pending = self._process.pending
-        poll.register(self._process, select.POLLIN | (select.POLLOUT if pending else 0))
+        pending, blocked_on = self._process.pending, self.outputs.blocked_on
+        wanted = (select.POLLOUT if pending else 0) | (select.POLLIN if blocked_on is None else 0)
+        if wanted and self._process.exited is None:
+            poll.register(self._process, wanted)
+        if blocked_on is not None:
+            poll.register(blocked_on, select.POLLOUT)
         poll.register(self._signals, select.POLLIN)
         if self._stdin and not pending:
             poll.register(0, select.POLLIN)
-        return {fd for fd, _ in poll.poll(CHECK_EVERY * 1000)}
+        seconds = max(0.0, min(CHECK_EVERY, self._release_at - time.monotonic()))
+        return {fd for fd, _ in poll.poll(math.ceil(seconds * 1000))}
+
+    def _move(self, ready: set[int]) -> None:
+        """Write what waits for our readers; take more of the process only without that."""
+        if self.outputs.blocked_on is None:
+            self._take()
+            return
+        self.outputs.flush()
+        if self._process.fileno() in ready:
+            self._process.flush()
 
     def _take(self) -> None:
         for event in self._process.take():
             if isinstance(event, Data):
-                write_all(event.stream, event.data)
+                self.outputs.put(event.stream, event.data)
+                if self._terminal is not None:
+                    self._terminal.modes.feed(event.data)
+
+    # ── to the process ───────────────────────────────────────────────────────────────────────────
 
     def _read_stdin(self) -> None:
-        data = os.read(0, STDIN_CHUNK)
+        try:
+            data = os.read(0, STDIN_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            if self._terminal is None:
+                raise
+            data = b""  # EIO: it hung up
         if data:
-            self._process.write(data)
+            self._type(self._keys.feed(data))
+            self._release_at = time.monotonic() + HELD_FOR if self._keys.holding else math.inf
+        elif self._terminal is not None:
+            raise Killed(signal.SIGHUP)
         else:
             self._stdin = False
             self._process.end_input()
 
+    def _type(self, data: bytes) -> None:
+        if data:
+            self._process.write(data)
+        if self._keys.detached:
+            raise Detached
+
     def _pass_signals(self) -> None:
         for number in self._signals.recv(64):
-            if number == signal.SIGINT:
-                if time.monotonic() - self._interrupted_at < TWICE_WITHIN:
-                    raise Interrupted
-                self._interrupted_at = time.monotonic()
-            if number in FORWARDED:
-                self._process.signal(number)
+            if self._terminal is not None:
+                self._with_terminal(self._terminal, number)
+            elif number in FORWARDED:
+                self._forward(number)
+
+    def _forward(self, number: int) -> None:
+        if number == signal.SIGINT:
+            if time.monotonic() - self._interrupted_at < TWICE_WITHIN:
+                raise Interrupted
+            self._interrupted_at = time.monotonic()
+        self._process.signal(number)
+
+    def _with_terminal(self, terminal: Terminal, number: int) -> None:
+        """A signal while the keyboard belongs to the process: somebody has sent it."""
+        if number in ENDING_TERMINALS:
+            raise Killed(number)
+        if number == signal.SIGTSTP:
+            terminal.suspend()
+            os.kill(os.getpid(), signal.SIGSTOP)  # goes on in the next line after a SIGCONT
+        elif number == signal.SIGCONT:
+            terminal.resume()
+            self._resize()
+        elif number == signal.SIGWINCH:
+            self._resize()
+        else:
+            self._forward(number)
+
+    def _resize(self) -> None:
+        assert self._terminal is not None
+        size = self._terminal.size
+        self._process.resize(size.rows, size.columns)
 
 
 def write_all(fd: int, data: bytes) -> None:

@@ -1,0 +1,111 @@
+"""A process of a guest in the foreground: our streams, our signals and our terminal are its own."""
+
+import os
+import select
+import signal
+import socket
+from contextlib import ExitStack
+from typing import Final
+
+from guest.errors import MicroguestError
+from guest.messages import Attach, Exited, Start
+from host_client.agent import Agent
+from host_client.cli import Killed
+from host_client.cli.stream import Detached, Interrupted, join, passed_signals
+from host_client.cli.terminal import Terminal
+from host_client.deadline import Deadline
+from host_client.errors import DeadlineExceeded
+from host_client.process import ProcessStream
+
+__all__ = ["Detached", "Interrupted", "in_foreground"]
+
+HANG_UP_WAIT: Final = 1.0  # seconds for a process to end after its HUP, before it is killed
+DETACH_WAIT: Final = 2.0  # seconds for what was typed before a detach to be sent
+
+
+def in_foreground(
+    agent: Agent,
+    request: Start | Attach,
+    *,
+    stdin: bool,
+    terminal: Terminal | None = None,
+    keys: bytes = b"",
+    signals: socket.socket | None = None,
+) -> Exited:
+    """Start or attach, and join it to us until its end.
+
+    stdin: pass ours on. terminal: ours, for a process that has one. keys: what detaches from it.
+    signals: where they arrive already.
+    Of a kept process that was started here and has ended, nothing is retained; it is hung up where
+    a signal ends us. Raises as `open_process` and `join` do; Detached's text is the process's id.
+    """
+    with ExitStack() as stack:
+        if signals is None:
+            signals = stack.enter_context(passed_signals())
+        process = stack.enter_context(agent.open_process(request))
+        assert process.started is not None
+        name = process.started.id
+        ours = isinstance(request, Start) and request.keep is not None
+        if isinstance(request, Attach) and request.write and not stdin:
+            process.end_input()
+        if terminal is not None:
+            stack.callback(tidy_screen, terminal)
+            stack.enter_context(terminal)
+        try:
+            exited = join(process, signals, stdin=stdin, terminal=terminal, keys=keys)
+        except Detached:
+            leave(process)
+            raise Detached(name) from None
+        except (Interrupted, Killed) as why:
+            if ours:
+                hang_up(process, patient=isinstance(why, Killed))
+                forget(agent, name)
+            raise
+        if ours:
+            forget(agent, name)
+        return exited
+
+
+def leave(process: ProcessStream) -> None:
+    """Send what is queued and that we leave; the process goes on."""
+    process.detach()
+    deadline = Deadline(DETACH_WAIT)
+    process.flush()
+    while process.pending and not deadline.passed:
+        poll = select.poll()
+        poll.register(process, select.POLLOUT)
+        poll.poll(deadline.within(DETACH_WAIT) * 1000)
+        process.flush()
+
+
+def hang_up(process: ProcessStream, *, patient: bool) -> None:
+    """As a terminal that goes: HUP, and a moment to save what has to be saved."""
+    try:
+        process.signal(signal.SIGHUP)
+        deadline = Deadline(HANG_UP_WAIT if patient else 0.0)
+        while process.exited is None:
+            process.step(deadline)
+    except (MicroguestError, DeadlineExceeded):
+        pass  # it is killed next, or gone with its machine
+
+
+def forget(agent: Agent, name: str) -> None:
+    """Free what the agent retains; a process that still runs is killed with all of its own."""
+    try:
+        agent.forget(name)
+    except MicroguestError:
+        pass  # its machine is ending, or the agent has forgotten it already
+
+
+def tidy_screen(terminal: Terminal) -> None:
+    """Undo what the process did to the screen and did not undo itself."""
+    undo = terminal.modes.undo()
+    if not undo or not os.isatty(1):
+        return
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    if poll.poll(0):
+        try:
+            os.write(1, undo)
+        except OSError:
+            pass  # the terminal is gone

@@ -1,0 +1,65 @@
+"""Our own stdout and stderr, written without ever blocking where the kernel lets us.
+
+A reader of ours that stops must not keep us from passing signals on, nor from being ended. The
+descriptors are shared with whoever started us, so they are not switched to non-blocking: pipes and
+terminals are opened a second time instead. Files are always writable.
+"""
+
+import os
+import stat
+from collections import deque
+from typing import Final
+
+__all__ = ["Outputs"]
+
+AGAIN: Final = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class Outputs:
+    """Takes bytes of both streams in order and writes them as they can be written."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, memoryview]] = deque()  # descriptor, what is left of it
+        self._descriptors = {stream: _opened_again(stream) for stream in (1, 2)}
+
+    def close(self) -> None:
+        """Close what was opened. What waits is dropped."""
+        for stream, fd in self._descriptors.items():
+            if fd != stream:
+                os.close(fd)
+        self._descriptors = {}
+
+    @property
+    def blocked_on(self) -> int | None:
+        """The descriptor that has to become writable before more can be taken; None: go on."""
+        return self._waiting[0][0] if self._waiting else None
+
+    def put(self, stream: int, data: bytes) -> None:
+        """Write it, or keep what cannot be written now. BrokenPipeError, OSError."""
+        self._waiting.append((self._descriptors[stream], memoryview(data)))
+        if len(self._waiting) == 1:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what can be written. Raises as `put`."""
+        while self._waiting:
+            fd, data = self._waiting[0]
+            try:
+                written = os.write(fd, data)
+            except BlockingIOError:
+                return
+            if written == len(data):
+                self._waiting.popleft()
+            else:
+                self._waiting[0] = (fd, data[written:])
+
+
+def _opened_again(fd: int) -> int:
+    """A descriptor of our own for the same pipe or terminal, or `fd` itself."""
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISFIFO(mode) or (stat.S_ISCHR(mode) and os.isatty(fd))):
+        return fd
+    try:
+        return os.open(f"/proc/self/fd/{fd}", AGAIN)
+    except OSError:  # another user's terminal, as after su; a pipe that nobody reads
+        return fd

@@ -1,0 +1,143 @@
+"""`microguest attach`, `ps`, `kill` and `wait`: processes of a machine by their ids."""
+
+import argparse
+import shlex
+import signal
+from typing import Final
+
+from guest.errors import OperationError
+from guest.messages import ProcessInfo
+from host_client.agent import Agent
+from host_client.cli import INTERRUPTED, complain
+from host_client.cli.detachkeys import parse as parse_keys
+from host_client.cli.foreground import Detached, Interrupted, in_foreground
+from host_client.cli.table import show
+from host_client.cli.terminal import Terminal
+from host_client.errors import ConnectionLost
+from host_client.machines.find import agent_of
+from host_client.machines.folder import read_state
+from host_client.request import attach_record, signal_number
+
+__all__ = ["attach", "kill", "list_processes", "wait"]
+
+FROM_NOW: Final = {"stdout": -1, "stderr": -1}
+MINUTE: Final = 60
+HOUR: Final = 3600
+DAY: Final = 86400
+
+
+def attach(options: argparse.Namespace) -> int:
+    """The process's exit code; 0 after the detach keys."""
+    with agent_of(options.target) as agent:
+        process = find(agent, options.target, options.process)
+        writes = not options.no_stdin
+        terminal = Terminal() if process.tty and writes else None
+        # What a terminal has shown would be a screen of long ago, and its questions would be
+        # answered again: the program draws a new one when it is told the size.
+        offsets = FROM_NOW if process.tty and not options.all else None
+        request = attach_record(process.id, offsets, write=writes)
+        keys = parse_keys(options.detach_keys) if terminal else b""
+        try:
+            return in_foreground(
+                agent, request, stdin=writes, terminal=terminal, keys=keys
+            ).shell_code
+        except Interrupted:
+            return INTERRUPTED
+        except Detached:
+            complain(f"detached: microguest attach {options.target} {process.id}")
+            return 0
+
+
+def find(agent: Agent, target: str, name: str) -> ProcessInfo:
+    """One of the list. OperationError("no_such_process")."""
+    for process in agent.processes():
+        if process.id == name:
+            return process
+    raise OperationError(
+        "no_such_process", f"machine {target} has no process {name}: see microguest ps -a {target}"
+    )
+
+
+def list_processes(options: argparse.Namespace) -> int:
+    """A table, or the ids only."""
+    with agent_of(options.target) as agent:
+        listed = [each for each in agent.processes() if options.all or each.exited is None]
+    if options.quiet:
+        for process in listed:
+            print(process.id)
+        return 0
+    show(("ID", "PID", "STATUS", "LABEL", "COMMAND"), [row(process) for process in listed])
+    return 0
+
+
+def row(process: ProcessInfo) -> tuple[str, ...]:
+    """As the table has it; what the guest said is printable here."""
+    command = shlex.join(process.argv)
+    return (
+        process.id,
+        str(process.pid),
+        status(process),
+        "".join(char if char.isprintable() else "?" for char in process.label),
+        "".join(char if char.isprintable() else "?" for char in command),
+    )
+
+
+def status(process: ProcessInfo) -> str:
+    """Whether it runs, how long, and who can come back to it."""
+    long = duration(process.running_seconds)
+    if process.exited is not None:
+        return f"exited ({process.exited.shell_code}) after {long}"
+    about = [
+        word
+        for word, applies in (
+            ("terminal", process.tty),
+            ("kept", process.kept),
+            ("attached", process.attached > 0),
+        )
+        if applies
+    ]
+    return f"up {long}" + (f" ({', '.join(about)})" if about else "")
+
+
+def duration(seconds: float) -> str:
+    """The largest unit that fits, as `docker ps` has it."""
+    for unit, name in ((DAY, "d"), (HOUR, "h"), (MINUTE, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds // unit:.0f} {name}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def kill(options: argparse.Namespace) -> int:
+    """Print each id that received the signal; KILL takes all that descends from the process."""
+    number = signal_number(int(options.signal) if options.signal.isdecimal() else options.signal)
+    target = "tree" if number == signal.SIGKILL else "group"
+    failed = 0
+    with agent_of(options.target) as agent:
+        for name in options.processes:
+            find(agent, options.target, name)
+            if agent.signal(name, number, target):
+                print(name)
+            else:
+                complain(f"process {name} of machine {options.target} has ended already")
+                failed = 1
+    return failed
+
+
+def wait(options: argparse.Namespace) -> int:
+    """Print the exit code of each when it has ended, in the order asked for."""
+    with agent_of(options.target) as agent:
+        for name in options.processes:
+            print(exit_code(agent, options.target, name), flush=True)
+    return 0
+
+
+def exit_code(agent: Agent, target: str, name: str) -> int:
+    """Of a process when it has ended, also where the machine ended together with it."""
+    try:
+        code = agent.wait(name).returncode
+    except ConnectionLost:
+        state = read_state(target)
+        if name != "main" or state is None or state.workload_exited is None:
+            raise
+        return state.workload_exited.shell_code
+    return code if code >= 0 else 128 - code

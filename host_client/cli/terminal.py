@@ -1,0 +1,198 @@
+"""The caller's terminal: raw while a process of the guest has it, and as it was in every way out.
+
+Three things are put back. The modes of the line discipline, by this program; where it is killed
+before it can, by a small process that waits for its end. And the screen's own modes (alternate
+screen, mouse, hidden cursor), where the process that set them did not live to unset them.
+"""
+
+import os
+import re
+import signal
+import termios
+from typing import Any, Final, Self
+
+from guest.messages import Winsize
+
+__all__ = ["NoTerminal", "ScreenModes", "Terminal", "size_of"]
+
+USUAL: Final = Winsize(rows=24, columns=80)  # where nobody knows better
+IFLAG, OFLAG, CFLAG, LFLAG, CC = 0, 1, 2, 3, 6  # indices of tcgetattr's list
+
+
+class NoTerminal(ValueError):
+    """A terminal was asked for, and stdin is none."""
+
+
+def size_of(*descriptors: int) -> Winsize:
+    """The size of the first of them that is a terminal and knows it."""
+    for fd in descriptors:
+        try:
+            columns, rows = os.get_terminal_size(fd)
+        except OSError:
+            continue
+        if rows > 0 and columns > 0:
+            return Winsize(rows=rows, columns=columns)
+    return USUAL
+
+
+class Terminal:
+    """A context manager: raw inside, restored outside. Ctrl-C and the like are bytes meanwhile."""
+
+    def __init__(self, fd: int = 0) -> None:
+        """NoTerminal where `fd` is not one."""
+        self._fd = fd
+        try:
+            self._before: list[Any] = termios.tcgetattr(fd)
+        except termios.error:
+            raise NoTerminal(
+                "the input device is not a TTY: leave out -t, or start this in a terminal"
+            ) from None
+        self._raw = raw_modes(self._before)
+        self._guard: _Guard | None = None
+        self.modes = ScreenModes()
+
+    def __enter__(self) -> Self:
+        self.resume()
+        self._raw = termios.tcgetattr(self._fd)  # as the kernel has it, for the guard to compare
+        self._guard = _Guard(self._fd, self._before, self._raw)
+        return self
+
+    def __exit__(self, *_how: object) -> None:
+        self.suspend()
+        if self._guard is not None:
+            self._guard.dismiss()
+            self._guard = None
+
+    @property
+    def size(self) -> Winsize:
+        """In characters, now."""
+        return size_of(1, self._fd)
+
+    def resume(self) -> None:
+        """Make it raw."""
+        self._set(self._raw)
+
+    def suspend(self) -> None:
+        """Put it back as it was."""
+        self._set(self._before)
+
+    def _set(self, modes: list[Any]) -> None:
+        # TCSANOW: waiting for output to drain would hang where nobody reads it any more.
+        if in_foreground(self._fd):
+            try:
+                termios.tcsetattr(self._fd, termios.TCSANOW, modes)
+            except termios.error:
+                pass  # it is gone
+
+
+def in_foreground(fd: int) -> bool:
+    """Whether the terminal is ours to change: in the background it belongs to somebody else."""
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:
+        return True  # not our controlling terminal: no job control
+
+
+def raw_modes(modes: list[Any]) -> list[Any]:
+    """As cfmakeraw(3) has it, with reads of at least one byte."""
+    t = termios
+    raw = [*modes[:CC], [*modes[CC]]]
+    raw[IFLAG] &= ~(t.IGNBRK | t.BRKINT | t.PARMRK | t.ISTRIP | t.INLCR | t.IGNCR | t.ICRNL)
+    raw[IFLAG] &= ~t.IXON
+    raw[OFLAG] &= ~t.OPOST
+    raw[CFLAG] = raw[CFLAG] & ~(t.CSIZE | t.PARENB) | t.CS8
+    raw[LFLAG] &= ~(t.ECHO | t.ECHONL | t.ICANON | t.ISIG | t.IEXTEN)
+    raw[CC][t.VMIN], raw[CC][t.VTIME] = 1, 0
+    return raw
+
+
+class _Guard:
+    """A process that puts the terminal back where ours died without doing it."""
+
+    def __init__(self, fd: int, before: list[Any], raw: list[Any]) -> None:
+        reader, self._writer = os.pipe()
+        self._pid = os.fork()
+        if self._pid:
+            os.close(reader)
+            return
+        try:
+            _watch(reader, fd, before, raw)
+        finally:
+            os._exit(0)
+
+    def dismiss(self) -> None:
+        """It is not needed any more."""
+        os.close(self._writer)
+        os.waitpid(self._pid, 0)
+
+
+def _watch(reader: int, fd: int, before: list[Any], raw: list[Any]) -> None:
+    """Wait for the other end's close; put back what nobody else has changed since."""
+    signal.set_wakeup_fd(-1)
+    os.setsid()  # out of reach of the terminal's signals, and of its job control
+    keep = sorted({reader, fd})
+    os.closerange(0, keep[0])
+    os.closerange(keep[0] + 1, keep[-1])
+    os.closerange(keep[-1] + 1, os.sysconf("SC_OPEN_MAX"))
+    os.read(reader, 1)
+    if termios.tcgetattr(fd) == raw:
+        termios.tcsetattr(fd, termios.TCSANOW, before)
+
+
+# ── the screen ───────────────────────────────────────────────────────────────────────────────────
+
+PRIVATE_MODES: Final = re.compile(rb"\x1b\[\?([0-9;]{1,64})([hl])")
+UNFINISHED: Final = re.compile(rb"\x1b(\[(\?[0-9;]{0,64})?)?\Z")
+# Modes of xterm's control sequences that a program sets for itself, and their usual state.
+USUALLY: Final = {
+    1: False,  # application cursor keys
+    9: False,  # mouse
+    25: True,  # cursor
+    47: False,  # alternate screen, and 1047 and 1049
+    1000: False,  # mouse, up to 1016
+    1002: False,
+    1003: False,
+    1004: False,  # focus events
+    1005: False,
+    1006: False,
+    1015: False,
+    1016: False,
+    1047: False,
+    1049: False,
+    2004: False,  # bracketed paste
+}
+ATTRIBUTES_OFF: Final = b"\x1b[0m"
+
+
+class ScreenModes:
+    """Follows what a process does to the screen, to undo it where the process cannot."""
+
+    def __init__(self) -> None:
+        self._unusual: set[int] = set()
+        self._rest = b""
+
+    def feed(self, output: bytes) -> None:
+        """Look at bytes on their way to the screen."""
+        data = self._rest + output
+        self._rest = b""
+        if b"\x1b" not in data:
+            return
+        for numbers, how in PRIVATE_MODES.findall(data):
+            for mode in map(int, filter(None, numbers.split(b";"))):
+                if mode in USUALLY and USUALLY[mode] == (how == b"h"):
+                    self._unusual.discard(mode)
+                elif mode in USUALLY:
+                    self._unusual.add(mode)
+        if unfinished := UNFINISHED.search(data):
+            self._rest = unfinished[0]
+
+    def undo(self) -> bytes:
+        """What brings the screen back to its usual state; empty where it is in it."""
+        if not self._unusual:
+            return b""
+        resets = [
+            b"\x1b[?%d%s" % (mode, b"h" if USUALLY[mode] else b"l")
+            for mode in sorted(self._unusual)
+        ]
+        self._unusual.clear()
+        return b"".join((ATTRIBUTES_OFF, *resets))
