@@ -203,7 +203,7 @@ class Exchange:
             self._flush_due = True
             if self._exited:
                 pump.last_data = trio.current_time()
-            if self._channel.splicing:
+            if self._channel.urgent:
                 self._flush()
 
     def _end_output(self, pump: OutputPump) -> None:

@@ -18,10 +18,9 @@ from guest import limits
 
 __all__ = ["InputPump", "OutputPump"]
 
-# Up to here, reading and writing cost less than the three calls that moving pages takes. It is also
-# all that is held of an output while the host does not read.
-PIECE = BUFFER[: limits.OUTPUT_READ]
-SPLICED = 4 * 1024  # a stream that filled PIECE once is spliced from here on: one page
+# An output that filled a read of OUTPUT_READ is large from then on, and moved without a copy where
+# that is possible. From one page on that is by splice: less costs less when it is read.
+SPLICED = 4 * 1024
 BULKY = 32 * 1024  # found in a pipe that others keep filling; the default pipe holds 64 KiB
 PROOFS = 4  # finds of that kind before a stream gets a larger pipe
 
@@ -40,7 +39,7 @@ class OutputPump:
         self.owed = 0
         self._process = process
         self._epoll = epoll
-        self._large = False  # has shown more than PIECE at a time
+        self._large = False
         self._proofs = 0
         self._watched = False
         self.watch()
@@ -59,22 +58,30 @@ class OutputPump:
 
     def move(self, channel: Channel) -> int | None:
         """Queue what is there, at most one frame: how many bytes. 0: nothing. None: the end."""
-        if self._large:
+        if self._large and channel.splices:
             count = min(readable_bytes(self.fd), limits.DATA_PAYLOAD)
             if count >= SPLICED:
                 channel.queue_pipe(self.stream, self.fd, count)
-                if count >= BULKY:
-                    self._note_bulk(channel)
-                self.owed -= count
-                return count
-        count = self._read()
-        if count:
-            channel.queue_data(self.stream, bytes(PIECE[:count]))
-            self._large = (self._large or count == len(PIECE)) and not self._process.tty
-            self.owed -= count
-        elif count == 0:
+                return self._moved(count, channel)
+        room = channel.bulk_read() if self._large else limits.OUTPUT_READ
+        count = self._read(BUFFER[:room])
+        if count == 0:
             return None
-        return max(count, 0)
+        if count < 0:
+            return 0
+        if count > limits.OUTPUT_READ:
+            channel.queue_buffer(self.stream, count)
+        else:
+            channel.queue_data(self.stream, bytes(BUFFER[:count]))
+        if count == room and not self._process.tty:
+            self._large = True
+        return self._moved(count, channel)
+
+    def _moved(self, count: int, channel: Channel) -> int:
+        self.owed -= count
+        if count >= BULKY:
+            self._note_bulk(channel)
+        return count
 
     def close(self) -> None:
         """Its end, or the decision to wait no longer."""
@@ -82,10 +89,10 @@ class OutputPump:
         del self._process.outputs[self.stream]
         os.close(self.fd)
 
-    def _read(self) -> int:
-        """Into PIECE; 0 at the end, -1 where nothing is there."""
+    def _read(self, buffer: memoryview) -> int:
+        """0 at the end, -1 where nothing is there."""
         try:
-            return os.readv(self.fd, (PIECE,))
+            return os.readv(self.fd, (buffer,))
         except BlockingIOError:
             return -1  # somebody opened the pipe through /proc and was faster
         except OSError as error:

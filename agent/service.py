@@ -114,6 +114,7 @@ async def serve_connection(agent: Agent, waiting_room: WaitingRoom, sock: socket
         refuse(channel, "internal", "the agent failed; its console has the reason")
     finally:
         sock.close()
+        channel.drop()
 
 
 def admit(agent: Agent, channel: Channel, hello: Event) -> None:
