@@ -24,7 +24,6 @@ from guest.messages import Exited, Start, Started
 from guest.privileges import capability_mask, resource_limits
 from guest.process import Plan, plan, shell_argv, start_failure
 from guest.record import Record
-from guest.status import ExitStatus, exit_fields
 
 __all__ = ["ChildProcess", "begin", "start"]
 
@@ -136,16 +135,16 @@ class ChildProcess(Process):
         _, status, usage = os.wait4(self.pid, 0)
         self._reaped = True
         duration = time.monotonic() - self.started
+        killed = os.WIFSIGNALED(status)
         oom_killed = False
         if self.leaf is not None:
             oom_killed = self.leaf.oom_killed()
             self.leaf.give_back()
             self.leaf = None
-        end = ExitStatus.from_map(exit_fields(status))
         return Exited(
-            code=end.code,
-            signal=end.signal,
-            core_dumped=end.core_dumped,
+            code=None if killed else os.WEXITSTATUS(status),
+            signal=os.WTERMSIG(status) if killed else None,
+            core_dumped=os.WCOREDUMP(status),
             oom_killed=oom_killed,
             duration=duration,
             user_seconds=usage.ru_utime,

@@ -54,6 +54,9 @@ __all__ = [
     "unpack",
 ]
 
+# msgpack's own first buffer, of 256 KiB, would be mapped and unmapped for each message.
+PACK_BUFFER = 1024
+
 # What an agent names in its welcome once it serves everything in this module.
 FEATURES = ("engine",)
 
@@ -415,7 +418,9 @@ _PAYLOADS: dict[int, type[Record]] = {
 def pack(values: dict[str, Any]) -> bytes:
     """A msgpack map. Raises LocalProtocolError for what msgpack cannot carry."""
     try:
-        packed: bytes = msgpack.packb(values, unicode_errors="surrogateescape")
+        packed: bytes = msgpack.packb(
+            values, unicode_errors="surrogateescape", buf_size=PACK_BUFFER
+        )
     except (TypeError, ValueError, OverflowError) as error:
         raise LocalProtocolError(f"message cannot be encoded: {error}") from error
     return packed

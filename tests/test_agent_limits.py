@@ -21,8 +21,9 @@ from machinekit import wait_until
 from guest.errors import StartError
 from guest.messages import Failure, Limits
 from guest.privileges import CAPABILITIES, RESOURCES
-from host_client import boot
+from host_client import boot, connect
 from host_client.errors import DeadlineExceeded
+from host_client.machines.folder import machines_root
 from host_client.machines.machine import Machine
 
 ANSWER = 1.0  # seconds within which the agent answers ping, whatever goes on
@@ -177,7 +178,8 @@ class Pings:
     def __init__(self, machine: Machine) -> None:
         self.longest = 0.0
         self.count = 0
-        self._agent = machine.agent
+        token = pathlib.Path(machines_root(), machine.name, "token").read_text()
+        self._agent = connect(machine.url, token=token.strip())
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._ping)
 
@@ -199,6 +201,7 @@ class Pings:
     def __exit__(self, *_exc: object) -> None:
         self._over.set()
         self._thread.join()
+        self._agent.close()
 
 
 @pytest.mark.qemu
