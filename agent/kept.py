@@ -108,7 +108,7 @@ class KeptProcess(Process):
     """One of them, around the `child` that says how to signal it and how it ended.
 
     `attachments`: those who get its output, `writer` the one of them that may write. `rings`: by
-    stream, for each that it has; a terminal has no stderr.
+    stream, for each that it has; a terminal has no stderr. `notes`: for the next agent.
     """
 
     kept = True
@@ -132,7 +132,7 @@ class KeptProcess(Process):
         self.writer: Attachment | None = None
         self._agent = agent
         self._child = child
-        self._notes = notes
+        self.notes = notes
         self._has_stdin = self.stdin >= 0
         self._epoll = select.epoll(READY)
         self._input = InputPump(self, self._epoll)
@@ -158,6 +158,8 @@ class KeptProcess(Process):
     async def begin(self) -> None:
         """Deposit it, list it, and let it live in a task of its own."""
         await self._deposit()
+        if self.notes.exited is not None:
+            self.finish(self.notes.exited)
         self._agent.processes[self.id] = self
         assert self._agent.nursery is not None
         self._agent.nursery.start_soon(self._live)
@@ -174,12 +176,10 @@ class KeptProcess(Process):
             await self._release()
 
     async def _until_dispensable(self) -> None:
-        if self._notes.exited is None:
+        if self.exited is None:
             await self._drain()
             await self._conclude()
-        else:
-            self.finish(self._notes.exited)
-        left = self._notes.ended + self._notes.keep.retain - time.monotonic()
+        left = self.notes.ended + self.notes.keep.retain - time.monotonic()
         await trio.sleep(max(0.0, left))
         await self._alone.wait()
 
@@ -199,7 +199,7 @@ class KeptProcess(Process):
         """Its end is known: first to PID 1, then to all."""
         self._input.unwatch()
         status = await self._status()
-        self._notes = self._notes.replace(ended=time.monotonic(), exited=status)
+        self.notes = self.notes.replace(ended=time.monotonic(), exited=status)
         self.close_streams()
         await self._deposit()
         self.finish(status)
@@ -215,7 +215,7 @@ class KeptProcess(Process):
             await self._agent.link.deliver(lambda: (message, ()))
         cut = tuple(STREAMS[s] for s, ring in self.rings.items() if ring.state == CUT)
         return self._child.status().replace(
-            timed_out=self._notes.timed_out, open_streams=cut, dropped=self.dropped()
+            timed_out=self.notes.timed_out, open_streams=cut, dropped=self.dropped()
         )
 
     def _kept_exited(self) -> KeptExited:
@@ -244,7 +244,7 @@ class KeptProcess(Process):
         for attachment in tuple(self.attachments):
             attachment.refuse("no_such_process", f"process {self.id} was forgotten")
         if self.exited is None:
-            self.finish(self._notes.exited or await self._status())
+            self.finish(self.notes.exited or await self._status())
         self._gone = True
         self._input.unwatch()
         self.close_streams()
@@ -271,7 +271,7 @@ class KeptProcess(Process):
         held |= {f"{STREAMS[stream]}-ring": ring.fd for stream, ring in self.rings.items()}
         if self._stage is not None:
             held |= dict(zip(("stage-out", "stage-in"), self._stage, strict=True))
-        deposit = Deposit(id=self.id, pid=self.pid, meta=self._notes.to_json(), names=tuple(held))
+        deposit = Deposit(id=self.id, pid=self.pid, meta=self.notes.to_json(), names=tuple(held))
         return deposit, (self.exit_fd, *held.values())
 
     # ── who is attached ──────────────────────────────────────────────────────────────────────────
@@ -436,7 +436,7 @@ class KeptProcess(Process):
     def _note_exit(self) -> None:
         self._epoll.unregister(self.exit_fd)
         self._exit_seen = trio.current_time()
-        if self._notes.timed_out:
+        if self.notes.timed_out:
             self._child.signal(signal.SIGKILL, "tree")  # the rest had its grace, too
         for stream, fd in self.outputs.items():
             self._owed[stream] = readable_bytes(fd)
@@ -445,7 +445,7 @@ class KeptProcess(Process):
     def _next_deadline(self) -> float:
         """On trio's clock."""
         if self._exit_seen == math.inf:
-            moment = self._kill_at if self._notes.timed_out else self._notes.deadline
+            moment = self._kill_at if self.notes.timed_out else self.notes.deadline
             if moment is None:
                 return math.inf
             return trio.current_time() + moment - time.monotonic()
@@ -458,18 +458,18 @@ class KeptProcess(Process):
                 if now >= self._cut_at(stream):
                     self._end_output(stream, CUT)
             return
-        now, deadline = time.monotonic(), self._notes.deadline
-        if not self._notes.timed_out and deadline is not None and now >= deadline:
-            self._notes = self._notes.replace(timed_out=True)
+        now, deadline = time.monotonic(), self.notes.deadline
+        if not self.notes.timed_out and deadline is not None and now >= deadline:
+            self.notes = self.notes.replace(timed_out=True)
             self._deposit_due = True
             self._child.signal(signal.SIGTERM, "group")
-        elif self._notes.timed_out and now >= self._kill_at:
+        elif self.notes.timed_out and now >= self._kill_at:
             self._kill_at = math.inf
             self._child.signal(signal.SIGKILL, "tree")
 
     def _cut_at(self, stream: int) -> float:
         """As for every process: docs/protocol.md, "After the exit"."""
-        idle = self._last_data[stream] + self._notes.drain_idle
+        idle = self._last_data[stream] + self.notes.drain_idle
         if self._owed[stream] > 0:
             return idle
-        return min(idle, self._exit_seen + self._notes.drain_cap)
+        return min(idle, self._exit_seen + self.notes.drain_cap)

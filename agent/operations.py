@@ -60,6 +60,7 @@ async def info(agent: Agent, _channel: Channel, _args: Record, _early: list[Even
 
 async def processes(agent: Agent, _channel: Channel, _args: Record, _early: list[Event]) -> Record:
     """All that run and all that are retained."""
+    await agent.wait_known()
     infos = [process.info() for process in agent.processes.values()]
     result = ProcessList(processes=tuple(infos))
     if len(pack(result.to_map())) <= limits.RESPONSE_PAYLOAD:
@@ -74,6 +75,7 @@ async def processes(agent: Agent, _channel: Channel, _args: Record, _early: list
 async def wait(agent: Agent, channel: Channel, args: Record, _early: list[Event]) -> Record:
     """How a process ended, as soon as it has. Raises OperationError still_running."""
     assert isinstance(args, Wait)
+    await agent.wait_known()
     process = agent.find(args.id)
     if not process.finished.is_set():
         with trio.move_on_after(args.timeout):
@@ -111,12 +113,14 @@ async def finished_or_lost(finished: trio.Event, channel: Channel) -> None:
 async def signal(agent: Agent, _channel: Channel, args: Record, _early: list[Event]) -> Record:
     """Send a signal to any process by its id."""
     assert isinstance(args, SignalProcess)
+    await agent.wait_known()
     return SignalResult(delivered=agent.find(args.id).signal(args.signal, args.target))
 
 
 async def forget(agent: Agent, _channel: Channel, args: Record, _early: list[Event]) -> Record:
     """Drop what is retained of a kept process."""
     assert isinstance(args, Forget)
+    await agent.wait_known()
     await agent.find(args.id).forget()
     return ForgetResult()
 

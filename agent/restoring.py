@@ -1,17 +1,52 @@
-"""What an earlier agent had deposited with PID 1 becomes a kept process of this one."""
+"""What an earlier agent had deposited with PID 1 becomes this one's; what it had not is ended."""
 
 import os
 
+from agent import tree
 from agent.adopted import Adopted
 from agent.cgroups import Leaf
 from agent.kept import KeptProcess, Notes
 from agent.ring import OPEN, Ring
-from agent.state import Agent, log
+from agent.state import AGENT_ID, Agent, log
 from guest.messages import STREAMS
 from guest.record import RecordError
 from guest.supervision import Restored
 
-__all__ = ["restore_deposit"]
+__all__ = ["restore_all"]
+
+
+async def restore_all(agent: Agent, deposits: list[tuple[Restored, list[int]]]) -> None:
+    """Go on with what is kept, and end what was not. The image's root is in place. Raises nothing.
+
+    All that dies with its connection should have died with the agent, which had the connection.
+    """
+    earlier = ""  # path of its cgroup
+    for message, descriptors in deposits:
+        if message.id == AGENT_ID:
+            earlier = message.meta
+            for fd in descriptors:
+                os.close(fd)
+        else:
+            await restore_deposit(agent, message, descriptors)
+    if agent.configure.starts > 1:
+        kept = [p.notes for p in agent.processes.values() if isinstance(p, KeptProcess)]
+        end_others(agent, earlier, kept)
+
+
+def end_others(agent: Agent, earlier: str, kept: list[Notes]) -> None:
+    """Kill the processes of the agent before this one that are not kept."""
+    cgroups = agent.own_cgroups()
+    if cgroups is None:
+        spared_marks = {os.fsencode(notes.mark) for notes in kept}
+        for mark, pid in tree.marked().items():
+            if mark not in spared_marks:
+                tree.kill(pid, mark)
+    elif earlier:
+        spared = {notes.leaf for notes in kept}
+        for leaf in cgroups.left_by(earlier):
+            if leaf.name not in spared:
+                leaf.kill()
+            leaf.close()
 
 
 async def restore_deposit(agent: Agent, message: Restored, descriptors: list[int]) -> None:

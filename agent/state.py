@@ -14,13 +14,15 @@ from agent.cgroups import Cgroups, Leaf, needed_controllers, open_cgroups, unava
 from guest import limits
 from guest.errors import OperationError
 from guest.messages import Exited, Limits, ProcessInfo
-from guest.supervision import Configure
+from guest.supervision import Configure, Deposit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.supervision import Link
 
-__all__ = ["Agent", "Process", "log"]
+__all__ = ["AGENT_ID", "Agent", "Process", "log"]
+
+AGENT_ID = "agent"  # of the agent's own deposit; no process has it
 
 
 class Process:
@@ -144,6 +146,7 @@ class Agent:
         self.cgroups: Cgroups | None = None
         self._memory_for_processes = free_memory() if configure.starts == 1 else None
         self._looked_for_cgroups = False
+        self._pidfd = -1  # of the agent itself
         self.processes: dict[str, Process] = {}
         self.connections = 0
         self._last_id = 0
@@ -166,7 +169,7 @@ class Agent:
 
         Raises OperationError cgroup_unavailable for limits that cannot be kept.
         """
-        cgroups = self._own_cgroups()
+        cgroups = self.own_cgroups()
         if cgroups is not None:
             return cgroups.take(wanted)
         if needed_controllers(wanted):
@@ -175,16 +178,32 @@ class Agent:
 
     def adopt_cgroup(self, name: str) -> Leaf | None:
         """That of a process which an earlier agent started. Raises OSError where it is gone."""
-        cgroups = self._own_cgroups()
+        cgroups = self.own_cgroups()
         return None if cgroups is None else cgroups.adopt(name)
 
-    def _own_cgroups(self) -> Cgroups | None:
+    def own_cgroups(self) -> Cgroups | None:
+        """Where the guest has any that can be written."""
         if not self._looked_for_cgroups:  # only now, as the image's root has to be in place
             self._looked_for_cgroups = True
             self.cgroups = open_cgroups(self._memory_for_processes)
             if self.cgroups is not None:
                 self.cgroups.shelter()
+                assert self.nursery is not None
+                self.nursery.start_soon(self.link.deliver, self._as_deposit)
         return self.cgroups
+
+    def _as_deposit(self) -> tuple[Deposit, tuple[int, ...]]:
+        """What the next agent has to know of this one: where its processes are."""
+        assert self.cgroups is not None
+        meta = self.cgroups.path
+        if self._pidfd < 0:
+            self._pidfd = os.pidfd_open(os.getpid())
+        return Deposit(id=AGENT_ID, pid=os.getpid(), meta=meta), (self._pidfd,)
+
+    async def wait_known(self) -> None:
+        """Until what an earlier agent has kept is served again. Raises OperationError not_ready."""
+        if self.configure.starts > 1:
+            await self.wait_root()
 
     async def wait_root(self) -> None:
         """Until processes can be started. Raises OperationError not_ready after ROOT_WAIT."""

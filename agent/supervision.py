@@ -12,7 +12,7 @@ import trio
 
 from agent.kept import MAIN_ID, KeptProcess
 from agent.main_process import take_main
-from agent.restoring import restore_deposit
+from agent.restoring import restore_all
 from agent.state import Agent
 from guest import limits
 from guest.supervision import (
@@ -110,9 +110,7 @@ async def follow(agent: Agent) -> None:
                 deposits.append((message, descriptors))
             case RootReady():
                 enter_root(descriptors[0])
-                for deposit, held in deposits:  # only now: their cgroups are in the root's view
-                    await restore_deposit(agent, deposit, held)
-                deposits.clear()
+                await restore_all(agent, deposits)
                 agent.root_ready.set()
             case MainStarted():
                 await take_main(agent, message, descriptors)

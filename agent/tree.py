@@ -7,7 +7,7 @@ environment. What wipes its environment, leaves the session and outlives its par
 import os
 import signal
 
-__all__ = ["MARKER", "kill", "send"]
+__all__ = ["MARKER", "kill", "marked", "send"]
 
 MARKER = b"MICROGUEST_PROCESS="
 ROUNDS = 32  # of looking for more, while what was found is stopped
@@ -42,6 +42,16 @@ def kill(pid: int, mark: bytes) -> bool:
             delivered |= signal_one(member, signal.SIGKILL)
         killed |= members
     return delivered
+
+
+def marked() -> dict[bytes, int]:
+    """Every entry that begins with MARKER, with one process that has it in its environment."""
+    found: dict[bytes, int] = {}
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        for entry in environment(name):
+            if entry.startswith(MARKER):
+                found[entry] = int(name)
+    return found
 
 
 def stop(pid: int, mark: bytes, known: set[int]) -> set[int]:
@@ -97,11 +107,16 @@ def stat_fields(pid: str) -> list[bytes]:
 
 def is_marked(pid: str, mark: bytes) -> bool:
     """Whether its environment has the entry."""
+    return mark in environment(pid)
+
+
+def environment(pid: str) -> list[bytes]:
+    """Its first ENVIRONMENT bytes; [] for what is gone, or a kernel thread."""
     try:
         with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
-            return mark in (file.read(ENVIRONMENT) or b"").split(b"\0")
-    except OSError:  # gone, or a kernel thread
-        return False
+            return (file.read(ENVIRONMENT) or b"").split(b"\0")
+    except OSError:
+        return []
 
 
 def signal_one(pid: int, number: int) -> bool:

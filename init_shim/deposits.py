@@ -1,8 +1,8 @@
 """What an agent leaves with PID 1, so that the next one can go on with it: kept processes.
 
 PID 1 looks into nothing of it but the pid, which tells it whose end it has reaped. It holds at most
-KEPT_PROCESSES of them, each with at most KEPT_META characters and SUPERVISION_DESCRIPTORS
-descriptors; what is more is not taken, and that is said.
+KEPT_PROCESSES of them and one of the agent itself, each with at most KEPT_META characters and
+SUPERVISION_DESCRIPTORS descriptors; what is more is not taken, and that is said.
 """
 
 import os
@@ -44,7 +44,7 @@ class Deposits:
     def take(self, message: Deposit, descriptors: list[int]) -> bool:
         """Take over the descriptors, also where the deposit is refused. Whether it was taken."""
         earlier = self._entries.get(message.id)
-        if earlier is None and len(self._entries) >= limits.KEPT_PROCESSES:
+        if earlier is None and len(self._entries) > limits.KEPT_PROCESSES:
             close_all(descriptors)
             say(f"deposit {message.id} is refused: there are {len(self._entries)}")
             return False

@@ -41,6 +41,7 @@ from guest.supervision import (
     MESSAGES,
     AgentReady,
     Configure,
+    Deposit,
     RootReady,
 )
 
@@ -109,7 +110,11 @@ class AgentProcess:
         socket.send_fds(self.pid1, [MESSAGES.encode(message)], list(descriptors))
 
     def receive(self) -> Record:
-        return MESSAGES.decode(self.pid1.recv(65536))
+        """The agent's next message, its deposit of itself passed over."""
+        message = MESSAGES.decode(self.pid1.recv(65536))
+        if isinstance(message, Deposit) and message.id == "agent":
+            return self.receive()
+        return message
 
     def send_root(self, root: str) -> None:
         fd = os.open(root, os.O_PATH | os.O_DIRECTORY)

@@ -13,7 +13,7 @@ from agentharness import AgentProcess, Host, Refused
 from guest.connection import Data, Request
 from guest.messages import Attach
 from guest.status import exit_fields
-from guest.supervision import Deposit, MainCollected, MainExited, MainStarted
+from guest.supervision import MESSAGES, Deposit, MainCollected, MainExited, MainStarted
 
 
 class Workload:
@@ -45,7 +45,7 @@ class Workload:
 
 def discard_deposits(agent: AgentProcess) -> None:
     while select.select([agent.pid1], [], [], 0)[0]:
-        assert isinstance(agent.receive(), Deposit)
+        assert isinstance(MESSAGES.decode(agent.pid1.recv(65536)), Deposit)
 
 
 def expect_collected(agent: AgentProcess) -> None:
