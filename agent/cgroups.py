@@ -61,7 +61,8 @@ class Leaf:
         self.limited = limited
         self.killed = False
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._events = self._open("memory.events")
+        self._events = self._open("cgroup.events")
+        self._memory = self._open("memory.events") if "memory" in owner.controllers else -1
         self._oom_before = self._oom_kills()
 
     def kill(self) -> None:
@@ -82,7 +83,7 @@ class Leaf:
         try:
             self._write("cgroup.freeze", "1")
             deadline = time.monotonic() + FREEZE_WAIT
-            while not self._says("cgroup.events", b"frozen 1") and time.monotonic() < deadline:
+            while not self._says(b"frozen 1") and time.monotonic() < deadline:
                 time.sleep(0.001)
             self.signal(signal.SIGKILL)  # which also ends what is frozen
             self._write("cgroup.freeze", "0")
@@ -113,7 +114,7 @@ class Leaf:
 
     def populated(self) -> bool:
         """Whether anything in it or below still runs."""
-        return not self._says("cgroup.events", b"populated 0")
+        return not self._says(b"populated 0")
 
     def divided(self) -> bool:
         """Whether it was given cgroups below it, so that it cannot be used again."""
@@ -129,9 +130,14 @@ class Leaf:
 
     def close(self) -> None:
         """Let go of the descriptors, not of the cgroup."""
-        os.close(self.fd)
-        if self._events >= 0:
-            os.close(self._events)
+        for fd in (self.fd, self._events, self._memory):
+            if fd >= 0:
+                os.close(fd)
+
+    def taken_again(self) -> "Leaf":
+        """It is for another process from now on."""
+        self._oom_before = self._oom_kills()
+        return self
 
     def limit(self, wanted: Limits) -> None:
         """Set what is limited. Raises OSError."""
@@ -147,26 +153,17 @@ class Leaf:
             self._write("pids.max", str(wanted.processes))
 
     def _oom_kills(self) -> int:
-        if self._events < 0:
+        if self._memory < 0:
             return 0
-        for line in os.pread(self._events, 512, 0).split(b"\n"):
+        for line in read_lines(self._memory):
             name, _, count = line.partition(b" ")
             if name == b"oom_kill":
                 return int(count)
         return 0
 
-    def _says(self, file: str, line: bytes) -> bool:
-        fd = self._open(file)
-        if fd < 0:
-            return True  # gone
-        try:
-            return line in os.read(fd, 512).split(b"\n")
-        except OSError as error:
-            if error.errno != errno.ENODEV:  # removed
-                raise
-            return True
-        finally:
-            os.close(fd)
+    def _says(self, line: bytes) -> bool:
+        lines = read_lines(self._events)
+        return line in lines or not lines
 
     def _open(self, file: str) -> int:
         try:
@@ -204,7 +201,8 @@ class Cgroups:
             write_if_possible(f"{self._leaves}/memory.max", str(memory))
         self.controllers = frozenset(read_words(f"{self._leaves}/cgroup.subtree_control"))
         self._count = 0
-        self._idle: list[str] = []  # names of empty leaves without limits
+        self._warm: Leaf | None = None  # the empty leaf that was given back last, still open
+        self._idle: list[str] = []  # names of other empty leaves without limits
         self._lingering: list[str] = []  # names of leaves with processes that outlived their own
 
     def take(self, wanted: Limits | None = None) -> Leaf:
@@ -215,6 +213,9 @@ class Cgroups:
                 f"the guest's cgroups have no {', '.join(sorted(missing))} controller"
             )
         limited = bool(needed_controllers(wanted))
+        if not limited and self._warm is not None:
+            warm, self._warm = self._warm, None
+            return warm.taken_again()
         if not limited and not self._idle:
             self._look_at_lingering()
         try:
@@ -232,6 +233,9 @@ class Cgroups:
     def give_back(self, leaf: Leaf) -> None:
         """See `Leaf.give_back`."""
         empty, again = not leaf.populated(), not (leaf.limited or leaf.killed or leaf.divided())
+        if empty and again and self._warm is None:
+            self._warm = leaf
+            return
         leaf.close()
         if not empty:
             self._lingering.append(leaf.name)
@@ -277,6 +281,9 @@ class Cgroups:
 
     def close(self) -> None:
         """Remove all that is empty; what is not stays for the next agent to clear away."""
+        if self._warm is not None:
+            self._warm.close()
+            self._warm = None
         write_if_possible(f"{self.mount}/cgroup.procs", "0")
         deadline = time.monotonic() + CLOSE_WAIT
         while not remove(self.path) and time.monotonic() < deadline:
@@ -319,6 +326,16 @@ def needed_controllers(wanted: Limits | None) -> frozenset[str]:
 def unavailable(reason: str) -> OperationError:
     """The error for limits that cannot be kept."""
     return operation_error("cgroup_unavailable", f"limits: {reason}", {"step": "cgroup"})
+
+
+def read_lines(fd: int) -> list[bytes]:
+    """A short file of a cgroup as it is now; [] where that was removed."""
+    try:
+        return os.pread(fd, 512, 0).split(b"\n")
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.EBADF):
+            raise
+        return []
 
 
 def make_directory(path: str) -> None:
