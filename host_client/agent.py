@@ -130,12 +130,12 @@ class Agent:
 
         stdin: it reads what is written; False is /dev/null. tty: a terminal of (rows, columns), or
         True for one as large as ours; its output is all stdout. acknowledge: what a kept process
-        wrote may be forgotten by the agent once it was read here. max_unread: bytes of each output
-        that wait here for a reader. Raises as `exec` does where it cannot start.
+        wrote may be forgotten by the agent once it was read here; False leaves it to
+        `Process.acknowledge`. max_unread: bytes of each output that wait here for a reader. Raises
+        as `exec` does where it cannot start.
         """
         start = start_record(argv, options, stdin=stdin, tty=tty)
-        keeps = acknowledge and start.keep is not None
-        exchange = run(self.driver.open(start, Exchange, acknowledge=keeps))
+        exchange = run(self.driver.open(start, Exchange, acknowledge=start.keep is not None))
         return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
 
     def attach(
@@ -155,8 +155,7 @@ class Agent:
         OperationError: no_such_process, stdin_taken.
         """
         attach = attach_record(process, offsets, write=write)
-        keeps = acknowledge and write
-        exchange = run(self.driver.open(attach, Exchange, acknowledge=keeps))
+        exchange = run(self.driver.open(attach, Exchange, acknowledge=write))
         return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
 
     def open_process(self, request: Start | Attach) -> ProcessStream:

@@ -173,7 +173,6 @@ def test_streams(play: Play) -> None:
             lines = process.stdout.lines()
             assert await anext(lines) == b"one\n"
             assert await anext(lines) == b"two\n"
-            await lines.aclose()  # type: ignore[attr-defined]
             assert [text async for text in process.stdout.text()] == ["three"]
             assert await process.stderr.receive(2) == b"er"
             assert await process.stderr.read() == b"r"

@@ -491,7 +491,7 @@ def test_acknowledging_by_hand(path: Path) -> None:
     def script(peer: Peer) -> None:
         peer.start()
         peer.send(Data(stream=1, data=b"12345"))
-        seen.extend(peer.next() for _ in range(2))
+        seen.extend(peer.next() for _ in range(3))
         peer.finish(code=0)
 
     with (
@@ -503,7 +503,7 @@ def test_acknowledging_by_hand(path: Path) -> None:
         process.acknowledge(stdout=2)
         process.acknowledge()
         process.wait(5)
-    assert seen == [Acknowledge(stdout=2), Acknowledge(stdout=5)]
+    assert seen == [Acknowledge(), Acknowledge(stdout=2), Acknowledge(stdout=5)]
 
 
 def test_resuming(path: Path) -> None:

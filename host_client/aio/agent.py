@@ -98,8 +98,7 @@ class Agent:
     ) -> Process:
         """Start a process and talk to it while it runs: `async with await agent.start(…)`."""
         start = start_record(argv, options, stdin=stdin, tty=tty)
-        keeps = acknowledge and start.keep is not None
-        exchange = await run(self.driver.open(start, Exchange, acknowledge=keeps))
+        exchange = await run(self.driver.open(start, Exchange, acknowledge=start.keep is not None))
         return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
 
     async def attach(
@@ -113,8 +112,7 @@ class Agent:
     ) -> Process:
         """The streams of a kept process, or of the workload, whose id is "main"."""
         attach = attach_record(process, offsets, write=write)
-        keeps = acknowledge and write
-        exchange = await run(self.driver.open(attach, Exchange, acknowledge=keeps))
+        exchange = await run(self.driver.open(attach, Exchange, acknowledge=write))
         return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
 
     async def processes(self) -> list[ProcessInfo]:

@@ -1,7 +1,7 @@
 """Processes of a guest for asyncio and trio. The logic is `host_client.session`'s."""
 
 import codecs
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
@@ -22,6 +22,7 @@ __all__ = ["Process", "ProcessInput", "ProcessOutput"]
 CHUNK: Final = 256 * 1024  # bytes that an iteration gives at a time, at most
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Runner(Protocol):
@@ -68,10 +69,9 @@ class Process:
         exited = self._session.exited
         return f"Process({self._session.name}, {'runs' if exited is None else 'has ended'})"
 
-    async def __aiter__(self) -> AsyncIterator[tuple[str, bytes]]:
+    def __aiter__(self) -> AsyncIterator[tuple[str, bytes]]:
         """("stdout" or "stderr", bytes) as they arrive, until it has ended."""
-        while (chunk := await self._run(self._session.read_any())) is not None:
-            yield chunk
+        return Each(lambda: self._run(self._session.read_any()))
 
     @property
     def offsets(self) -> dict[str, int]:
@@ -204,15 +204,33 @@ class ProcessOutput(ByteReceiveStream):
         """As `receive`, with b"" at the end; -1 is everything until the end, up to 256 MiB."""
         return await self._run(self._session.reading(self._stream, most))
 
-    async def lines(self) -> AsyncIterator[bytes]:
+    def lines(self) -> AsyncIterator[bytes]:
         """Lines with their newlines as they arrive; one over 1 MiB comes in pieces."""
-        while line := await self._run(self._session.read_line(self._stream)):
-            yield line
+        return Each(lambda: self._run(self._session.read_line(self._stream)))
 
-    async def text(self, encoding: str = "utf-8", errors: str = "replace") -> AsyncIterator[str]:
+    def text(self, encoding: str = "utf-8", errors: str = "replace") -> AsyncIterator[str]:
         """Lines as text, without their newlines."""
-        async for line in self.lines():
-            yield codecs.decode(line, encoding, errors).removesuffix("\n")
+        return Each(lambda: self._text(encoding, errors))
+
+    async def _text(self, encoding: str, errors: str) -> str | None:
+        line = await self._run(self._session.read_line(self._stream))
+        return codecs.decode(line, encoding, errors).removesuffix("\n") if line else None
 
     async def aclose(self) -> None:
         """Nothing: what it would still give stays with the process."""
+
+
+class Each(AsyncIterator[T]):
+    """What a call gives each time, until that is None or empty bytes.
+
+    Not an async generator: one that is left in the middle needs an event loop to be tidied up.
+    """
+
+    def __init__(self, ask: Callable[[], Awaitable[T | None]]) -> None:
+        self._ask = ask
+
+    async def __anext__(self) -> T:
+        item = await self._ask()
+        if item is None or item == b"":
+            raise StopAsyncIteration
+        return item
