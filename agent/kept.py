@@ -197,9 +197,9 @@ class KeptProcess(Process):
 
     async def _conclude(self) -> None:
         """Its end is known: first to PID 1, then to all."""
-        self._input.unwatch()
         status = await self._status()
         self.notes = self.notes.replace(ended=time.monotonic(), exited=status)
+        self._input.unwatch()  # only now: writers may have come until here
         self.close_streams()
         await self._deposit()
         self.finish(status)
