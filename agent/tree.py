@@ -6,12 +6,18 @@ environment. What wipes its environment, leaves the session and outlives its par
 
 import os
 import signal
+import time
 
 __all__ = ["MARKER", "kill", "marked", "send"]
 
 MARKER = b"MICROGUEST_PROCESS="
 ROUNDS = 32  # of looking for more, while what was found is stopped
 ENVIRONMENT = 256 * 1024  # bytes that are searched
+LOOKS = 20  # at the environment of a process that is about to get one
+LOOK_EVERY = 0.0005  # seconds
+# Of proc_pid_stat(5), counted from the state: its fields 9 and 51. And sched.h's flag.
+FLAGS, ENV_END = 6, 48
+PF_KTHREAD = 0x00200000
 
 
 def send(pid: int, mark: bytes, number: int) -> bool:
@@ -111,12 +117,40 @@ def is_marked(pid: str, mark: bytes) -> bool:
 
 
 def environment(pid: str) -> list[bytes]:
-    """Its first ENVIRONMENT bytes; [] for what is gone, or a kernel thread."""
+    """Its first ENVIRONMENT bytes; [] for what is gone, or a kernel thread.
+
+    A process inside execve(2) shows none for a moment, and must not be overlooked then.
+    """
+    entries = read_environment(pid)
+    for _ in range(LOOKS):
+        if entries != [b""]:
+            break
+        changing = between_programs(pid)
+        if changing:
+            time.sleep(LOOK_EVERY)
+        entries = read_environment(pid)
+        if not changing:
+            break
+    return entries
+
+
+def read_environment(pid: str) -> list[bytes]:
     try:
         with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
             return (file.read(ENVIRONMENT) or b"").split(b"\0")
     except OSError:
         return []
+
+
+def between_programs(pid: str) -> bool:
+    """Whether it has new memory in which execve(2) has not put the environment yet."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            fields = (file.read(4096) or b"").rpartition(b")")[2].split()
+    except OSError:
+        return False
+    kernel_thread = len(fields) <= ENV_END or int(fields[FLAGS]) & PF_KTHREAD
+    return not kernel_thread and fields[0] not in (b"Z", b"X") and fields[ENV_END] == b"0"
 
 
 def signal_one(pid: int, number: int) -> bool:
