@@ -39,7 +39,6 @@ async def start(agent: Agent, channel: Channel, args: Record, early: list[Event]
     agent.processes[process.id] = process
     try:
         channel.queue(Response(result=Started(id=process.id, pid=process.pid)))
-        alone = len(agent.processes) == 1
         process.attached = 1
         exchange = Exchange(
             channel,
@@ -49,7 +48,7 @@ async def start(agent: Agent, channel: Channel, args: Record, early: list[Event]
             drain_idle=args.drain_idle,
             drain_cap=args.drain_cap,
         )
-        await exchange.run(early, alone=alone)
+        await exchange.run(early)
     finally:
         await process.end()
         del agent.processes[process.id]

@@ -305,7 +305,7 @@ def test_acknowledging_what_is_not_kept_changes_nothing(agent: AgentProcess) -> 
 @pytest.mark.parametrize(("idle", "cap", "expected"), [(0.3, 9.0, 0.3), (9.0, 0.4, 0.4), (0, 0, 0)])
 def test_drain_is_as_asked(agent: AgentProcess, idle: float, cap: float, expected: float) -> None:
     started = time.monotonic()
-    script = "setsid sleep 30 2>&- & echo $!; exit 6"
+    script = "exec 2>&-; setsid sleep 30 & echo $!; exit 6"
     result = shell(agent, script, drain_idle=idle, drain_cap=cap)
     elapsed = time.monotonic() - started
     os.kill(int(result.stdout), signal.SIGKILL)
