@@ -467,7 +467,7 @@ def exactly_typed(record: Record) -> bool:
     """Whether each field that was given has plainly one of the types that a receiver takes.
 
     Then the receiver takes the record, as its own `check` has passed. False means only that it has
-    to be looked at closely: a map or list with entries, a number that may not be finite.
+    to be looked at closely: a map or list of anything but text, a number that may not be finite.
     """
     accepted = _ACCEPTED.get(type(record))
     if accepted is None:
@@ -476,24 +476,30 @@ def exactly_typed(record: Record) -> bool:
         }
     for name, value in vars(record).items():
         kind = type(value)
-        if (
-            kind not in accepted[name]
-            or (kind is float and value - value != 0)
-            or (kind in (dict, tuple) and value)
-        ):
+        if kind not in accepted[name] or (kind is float and value - value != 0):
+            return False
+        if kind in _TEXTS and value and not (_TEXTS[kind] in accepted[name] and _only_texts(value)):
             return False
     return True
 
 
-_ACCEPTED: dict[type[Record], dict[str, frozenset[type]]] = {}
+_ACCEPTED: dict[type[Record], dict[str, frozenset[object]]] = {}
+_TEXTS: dict[Any, Any] = {tuple: tuple[str, ...], dict: dict[str, str]}
 
 
-def _accepted(kind: Any) -> frozenset[type]:
-    """Types of values that fit a field whatever is in them, once dict and tuple are empty."""
+def _only_texts(values: dict[Any, Any] | tuple[Any, ...]) -> bool:
+    if isinstance(values, dict) and not all(type(key) is str for key in values):
+        return False
+    items = values.values() if isinstance(values, dict) else values
+    return all(type(item) is str for item in items)
+
+
+def _accepted(kind: Any) -> frozenset[object]:
+    """Types of values that fit a field whatever is in them, and containers of nothing but text."""
     if isinstance(kind, UnionType):
         return frozenset().union(*(_accepted(choice) for choice in kind.__args__))
     if isinstance(kind, GenericAlias):
-        kind = kind.__origin__
+        return frozenset((kind, kind.__origin__))
     if kind is float:
         return frozenset((float, int))
     return frozenset() if issubclass(kind, Record) else frozenset((kind,))
