@@ -30,7 +30,17 @@ from agent.cgroups import MOUNTS
 from guest import frames, limits, messages
 from guest.connection import Data, End, Request, State
 from guest.errors import StartError
-from guest.messages import Forget, Keep, ListProcesses, ProcessList, Start
+from guest.messages import (
+    Acknowledge,
+    Attach,
+    Forget,
+    Keep,
+    ListProcesses,
+    ProcessList,
+    Start,
+    Wait,
+    Winsize,
+)
 from host_client import boot
 from host_client.errors import DeadlineExceeded
 from host_client.machines.machine import Machine
@@ -45,6 +55,7 @@ SAMPLE_EVERY = 500
 SLOPE_MAX = 256
 CANCELLED = 1_000
 CANCELLED_GROWTH = 256  # KiB for all of them; 1,000 forgotten connections are at least 1,000
+KEPT = 400
 CLIENTS = 64
 STALLED = 64
 STALLED_GROWTH = 2048  # KiB for all of them: 16 KiB of output each, and what the agent knows of it
@@ -270,6 +281,14 @@ COMMANDS: list[tuple[str, ...]] = [
 ]
 
 
+KEPT_COMMANDS: list[tuple[str, ...]] = [
+    ("true",),
+    ("cat",),
+    ("yes",),
+    ("sh", "-c", "(setsid sleep 1000 &); echo up; sleep 1000"),
+]
+
+
 def cancel_somewhere(inside: Inside, chance: random.Random) -> None:
     """One connection that is dropped before, while or after its process lives."""
     argv = chance.choice(COMMANDS)
@@ -317,6 +336,72 @@ def test_a_thousand_lost_hosts_leave_nothing(
     show(capsys, f"KiB for {CANCELLED} lost hosts: {rounded(growth)}")
     assert max(growth.values()) <= CANCELLED_GROWTH
     assert listed(inside) == []
+
+
+def keep_somewhere(inside: Inside, chance: random.Random) -> None:
+    """A kept process whose hosts all go away at some moment, and which is then forgotten."""
+    argv = chance.choice(KEPT_COMMANDS)
+    tty = chance.choice([None, None, Winsize(rows=24, columns=80)])
+    keep = Keep(buffer=limits.KEEP_BUFFER_MIN, on_full=chance.choice(["block", "drop"]))
+    start = Start(argv=argv, stdin=True, keep=keep, tty=tty)
+    with inside.host() as host:
+        host.send(Request(op="start", args=start))
+        pause(chance, host)
+    for process_id in listed(inside):
+        with inside.host() as watcher, inside.host() as waiter, inside.host() as writer:
+            watcher.send(Request(op="attach", args=Attach(id=process_id, write=False)))
+            waiter.send(Request(op="wait", args=Wait(id=process_id, timeout=60)))
+            writer.send(Request(op="attach", args=Attach(id=process_id)))
+            with contextlib.suppress(ConnectionError):  # the one before still has the input
+                writer.send(Data(stream=0, data=b"x" * chance.randrange(1, 100_000)))
+                writer.send(Acknowledge(stdout=chance.randrange(10_000)))
+                pause(chance, chance.choice([watcher, writer]))
+                if writer.connection.state is not State.DONE and chance.random() < 0.5:
+                    writer.send(End(stream=0))
+            if chance.random() < 0.3:
+                forget(inside, process_id)
+        with contextlib.suppress(Refused):
+            forget(inside, process_id)
+
+
+def pause(chance: random.Random, host: Host) -> None:
+    """Nothing, a moment, or until there is an answer."""
+    match chance.randrange(3):
+        case 1:
+            time.sleep(chance.uniform(0, 0.004))
+        case 2:
+            with contextlib.suppress(Refused, Closed):
+                host.receive()
+
+
+def test_kept_processes_and_their_hosts_leave_nothing(
+    inside: Inside, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chance = random.Random(SEED)
+    for _ in range(KEPT // 4):
+        keep_somewhere(inside, chance)
+    forget_all(inside)
+    holdings, memory = inside.holdings(), inside.memory_kib()
+    for _ in range(KEPT):
+        keep_somewhere(inside, chance)
+    forget_all(inside)
+    inside.settles_at(holdings)
+    growth = {name: kib - memory[name] for name, kib in inside.memory_kib().items()}
+    show(capsys, f"KiB for {KEPT} kept processes: {rounded(growth)}")
+    assert max(growth.values()) <= CANCELLED_GROWTH
+
+
+def forget_all(inside: Inside) -> None:
+    """Also what is started only now, for hosts that did not wait for it."""
+
+    def nothing_listed() -> bool:
+        for process_id in listed(inside):
+            with contextlib.suppress(Refused):
+                forget(inside, process_id)
+        return listed(inside) == []
+
+    wait_until("nothing is listed", nothing_listed, GONE)
+    inside.wait_quiet()
 
 
 def listed(inside: Inside) -> list[str]:
