@@ -60,6 +60,19 @@ def test_older_kernels_start_programs_too() -> None:
             assert execute(agent, "true").exited.code == 0
 
 
+def test_older_kernels_have_cgroups_too() -> None:
+    found = []
+    for prepare in (None, hide_newer_calls):
+        with AgentProcess(prepare=prepare) as agent:
+            text = execute(agent, "cat", "/proc/self/cgroup").stdout.decode()
+            found += [line.split("/") for line in text.splitlines() if line.startswith("0::")]
+    if not found or "microguest" not in found[0]:
+        pytest.skip("this machine has no cgroup v2 that can be written")
+    for path in found:
+        assert path[-4] == "microguest"
+        assert path[-2:] == ["processes", "1"]
+
+
 # What the agent may import beyond trio and msgpack; each is start-up time of every machine.
 OWN = ("agent", "guest")
 STANDARD_LIBRARY = {"_json", "resource", "termios"}  # all of them C
