@@ -11,7 +11,7 @@ import trio
 
 from agent.adopted import Adopted
 from agent.kept import MAIN_ID, KeptProcess, Notes, new_rings
-from agent.state import Agent
+from agent.state import Agent, listed_argv
 from guest import limits
 from guest.errors import OperationError
 from guest.messages import Keep
@@ -45,11 +45,22 @@ async def take_main(agent: Agent, message: MainStarted, descriptors: list[int]) 
             exit_descriptor(message.pid),
             (stdin, {1: stdout, 2: stderr}),
         )
-        notes = Notes(keep=Keep(), started=time.monotonic())
+        argv = listed_argv(command_line(message.pid))
+        notes = Notes(keep=Keep(), started=time.monotonic(), argv=argv)
         main = KeptProcess(agent, child, notes, new_rings(child, notes))
         await main.begin()
     agent.main = agent.processes[MAIN_ID]
     agent.main_started.set()
+
+
+def command_line(pid: int) -> tuple[str, ...]:
+    """Its arguments, which PID 1 does not tell; its id where they cannot be seen any more."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb", buffering=0) as file:
+            text = file.read(limits.LISTED_ARGV) or b""
+    except OSError:
+        text = b""
+    return tuple(os.fsdecode(text).rstrip("\0").split("\0")) if text else (MAIN_ID,)
 
 
 def exit_descriptor(pid: int) -> int:

@@ -20,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.supervision import Link
 
-__all__ = ["AGENT_ID", "Agent", "Process", "log"]
+__all__ = ["AGENT_ID", "Agent", "Process", "listed_argv", "log"]
 
 AGENT_ID = "agent"  # of the agent's own deposit; no process has it
 

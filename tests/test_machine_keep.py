@@ -39,9 +39,11 @@ from guest.messages import (
     Start,
     Started,
     Wait,
+    Winsize,
 )
 
 PATIENCE = 20.0
+GONE = (Closed, BrokenPipeError, ConnectionResetError)  # how an agent's death looks
 LINES = 120_000
 EXPECTED = b"".join(b"%d\n" % number for number in range(1, LINES + 1))
 
@@ -73,7 +75,7 @@ def dial(machine: Machine) -> Host:
         host = Host(Door(machine), hello=False)  # type: ignore[arg-type]
         try:
             host.send(Hello(token=TOKEN))
-        except BrokenPipeError:
+        except GONE:
             host.sock.close()
             assert time.monotonic() < deadline
         else:
@@ -87,7 +89,7 @@ def ask(machine: Machine, op: str, args: Any) -> Any:
         with dial(machine) as host:
             try:
                 return host.request(op, args)
-            except (Closed, BrokenPipeError):
+            except GONE:
                 assert time.monotonic() < deadline
 
 
@@ -106,7 +108,7 @@ def attach(machine: Machine, process_id: str, **options: Any) -> tuple[Host, Sta
         try:
             host.send(request, Acknowledge(stdout=max(0, acknowledged)))
             event = host.receive()
-        except (Closed, BrokenPipeError, Refused) as error:
+        except (*GONE, Refused) as error:
             host.sock.close()
             if isinstance(error, Refused) and error.failure.code != "stdin_taken":
                 raise
@@ -153,7 +155,7 @@ def test_output_is_whole_however_often_the_agent_is_killed(machine: Machine, see
                     os.kill(machine.agent_pid(), signal.SIGKILL)
                     kills += 1
                     exited = read_until(host, have, len(EXPECTED))
-        except (Closed, BrokenPipeError):
+        except GONE:
             machine.report("agent_exited")
     assert kills == 4
     assert bytes(have) == EXPECTED
@@ -217,6 +219,23 @@ def test_input_goes_on_with_the_next_agent(machine: Machine) -> None:
     with host:
         host.write(b"", end=True)
         assert host.collect().stdout == b"one\ntwo\nsix\n"
+
+
+def test_a_terminal_goes_on_with_the_next_agent(machine: Machine) -> None:
+    script = "read a; stty size; read b; echo $a $b"
+    size = Winsize(rows=20, columns=70)
+    process_id = start(machine, "sh", "-c", script, tty=size, stdin=True).id
+    host, _ = attach(machine, process_id)
+    with host:
+        host.write(b"one\n")
+        seen = host.read_until(b"20 70\r\n")
+    kill_agent(machine)
+    host, started = attach(machine, process_id, offsets={"stdout": len(seen)})
+    with host:
+        assert started.offsets["stdout"] == len(seen)
+        host.resize(30, 80)
+        host.write(b"two\n")
+        assert host.collect().stdout == b"two\r\none two\r\n"
 
 
 def test_an_ended_input_stays_ended(machine: Machine) -> None:
