@@ -142,6 +142,8 @@ class Exchange:
                 self._input.resume()
                 self._update_socket_mask()
         if exited:
+            if self._timed_out:
+                self._process.signal(signal.SIGKILL, "tree")  # the rest had its grace, too
             self._note_exit()
         if self._flush_due and not self._over():
             self._flush()
@@ -207,14 +209,14 @@ class Exchange:
 
     def _note_exit(self) -> None:
         """The process itself has ended; what it wrote may still be in the pipes."""
-        self._epoll.unregister(self._process.exit_fd)
         self._exited = True
+        if not self._outputs:
+            return  # the common case, and all is said
+        self._epoll.unregister(self._process.exit_fd)
         now = trio.current_time()
         self._cap_at = now + self._drain_cap
         if self._blocked():
             self._blocked_since = now
-        if self._timed_out:
-            self._process.signal(signal.SIGKILL, "tree")  # the rest had its grace, too
         for pump in self._outputs.values():
             pump.owed = readable_bytes(pump.fd)
             pump.last_data = now

@@ -85,7 +85,8 @@ class OutputPump:
 
     def close(self) -> None:
         """Its end, or the decision to wait no longer."""
-        self.unwatch()
+        if self._process.tty:  # whose descriptor is not the only one of that description: epoll(7)
+            self.unwatch()
         del self._process.outputs[self.stream]
         os.close(self.fd)
 
