@@ -11,7 +11,7 @@ from guest.errors import MicroguestError
 from guest.messages import Attach, Exited, Start
 from host_client.agent import Agent
 from host_client.cli import Killed
-from host_client.cli.stream import Detached, Interrupted, join, passed_signals
+from host_client.cli.stream import FORWARDED, Detached, Interrupted, join, passed_signals
 from host_client.cli.terminal import Terminal
 from host_client.deadline import Deadline
 from host_client.errors import DeadlineExceeded
@@ -41,7 +41,8 @@ def in_foreground(
     """
     with ExitStack() as stack:
         if signals is None:
-            signals = stack.enter_context(passed_signals())
+            watches = isinstance(request, Attach) and not request.write
+            signals = stack.enter_context(passed_signals(() if watches else FORWARDED))
         process = stack.enter_context(agent.open_process(request))
         assert process.started is not None
         name = process.started.id

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import signal
+import time
 from typing import Final
 
 from guest.errors import OperationError
@@ -15,12 +16,15 @@ from host_client.cli.table import show
 from host_client.cli.terminal import Terminal
 from host_client.errors import ConnectionLost
 from host_client.machines.find import agent_of
-from host_client.machines.folder import read_state
+from host_client.machines.find import find as find_machine
+from host_client.machines.folder import is_alive
 from host_client.request import attach_record, signal_number
 
 __all__ = ["attach", "kill", "list_processes", "wait"]
 
 FROM_NOW: Final = {"stdout": -1, "stderr": -1}
+MAIN: Final = "main"
+LOOK_EVERY: Final = 0.1  # seconds between looks at a machine's state
 MINUTE: Final = 60
 HOUR: Final = 3600
 DAY: Final = 86400
@@ -53,8 +57,9 @@ def find(agent: Agent, target: str, name: str) -> ProcessInfo:
     for process in agent.processes():
         if process.id == name:
             return process
+    hint = f"logs {target}" if name == MAIN else f"ps -a {target}"
     raise OperationError(
-        "no_such_process", f"machine {target} has no process {name}: see microguest ps -a {target}"
+        "no_such_process", f"machine {target} has no process {name} to reach: see microguest {hint}"
     )
 
 
@@ -125,19 +130,27 @@ def kill(options: argparse.Namespace) -> int:
 
 def wait(options: argparse.Namespace) -> int:
     """Print the exit code of each when it has ended, in the order asked for."""
-    with agent_of(options.target) as agent:
-        for name in options.processes:
-            print(exit_code(agent, options.target, name), flush=True)
+    for name in options.processes:
+        code = of_workload(options.target) if name == MAIN else of_process(options.target, name)
+        print(code, flush=True)
     return 0
 
 
-def exit_code(agent: Agent, target: str, name: str) -> int:
-    """Of a process when it has ended, also where the machine ended together with it."""
-    try:
+def of_process(target: str, name: str) -> int:
+    """The exit code of a process when it has ended."""
+    with agent_of(target) as agent:
         code = agent.wait(name).returncode
-    except ConnectionLost:
-        state = read_state(target)
-        if name != "main" or state is None or state.workload_exited is None:
-            raise
-        return state.workload_exited.shell_code
     return code if code >= 0 else 128 - code
+
+
+def of_workload(target: str) -> int:
+    """The exit code of the machine's own command, also where the machine has ended with it."""
+    machine = find_machine(target)
+    while True:
+        alive = is_alive(target)  # before the last look, so that it misses nothing
+        exited = machine.state.workload_exited
+        if exited is not None:
+            return exited.shell_code
+        if not alive:
+            raise ConnectionLost(machine.state.describe_end() or f"machine {target} has ended")
+        time.sleep(LOOK_EVERY)

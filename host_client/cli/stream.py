@@ -6,7 +6,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -18,7 +18,7 @@ from host_client.cli.output import Outputs
 from host_client.cli.terminal import Terminal
 from host_client.process import ProcessStream
 
-__all__ = ["Detached", "Interrupted", "join", "passed_signals", "write_all"]
+__all__ = ["FORWARDED", "Detached", "Interrupted", "join", "passed_signals", "write_all"]
 
 FORWARDED: Final = (
     signal.SIGINT,
@@ -45,8 +45,8 @@ class Detached(Exception):
 
 
 @contextmanager
-def passed_signals() -> Iterator[socket.socket]:
-    """While this is open, signals arrive as bytes on the socket and do nothing else."""
+def passed_signals(numbers: Sequence[int] = FORWARDED) -> Iterator[socket.socket]:
+    """While this is open, these signals arrive as bytes on the socket and do nothing else."""
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)
@@ -54,7 +54,7 @@ def passed_signals() -> Iterator[socket.socket]:
     before = {number: signal.getsignal(number) for number in handled}
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
-        for number in FORWARDED:
+        for number in numbers:
             signal.signal(number, _nothing)
         yield reader
     finally:

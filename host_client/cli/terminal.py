@@ -130,10 +130,11 @@ def _watch(reader: int, fd: int, before: list[Any], raw: list[Any]) -> None:
     """Wait for the other end's close; put back what nobody else has changed since."""
     signal.set_wakeup_fd(-1)
     os.setsid()  # out of reach of the terminal's signals, and of its job control
-    keep = sorted({reader, fd})
-    os.closerange(0, keep[0])
-    os.closerange(keep[0] + 1, keep[-1])
-    os.closerange(keep[-1] + 1, os.sysconf("SC_OPEN_MAX"))
+    low, high = sorted((reader, fd))
+    last = os.sysconf("SC_OPEN_MAX")
+    for first, end in ((0, low), (low + 1, high), (high + 1, last)):
+        if first < end:  # an empty range that ends at 0 would be everything
+            os.closerange(first, end)
     os.read(reader, 1)
     if termios.tcgetattr(fd) == raw:
         termios.tcsetattr(fd, termios.TCSANOW, before)

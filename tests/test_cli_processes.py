@@ -1,0 +1,125 @@
+"""The command line on the processes of a machine: `exec -d`, `ps`, `kill`, `wait`, `attach`."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import machinekit
+import pytest
+from machinekit import wait_until
+
+PROGRAM = str(Path(sys.executable).parent / "microguest")
+Done = "subprocess.CompletedProcess[bytes]"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(scope="module", params=["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
+def box(elf: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    name, kind = f"procs-{request.param}", request.param
+    image = machinekit.demo_image()
+    words = ("run", "-d", "--rm", "--name", name, "--machine", kind, image, "sleep", "100000")
+    assert microguest(*words).returncode == 0
+    yield name
+    assert microguest("stop", "-t", "0", name).returncode == 0
+
+
+def microguest(*words: str, stdin: bytes = b"") -> Done:
+    return subprocess.run(
+        [PROGRAM, *words], input=stdin, capture_output=True, timeout=90, check=False
+    )
+
+
+def start(box: str, *words: str) -> str:
+    """`exec -d`: the id that it prints."""
+    done = microguest("exec", "-d", *words[:-1], box, "sh", "-c", words[-1])
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout.decode().strip()
+
+
+def test_detached_from_the_start(box: str) -> None:
+    name = start(box, "--label", "night shift", "echo out; echo err >&2; sleep 1.5; exit 7")
+    heads, *rows = microguest("ps", box).stdout.decode().splitlines()
+    assert heads.split() == ["ID", "PID", "STATUS", "LABEL", "COMMAND"]
+    (row,) = (row for row in rows if row.startswith(f"{name} "))
+    assert "up " in row
+    assert "(kept)" in row
+    assert "night shift" in row
+    assert microguest("wait", box, name).stdout == b"7\n"
+    assert name not in microguest("ps", "-q", box).stdout.decode().split()
+    assert "exited (7) after " in microguest("ps", "-a", box).stdout.decode()
+    for _ in range(2):  # what it wrote can be read again
+        again = microguest("attach", box, name)
+        assert (again.returncode, again.stdout, again.stderr) == (7, b"out\n", b"err\n")
+
+
+def test_input_of_a_detached_process(box: str) -> None:
+    name = start(box, "-i", "read line; echo got $line; cat >/dev/null; exit 3")
+    done = microguest("attach", box, name, stdin=b"word\n")
+    assert (done.returncode, done.stdout) == (3, b"got word\n")
+
+
+def test_watching(box: str) -> None:
+    name = start(box, "trap '' INT; echo seen; sleep 1000")
+    with subprocess.Popen(
+        [PROGRAM, "attach", "--no-stdin", box, name], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as watcher:
+        assert watcher.stdout is not None
+        assert watcher.stdout.readline() == b"seen\n"
+        watcher.send_signal(signal.SIGINT)
+        watcher.communicate(timeout=10)
+    assert watcher.returncode == 130
+    assert name in microguest("ps", "-q", box).stdout.decode().split()
+    assert microguest("kill", box, name).stdout.decode() == f"{name}\n"
+
+
+def test_kill(box: str) -> None:
+    name = start(box, "trap 'exit 5' USR1; sleep 3000 & while :; do sleep 0.05; done")
+    assert microguest("kill", "-s", "USR1", box, name).returncode == 0
+    assert microguest("wait", box, name).stdout == b"5\n"
+    late = microguest("kill", box, name)
+    assert late.returncode == 1
+    assert b"has ended already" in late.stderr
+    name = start(box, "setsid sleep 3001 & sleep 3002")
+    assert microguest("kill", box, name).returncode == 0
+    assert microguest("wait", box, name).stdout == b"137\n"
+    wait_until(
+        "nothing of it runs",
+        lambda: b"sleep 3001" not in microguest("exec", box, "ps", "-o", "args").stdout,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["attach", "BOX", "p999"], "p999"),
+        (["kill", "BOX", "p999"], "p999"),
+        (["kill", "-s", "NOPE", "BOX", "p1"], "NOPE"),
+        (["kill", "-s", "99", "BOX", "p1"], "99"),
+        (["wait", "BOX", "p999"], "p999"),
+        (["wait", "nobody"], "nobody"),
+        (["attach", "BOX"], "microguest logs"),
+        (["ps", "nobody"], "nobody"),
+        (["kill", "BOX"], "required"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_125(box: str, words: list[str], message: str) -> None:
+    done = microguest(*(box if word == "BOX" else word for word in words))
+    assert (done.returncode, done.stdout) == (125, b"")
+    text = done.stderr.decode()
+    assert text.startswith("microguest")
+    assert text.count("\n") == 1
+    assert message in text
+
+
+def test_wait_for_a_machine_that_ends_with_its_command(elf: Path) -> None:
+    words = ("--name", "brief", "--machine", "namespaces", machinekit.demo_image())
+    assert microguest("run", "-d", *words, "sh", "-c", "sleep 0.5; exit 6").returncode == 0
+    assert microguest("wait", "brief").stdout == b"6\n"

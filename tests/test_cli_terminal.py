@@ -1,0 +1,593 @@
+"""The command line at a person's terminal: `exec -it`, `shell`, `run -it`."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import machinekit
+import pytest
+from imagefactory import require
+from machinekit import wait_until
+from terminalkit import Person, root_of_programs
+
+from host_client.cli.detachkeys import DetachKeys, parse
+from host_client.cli.terminal import ScreenModes
+
+PROGRAM = str(Path(sys.executable).parent / "microguest")
+PROMPT = "/ #"
+Done = "subprocess.CompletedProcess[bytes]"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def image(elf: Path) -> str:
+    return machinekit.demo_image()
+
+
+@pytest.fixture(scope="module", params=["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
+def any_box(image: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from machine(f"any-{request.param}", image, request.param)
+
+
+@pytest.fixture(scope="module")
+def box(image: str) -> Iterator[str]:
+    yield from machine("box", image)
+
+
+def machine(name: str, image: str, kind: str = "namespaces") -> Iterator[str]:
+    started = microguest(
+        *("run", "-d", "--rm", "--name", name, "--machine", kind, image, "sleep", "100000")
+    )
+    assert started.returncode == 0, started.stderr
+    yield name
+    assert microguest("stop", "-t", "0", name).returncode == 0
+
+
+def microguest(*words: str, stdin: bytes = b"") -> Done:
+    return subprocess.run(
+        [PROGRAM, *words], input=stdin, capture_output=True, timeout=90, check=False
+    )
+
+
+def at_terminal(*words: str, rows: int = 24, columns: int = 80) -> Person:
+    return Person([PROGRAM, *words], rows=rows, columns=columns)
+
+
+@contextmanager
+def in_shell(box: str) -> Iterator[Person]:
+    """`exec -it BOX sh`, at its prompt."""
+    with at_terminal("exec", "-it", box, "sh") as person:
+        person.see(PROMPT)
+        assert person.is_raw
+        yield person
+
+
+def runs_in(box: str, words: str) -> bool:
+    """Whether a process with this command line runs in the machine."""
+    return words in microguest("exec", box, "ps", "-o", "args").stdout.decode()
+
+
+# ── a terminal ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_shell(any_box: str) -> None:
+    with in_shell(any_box) as person:
+        person.type("stty size; echo term=$TERM; tty; exit 5\r")
+        assert person.end() == 5
+        assert person.is_as_before
+        for text in ("\n24 80\n", "\nterm=xterm\n", "\n/dev/pts/"):
+            assert text in person.screen
+
+
+def test_size_from_start_to_end(box: str) -> None:
+    script = "trap 'stty size' WINCH; echo up; while :; do sleep 0.05; done"
+    with at_terminal("exec", "-it", box, "sh", "-c", script, rows=31, columns=97) as person:
+        person.see("up")
+        before = person.raw.count(b"31 97")
+        person.send(signal.SIGWINCH)  # the same size is news as well
+        person.wait_until("it tells it again", lambda: person.raw.count(b"31 97") > before)
+        person.resize(40, 132)
+        person.see("40 132")
+        person.type("\x03")
+        assert person.end() == 130
+
+
+def test_output_is_the_terminals(box: str) -> None:
+    with at_terminal("exec", "-it", box, "sh", "-c", "echo out; echo err >&2; exit 3") as person:
+        assert person.end() == 3
+    assert bytes(person.raw).startswith(b"out\r\nerr\r\n")
+
+
+def test_interrupt_quit_and_suspend_are_keys(box: str) -> None:
+    with in_shell(box) as person:
+        person.type("sleep 1000\r")
+        wait_until("it sleeps", lambda: runs_in(box, "sleep 1000"))
+        person.type("\x03")
+        person.type("echo int=$?\r")
+        person.see("int=130")
+        person.type("sleep 1001\r")
+        wait_until("it sleeps", lambda: runs_in(box, "sleep 1001"))
+        person.type("\x1c")
+        person.type("echo quit=$?\r")
+        person.see("quit=131")
+        person.type("sleep 1002\r")
+        wait_until("it sleeps", lambda: runs_in(box, "sleep 1002"))
+        person.type("\x1a")
+        person.see("Stopped")
+        person.type("fg\r")
+        person.see("fg\nsleep 1002")
+        time.sleep(0.2)
+        person.type("\x03")
+        person.wait_until("the shell is back", lambda: last_line(person) == PROMPT)
+        person.type("cat\r")
+        time.sleep(0.2)  # until the shell has given the terminal its usual modes back
+        person.type("abc\r")
+        person.type("\x04")
+        person.type("echo end=$?\r")
+        person.see("end=0")
+        person.type("\x04")
+        assert person.end() == 0
+        assert person.is_as_before
+
+
+def test_much_is_typed_and_shown(box: str) -> None:
+    with in_shell(box) as person:
+        person.type("stty raw -echo; echo re''ady; dd bs=1 count=100000 2>/dev/null | md5sum\r")
+        person.see("ready")
+        person.type("0123456789" * 10000)
+        person.see(md5(b"0123456789" * 10000), 30)
+        person.type("stty sane\r")
+        person.see(PROMPT)
+        before = len(person.raw)
+        person.type("seq 1 50000; echo all; exit\n")
+        person.end(30)
+        lines = bytes(person.raw[before:]).replace(b"\r\n", b"\n").partition(b"exit\n")[2]
+        assert lines == b"".join(b"%d\n" % number for number in range(1, 50001)) + b"all\n"
+
+
+def md5(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def test_without_i_nothing_is_typed(box: str) -> None:
+    done = microguest("exec", "-t", box, "sh", "-c", "tty; stty size", stdin=b"x")
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"/dev/pts/")
+    assert done.stdout.endswith(b"\r\n24 80\r\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["exec", "-it", "box", "sh"], "not a TTY"),
+        (["shell", "box"], "not a TTY"),
+        (["run", "-it", "--machine", "namespaces", "IMAGE", "sh"], "not a TTY"),
+        (["run", "-dt", "--machine", "namespaces", "IMAGE", "sh"], "microguest shell"),
+    ],
+)
+def test_no_terminal(image: str, box: str, words: list[str], message: str) -> None:
+    done = microguest(*(image if word == "IMAGE" else word for word in words))
+    assert (done.returncode, done.stdout) == (125, b"")
+    text = done.stderr.decode()
+    assert text.startswith("microguest: ")
+    assert text.count("\n") == 1
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["exec", "-it", "box", "no-such"], 127, "no-such"),
+        (["exec", "-it", "box", "/etc/passwd"], 126, "/etc/passwd"),
+        (["exec", "-it", "-w", "/nowhere", "box", "sh"], 126, "/nowhere"),
+        (["exec", "-it", "nobody", "sh"], 125, "nobody"),
+        (["exec", "-it", "--detach-keys", "ctrl-1", "box", "sh"], 125, "ctrl-1"),
+    ],
+)
+def test_refusals_leave_the_terminal_alone(
+    box: str, words: list[str], code: int, message: str
+) -> None:
+    with at_terminal(*words) as person:
+        assert person.end() == code
+        assert person.is_as_before
+        assert message in person.screen
+
+
+# ── every way out ────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def in_editor(box: str) -> Iterator[Person]:
+    """In busybox's vi, which takes the whole screen."""
+    with in_shell(box) as person:
+        person.type("printf '\\033[?1049h\\033[?25l'; vi /tmp/of-nobody\r")
+        person.see("~")
+        yield person
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_ended_by_a_signal(box: str, number: int) -> None:
+    with in_editor(box) as person:
+        person.send(number)
+        assert person.end() == -number
+        assert person.is_as_before
+        assert person.raw.endswith(b"\x1b[?25h\x1b[?1049l")
+    wait_until("nothing of it runs", lambda: not runs_in(box, "vi /tmp/of-nobody"))
+
+
+def test_killed(box: str) -> None:
+    with in_shell(box) as person:
+        person.send(signal.SIGKILL)
+        assert person.end() == -signal.SIGKILL
+        person.wait_until("the modes are back", lambda: person.is_as_before, 2)
+
+
+def test_window_closed(box: str) -> None:
+    with in_shell(box) as person:
+        person.type("sleep 2000\r")
+        wait_until("it sleeps", lambda: runs_in(box, "sleep 2000"))
+        person.hang_up()
+        assert person.program.wait(10) == -signal.SIGHUP
+    wait_until("nothing of it runs", lambda: not runs_in(box, "sleep 2000"))
+
+
+def test_ended_while_nobody_reads_the_screen(box: str) -> None:
+    with at_terminal("exec", "-it", box, "yes", "screenful") as person:
+        person.see("screenful")
+        time.sleep(0.5)  # the terminal is full
+        person.send(signal.SIGTERM)
+        assert person.program.wait(10) == -signal.SIGTERM
+        assert person.is_as_before
+    wait_until("nothing of it runs", lambda: not runs_in(box, "yes screenful"))
+
+
+def test_machine_that_dies(image: str) -> None:
+    for name in machine("mortal", image):
+        with in_editor(name) as person:
+            os.kill(machinekit.state_of(name).monitor, signal.SIGKILL)
+            assert person.end() == 125
+            assert person.is_as_before
+            assert b"\x1b[?1049l" in person.raw
+            assert "microguest: " in person.screen
+        break
+
+
+def test_interrupt_while_the_agent_does_not_answer(image: str) -> None:
+    boxes = machine("deaf", image)
+    name = next(boxes)
+    monitor = machinekit.state_of(name).monitor
+    deaf = machinekit.family(monitor) - {monitor}
+    try:
+        for pid in deaf:
+            os.kill(pid, signal.SIGSTOP)
+        with at_terminal("exec", "-it", name, "sh") as person:
+            person.look(0.5)
+            assert person.program.poll() is None
+            person.type("\x03")
+            assert person.end() == 130
+            assert person.is_as_before
+    finally:
+        for pid in deaf:
+            os.kill(pid, signal.SIGCONT)
+    assert next(boxes, None) is None
+
+
+def test_stopped_and_continued(box: str) -> None:
+    with in_shell(box) as person:
+        person.send(signal.SIGTSTP)
+        person.wait_until("it has stopped", lambda: state_of(person.program.pid) == "T")
+        assert person.is_as_before
+        person.send(signal.SIGCONT)
+        person.wait_until("it goes on", lambda: person.is_raw)
+        person.type("echo back; exit 4\r")
+        assert person.end() == 4
+        assert "\nback\n" in person.screen
+        assert person.is_as_before
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_signal_while_a_pipe_is_full(box: str) -> None:
+    with subprocess.Popen(
+        [PROGRAM, "exec", box, "yes", "pipeful"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.read(8) == b"pipeful\n"
+        time.sleep(0.3)
+        program.send_signal(signal.SIGINT)
+        wait_until("it ends in the guest", lambda: not runs_in(box, "yes pipeful"))
+        program.communicate(timeout=20)
+    assert program.returncode == 130
+
+
+# ── detach and attach ────────────────────────────────────────────────────────────────────────────
+
+
+def test_detach_and_attach(any_box: str) -> None:
+    with in_shell(any_box) as person:
+        person.type("kept=yes; printf '\\033[?2004h'; echo do''ne\r")
+        person.see("done")
+        person.type("\x10\x11")
+        assert person.end() == 0
+        assert person.is_as_before
+        assert b"\x1b[?2004l" in person.raw
+        command = person.screen.rpartition("microguest attach ")[2].split()
+    assert command[0] == any_box
+    listed = microguest("ps", any_box).stdout.decode()
+    assert f"{command[1]} " in listed
+    assert "(terminal, kept)" in listed
+    with at_terminal("attach", *command, rows=33, columns=90) as person:
+        person.wait_until("it is attached", lambda: person.is_raw)
+        person.type("\recho $kept; stty size\r")
+        person.see("yes\n33 90")
+        second = microguest("attach", *command)
+        assert second.returncode == 125
+        person.type("\x10")  # alone, it reaches the shell: the last command again
+        person.wait_until("it does", lambda: last_line(person).endswith("echo $kept; stty size"))
+        time.sleep(0.7)
+        person.type("\x11")  # and still it was the beginning of the sequence
+        assert person.end() == 0
+        assert person.is_as_before
+    with at_terminal("attach", *command) as person:
+        person.wait_until("it is attached", lambda: person.is_raw)
+        person.type("\x03exit 9\r")
+        assert person.end() == 9
+        assert person.is_as_before
+
+
+def test_attach_that_is_killed_ends_nothing(box: str) -> None:
+    with in_shell(box) as person:
+        person.type("\x10\x11")
+        person.end()
+        command = person.screen.rpartition("microguest attach ")[2].split()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with at_terminal("attach", *command) as person:
+            person.wait_until("it is attached", lambda: person.is_raw)
+            person.send(number)
+            assert person.end() == -number
+            person.wait_until("the modes are back", lambda: person.is_as_before, 2)
+    assert command[1] in microguest("ps", "-q", box).stdout.decode().split()
+    assert microguest("kill", *command).returncode == 0
+
+
+def test_other_detach_keys_and_none(box: str) -> None:
+    with at_terminal("exec", "-it", "--detach-keys", "ctrl-a,d", box, "sh") as person:
+        person.see(PROMPT)
+        person.type("echo \x10\x11x\r")
+        person.type("\x01d")
+        assert person.end() == 0
+        command = person.screen.rpartition("microguest attach ")[2].split()
+    assert microguest("kill", *command).returncode == 0
+    with at_terminal(
+        "exec", "-it", "--detach-keys", "", box, "sh", "-c", "read x; exit 4"
+    ) as person:
+        person.wait_until("it is raw", lambda: person.is_raw)
+        assert "(terminal, attached)" in microguest("ps", box).stdout.decode()
+        person.type("\x10\x11\r")
+        assert person.end() == 4
+
+
+def test_nothing_is_retained_of_what_has_ended(box: str) -> None:
+    before = microguest("ps", "-a", "-q", box).stdout
+    with at_terminal("exec", "-it", box, "true") as person:
+        assert person.end() == 0
+    assert microguest("ps", "-a", "-q", box).stdout == before
+
+
+# ── shell, run ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_shell(box: str) -> None:
+    with at_terminal("shell", box, "-w", "/etc", "-e", "A=b") as person:
+        person.see("/etc #")
+        person.type("echo $A $SHELL; exit 6\r")
+        assert person.end() == 6
+        assert "\nb /bin/sh\n" in person.screen
+        assert person.is_as_before
+
+
+@pytest.mark.parametrize("kind", ["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
+def test_run_in_a_terminal(image: str, kind: str) -> None:
+    with at_terminal(
+        *("run", "-it", "--rm", "--name", "term", "--machine", kind, "-e", "A=b", image, "sh")
+    ) as person:
+        person.see(PROMPT, 60)
+        pids = machinekit.family(machinekit.state_of("term").monitor)
+        person.type("echo $A $(hostname); stty size; exit 8\r")
+        assert person.end(30) == 8
+        assert person.is_as_before
+        assert "\nb term\n24 80\n" in person.screen
+    machinekit.nothing_is_left("term", pids, within=2)
+
+
+def test_run_in_a_terminal_that_is_ended(image: str) -> None:
+    with at_terminal(
+        *("run", "-it", "--rm", "--name", "ended", "--machine", "namespaces", image, "sh")
+    ) as person:
+        person.see(PROMPT)
+        pids = machinekit.family(machinekit.state_of("ended").monitor)
+        person.send(signal.SIGTERM)
+        assert person.end() == -signal.SIGTERM
+        assert person.is_as_before
+    machinekit.nothing_is_left("ended", pids, within=2)
+
+
+def test_run_in_a_terminal_what_is_not_there(image: str) -> None:
+    with at_terminal(
+        *("run", "-it", "--rm", "--name", "none", "--machine", "namespaces", image, "/no/such")
+    ) as person:
+        assert person.end() == 127
+        assert person.is_as_before
+        assert "/no/such" in person.screen
+
+
+# ── programs that people use ─────────────────────────────────────────────────────────────────────
+
+
+def test_vi(box: str) -> None:
+    with in_shell(box) as person:
+        person.type("vi /tmp/letter\r")
+        person.see("~")
+        person.type("iHello, world")
+        person.see("Hello, world")
+        escape(person)
+        person.type(":wq\r")
+        person.wait_until("the shell is back", lambda: last_line(person) == PROMPT)
+        person.type("exit\r")
+        assert person.end() == 0
+    assert microguest("exec", box, "cat", "/tmp/letter").stdout == b"Hello, world\n"
+
+
+@pytest.fixture(scope="module")
+def workbench(tmp_path_factory: pytest.TempPathFactory, elf: Path) -> Iterator[str]:
+    """A machine that has this host's own programs."""
+    require("vim", "less", "top", "tmux", "bash", "busybox", "ldd")
+    root = tmp_path_factory.mktemp("root")
+    root_of_programs(root, "vim", "less", "top", "tmux", "bash", "sleep")
+    yield from machine("bench", f"dir:{root}")
+    shutil.rmtree(root)
+
+
+def escape(person: Person) -> None:
+    """Alone: editors wait whether a longer sequence follows."""
+    person.type("\x1b")
+    time.sleep(0.3)
+
+
+Story = Callable[[Person], None]
+
+
+def vim(person: Person) -> None:
+    person.type("vim -u NONE letter\r")
+    person.see('"letter" [New')
+    person.type("iHello")
+    escape(person)
+    person.type(":r !stty size </dev/tty\r")
+    person.see("24 80")
+    person.resize(30, 60)
+    person.wait_until(
+        "vim has 30 lines", lambda: "24 80" in person.screen and "~" in person.line(27)
+    )
+    person.type(":wq\r")
+
+
+def less(person: Person) -> None:
+    person.type("seq 1 1000 | less\r")
+    person.see("\n23\n:")
+    person.type("G")
+    person.see("1000\n(END)")
+    person.type("/500\r")
+    person.type("g")
+    person.see("\n23\n:")
+    person.type("\x03")
+    time.sleep(0.2)
+    person.type("q")
+
+
+def top(person: Person) -> None:
+    person.type("top -d 0.2\r")
+    person.see("PID USER")
+    person.see("bash")
+    person.type("q")
+
+
+def tmux(person: Person) -> None:
+    person.type("tmux -f /dev/null new 'echo inside; exec bash --norc'\r")
+    person.see("[0] 0:")
+    person.see("inside")
+    person.type('\x02"')
+    person.see("──────")
+    person.type("stty size\r")
+    person.see("11 80")
+    person.type("\x02d")
+    person.see("[detached")
+    person.type("tmux kill-server\r")
+
+
+@pytest.mark.parametrize("story", [vim, less, top, tmux])
+def test_program_of_this_host(workbench: str, story: Story) -> None:
+    with at_terminal("shell", workbench, "-e", "LANG=C.UTF-8") as person:
+        person.see("#")
+        person.type("cd /root; PS1='ready> '\r")
+        person.see("\nready>")
+        story(person)
+        person.type("\r")
+        person.wait_until("the shell is back", lambda: last_line(person).startswith("ready>"), 10)
+        person.type("exit 7\r")
+        assert person.end() == 7
+        assert person.is_as_before
+
+
+def last_line(person: Person) -> str:
+    return person.screen.rstrip().rpartition("\n")[2]
+
+
+# ── parts ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_detach_keys_as_text() -> None:
+    assert parse("ctrl-p,ctrl-q") == b"\x10\x11"
+    assert parse("ctrl-@,a,ctrl-[,Z,ctrl-_") == b"\x00a\x1bZ\x1f"
+    assert parse("") == b""
+    for wrong in ("ctrl-1", "ctrl-", "ab", "ctrl-p,", "é", "ctrl-pp"):
+        with pytest.raises(ValueError, match="no key to detach with"):
+            parse(wrong)
+
+
+@pytest.mark.parametrize(
+    ("keys", "typed", "passed", "detached"),
+    [
+        (b"\x10\x11", [b"abc"], b"abc", False),
+        (b"\x10\x11", [b"ab\x10\x11cd"], b"ab", True),
+        (b"\x10\x11", [b"\x10", b"\x11"], b"", True),
+        (b"\x10\x11", [b"\x10x"], b"\x10x", False),
+        (b"\x10\x11", [b"\x10\x10\x11"], b"\x10", True),
+        (b"\x10\x11", [b"\x11\x10"], b"\x11", False),
+        (b"aab", [b"aaab"], b"a", True),
+        (b"aab", [b"aa", b"c", b"aab"], b"aac", True),
+        (b"aba", [b"abba", b"ba"], b"abb", True),
+        (b"", [b"\x10\x11"], b"\x10\x11", False),
+    ],
+)
+def test_detach_keys(keys: bytes, typed: list[bytes], passed: bytes, detached: bool) -> None:
+    scanner = DetachKeys(keys)
+    assert b"".join(scanner.feed(piece) for piece in typed) == passed
+    assert scanner.detached == detached
+
+
+def test_detach_keys_that_were_typed_slowly() -> None:
+    scanner = DetachKeys(b"\x10\x11")
+    assert scanner.feed(b"\x10") == b""
+    assert scanner.holding
+    assert scanner.release() == b"\x10"
+    assert not scanner.holding
+    assert scanner.feed(b"x\x10") == b"x"
+    assert scanner.release() == b"\x10"
+    assert scanner.feed(b"\x11") == b""
+    assert scanner.detached
+
+
+def test_screen_modes() -> None:
+    modes = ScreenModes()
+    modes.feed(b"\x1b[?1049h\x1b[?1006;1000h\x1b[?25l\x1b[?2004h\x1b[?2026h text")
+    modes.feed(b"\x1b[?20")
+    modes.feed(b"04l\x1b[?10")
+    modes.feed(b"00l")
+    assert modes.undo() == b"\x1b[0m\x1b[?25h\x1b[?1006l\x1b[?1049l"
+    assert modes.undo() == b""
