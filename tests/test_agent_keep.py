@@ -8,7 +8,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,27 @@ from guest.messages import (
     Wait,
     Winsize,
 )
-from guest.supervision import MESSAGES, Deposit, KeptExited, Withdraw
+from guest.supervision import MESSAGES, Configure, Deposit, KeptExited, Restored, Withdraw
 
 PAGE = 4096
 
 
 class KeepingAgent(AgentProcess):
-    """`deposits`: what PID 1 would hold, without the descriptors."""
+    """`deposits`: what PID 1 would hold, without the descriptors.
 
-    def __init__(self) -> None:
+    `left`: an earlier agent's deposit of itself.
+    """
+
+    def __init__(self, left: Deposit | None = None) -> None:
+        self.left = left
         super().__init__()
         self.deposits: dict[str, Deposit] = {}
+
+    def send(self, message: Any, descriptors: Sequence[int] = ()) -> None:
+        if isinstance(message, Configure) and self.left is not None:
+            super().send(message.replace(starts=2), descriptors)
+            message = Restored(id=self.left.id, pid=self.left.pid, meta=self.left.meta)
+        super().send(message, descriptors)
 
     def hear(self) -> None:
         """Take what the agent has said to PID 1, before the pair is full."""
@@ -542,3 +552,28 @@ def test_nothing_is_left_of_many(agent: KeepingAgent) -> None:
     eventually(lambda: agent.open_descriptors() <= before, "descriptors to be closed")
     assert agent.deposits.keys() <= {"agent"}  # the agent's own
     assert agent.children() == []
+
+
+def test_the_next_agent_ends_what_was_not_kept() -> None:
+    with KeepingAgent() as first:
+        with Host(first) as host:
+            host.start("sh", "-c", "setsid sleep 4242 > /dev/null 2>&1 & exit 0")
+            host.collect()
+        (left_behind,) = sleepers()
+        with Host(first) as host:
+            host.start("sh", "-c", "setsid sleep 4242 & (sleep 4242 &); sleep 4242")
+            eventually(lambda: len(sleepers()) == 4, "all of it")
+            first.hear()
+            first.popen.kill()
+            first.popen.wait()
+    if "agent" not in first.deposits:
+        os.kill(left_behind, signal.SIGKILL)
+        pytest.skip("needs a writable cgroup v2")
+    try:
+        with KeepingAgent(first.deposits["agent"]):
+            eventually(lambda: sleepers() == [left_behind], "the end of what was not kept")
+            time.sleep(0.1)
+            assert sleepers() == [left_behind]
+    finally:
+        for pid in sleepers():
+            os.kill(pid, signal.SIGKILL)
