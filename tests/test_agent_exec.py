@@ -310,9 +310,13 @@ def test_lost_host_is_noticed_while_stdin_is_stuck(agent: AgentProcess) -> None:
         started = host.start("sleep", "100", stdin=True)
         host.sock.settimeout(0.5)
         with pytest.raises(TimeoutError):
-            for _ in range(4):
-                host.write(b"x" * MIB)
+            fill_input(host)
     wait_until_gone(started.pid)
+
+
+def fill_input(host: Host) -> None:
+    for _ in range(4):
+        host.write(b"x" * MIB)
 
 
 def test_lost_host_is_noticed_while_output_is_stuck(agent: AgentProcess) -> None:

@@ -28,5 +28,12 @@ def test_examples(
             program = example.replace(IMAGE, here)
             exec(compile(program, f"example {number}", "exec"), dict(names))
     shown = capsys.readouterr().out
-    for text in ("0 b'hello\\n'", "hello world", "b'bye\\n'", "stdout b'1\\n", "was killed by signal", "job"):
+    for text in (
+        "0 b'hello\\n'",
+        "hello world",
+        "b'bye\\n'",
+        "stdout b'1\\n",
+        "was killed by signal",
+        "job",
+    ):
         assert text in shown
