@@ -332,6 +332,19 @@ def test_streams_end_one_by_one(agent: AgentProcess) -> None:
         assert host.collect().stderr == b"still\n"
 
 
+def test_lines_that_are_written_one_by_one_are_gathered(agent: AgentProcess) -> None:
+    script = "i=0; while [ $i -lt 400 ]; do i=$((i+1)); echo $i; /bin/true; done"
+    with Host(agent) as host:
+        host.start("sh", "-c", script)
+        output, frames = b"", 0
+        while not isinstance(event := host.receive(), Exited):
+            if isinstance(event, Data):
+                output += event.data
+                frames += 1
+    assert output == numbers(400)
+    assert frames < 200
+
+
 def test_grace_is_as_asked(agent: AgentProcess) -> None:
     started = time.monotonic()
     script = "trap '' TERM; while :; do sleep 0.02; done"
