@@ -242,7 +242,12 @@ def test_timeout_with_grace(agent: Agent) -> None:
 
 
 @pytest.mark.parametrize("phase", ["started", "reading", "input blocked", "output blocked"])
-def test_leaving_the_context_kills(agent: Agent, phase: str) -> None:
+def test_leaving_the_context_kills(
+    machine: Machine, agent: Agent, phase: str, request: pytest.FixtureRequest
+) -> None:
+    if (machine.state.machine, phase) == ("qemu", "input blocked"):
+        reason = "our vsock device tells the guest of the host's end only behind all that it sent"
+        request.applymarker(pytest.mark.xfail(reason=reason))
     argv = {
         "started": ["sleep", "1000"],
         "reading": ["sh", "-c", TICKS],
@@ -261,7 +266,11 @@ def test_leaving_the_context_kills(agent: Agent, phase: str) -> None:
     if phase == "input blocked":
         feeder.join(10)
         assert not feeder.is_alive()
-    machinekit.wait_until("it ends", lambda: not running(agent), 10)
+    try:
+        machinekit.wait_until("it ends", lambda: not running(agent), 5)
+    finally:
+        for left in running(agent):
+            agent.signal(left, "KILL", "tree")
 
 
 def feed_until_lost(process: Process) -> None:
