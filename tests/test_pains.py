@@ -394,6 +394,7 @@ def test_crash_of_the_agent_is_told_and_got_over(machine: Machine) -> None:
         machine.agent.exec(["sleep", "1000"])
     killer.join()
     assert machine.agent.exec(["echo", "up"]).stdout == b"up\n"
+    assert b"sleep\n" not in machine.agent.exec(["ps", "-o", "comm"]).stdout
     assert machine.agent.info().agent_starts == 2
     wait_until("the crash is told", lambda: bool(machine.state.agent_exits))
     assert machine.state.agent_exits[0].signal == signal.SIGKILL
