@@ -287,11 +287,10 @@ class Session:
         if deadline is not None:
             seconds = deadline.within(seconds)
         try:
-            ready = (
-                (yield from self._watch(wanted, seconds))
-                if wanted
-                else (yield Wait(None, 0, seconds))
-            )
+            if wanted:
+                ready = yield from self._watch(wanted, seconds)
+            else:
+                ready = yield Wait(None, 0, seconds)
             self._check_usable()
             if ready:
                 self._take(self.exchange.checked(channel.arrived(ready)))
