@@ -18,7 +18,7 @@ import trio
 from agent.adopted import Adopted
 from agent.channel import readable_bytes
 from agent.processes import ChildProcess
-from agent.pumps import InputPump
+from agent.pumps import InputPump, enlarge
 from agent.ring import CUT, ENDED, Ring
 from agent.state import Agent, Process, log
 from guest import limits
@@ -141,6 +141,7 @@ class KeptProcess(Process):
         if self.tty and stage is None and self.outputs:
             self._stage = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._watched: set[int] = set()  # streams
+        self._enlarged: set[int] = set()  # those whose pipe was found full
         self._exit_seen = math.inf  # trio.current_time() when its end was noticed
         self._owed: dict[int, int] = {}  # bytes that were in a pipe then
         self._last_data: dict[int, float] = {}
@@ -338,6 +339,9 @@ class KeptProcess(Process):
         if not count:
             self._end_output(stream, ENDED)
             return
+        if count >= limits.STREAM_READ and stream not in self._enlarged:
+            self._enlarged.add(stream)
+            enlarge(self.outputs[stream])
         if self._exit_seen < math.inf:
             self._last_data[stream] = trio.current_time()
             self._owed[stream] -= count
