@@ -277,11 +277,7 @@ class Session:
         full = self._full()
         if full:
             self._check_stalled(full)
-        wanted = 0
-        if not (self._reading or full):
-            wanted |= select.POLLIN
-        if channel.pending and not self._writing:
-            wanted |= select.POLLOUT
+        wanted = self._unwatched(full)
         # Who watches one direction does not hear when the other one is free to be watched.
         seconds = SHARED_EVERY if wanted == select.POLLOUT else CHECK_EVERY
         if deadline is not None:
@@ -303,6 +299,15 @@ class Session:
             raise
         if ready & select.POLLOUT:
             self._full_since = 0.0
+
+    def _unwatched(self, full: int) -> int:
+        """What there is to watch for and nobody does: poll(2)'s bits."""
+        wanted = 0
+        if not (self._reading or full):
+            wanted |= select.POLLIN
+        if self.exchange.pending and not self._writing:
+            wanted |= select.POLLOUT
+        return wanted
 
     def _watch(self, wanted: int, seconds: float) -> Steps[int]:
         """Watch the socket in the name of all; poll(2)'s bits."""
