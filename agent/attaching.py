@@ -174,7 +174,10 @@ class Attachment:
     # ── from the process ─────────────────────────────────────────────────────────────────────────
 
     def push(self) -> None:
-        """Send what is new, as far as the socket takes it."""
+        """Send what is new, as far as the socket takes it, to who has not left."""
+        if self._detached:
+            self._scope.cancel()
+            return
         try:
             for _ in range(ROUNDS):
                 if not self._channel.flush_now():

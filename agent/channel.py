@@ -61,7 +61,12 @@ class Channel:
             return
 
     def queue(self, event: Event) -> None:
-        """Put an event behind what is to be written. Raises LocalProtocolError."""
+        """Put an event behind what is to be written; dropped where the host has detached already.
+
+        Raises LocalProtocolError.
+        """
+        if self.connection.detached:
+            return
         assert not self._pipe_bytes  # it would get between a header and its payload
         self.outgoing.append(self.connection.send(event))
 

@@ -141,6 +141,11 @@ class Connection:
         """Bytes of an unfinished preface, header or control payload that are held."""
         return len(self._inbox)
 
+    @property
+    def detached(self) -> bool:
+        """The host has left by `Detach`: it drops whatever would be sent now."""
+        return self.role is Role.AGENT and self.state is State.DONE and not self._ended_by_us
+
     # ── sending ──────────────────────────────────────────────────────────────────────────────────
 
     def send(self, event: Event) -> bytes:

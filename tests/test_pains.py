@@ -28,9 +28,9 @@ from agentharness import TOKEN, AgentProcess, Host, execute
 from machinekit import runs, wait_until
 
 from guest import limits
-from guest.connection import Data, End
+from guest.connection import Data, End, Request
 from guest.errors import StartError
-from guest.messages import Exited
+from guest.messages import Detach, Exited, Hello, Start
 from host_client import Keep, boot, connect
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
 from host_client.machines.machine import Machine
@@ -262,6 +262,19 @@ def test_output_is_read_again_from_where_it_was_left(machine: Machine) -> None:
         assert again.wait(SOON).returncode == 4
     assert agent.wait(info.id, SOON).returncode == 4
     agent.forget(info.id)
+
+
+def test_kept_process_starts_also_where_its_host_leaves_at_once(agent: AgentProcess) -> None:
+    start = Start(argv=("sh", "-c", "echo here; exit 5"), keep=Keep(), label="left")
+    with Host(agent, hello=False) as host:
+        host.send(Hello(token=TOKEN), Request(op="start", args=start), Detach())
+    with connect(f"unix://{agent.path}", token=TOKEN) as client:
+        wait_until("it is listed", lambda: len(client.processes()) == 1)
+        (info,) = client.processes()
+        with client.attach(info.id) as process:
+            assert process.wait(SOON).returncode == 5
+            assert process.stdout.read() == b"here\n"
+        client.forget(info.id)
 
 
 # ── 11: the workload starves or kills the agent ──────────────────────────────────────────────────
