@@ -242,12 +242,7 @@ def test_timeout_with_grace(agent: Agent) -> None:
 
 
 @pytest.mark.parametrize("phase", ["started", "reading", "input blocked", "output blocked"])
-def test_leaving_the_context_kills(
-    machine: Machine, agent: Agent, phase: str, request: pytest.FixtureRequest
-) -> None:
-    if (machine.state.machine, phase) == ("qemu", "input blocked"):
-        reason = "our vsock device tells the guest of the host's end only behind all that it sent"
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def test_leaving_the_context_kills(agent: Agent, phase: str) -> None:
     argv = {
         "started": ["sleep", "1000"],
         "reading": ["sh", "-c", TICKS],

@@ -899,6 +899,19 @@ def test_a_guest_that_never_acknowledges_a_close_is_given_up(
     assert guest.device.connections == 0
 
 
+def test_a_guest_that_does_not_read_is_told_that_the_host_has_left(
+    guest: FakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "LOST_TIMEOUT", 0.1)
+    sock, stream = guest.connect()
+    stream.hold = True
+    sender = InThread(lambda: (sock.sendall(blob(400_000)), sock.close()))
+    guest.until(lambda: len(stream.received) == guest.window)
+    sender.join()
+    guest.until(lambda: stream.reset)
+    assert guest.device.connections == 0
+
+
 def test_a_guest_that_shrinks_its_buffer_is_not_left_waiting(guest: FakeGuest) -> None:
     sock, stream = guest.connect()
     with sock:

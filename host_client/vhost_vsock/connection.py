@@ -30,6 +30,9 @@ CONNECT_TIMEOUT: Final = 30.0
 CLOSE_TIMEOUT: Final = 8.0
 """Seconds the guest has to acknowledge a full close, as Linux's vhost_vsock grants."""
 
+LOST_TIMEOUT: Final = 3.0
+"""Seconds in which a guest must have taken something of what a host program sent before it left."""
+
 _DISCARD: Final = 64 * 1024
 _DISCARD_ROUNDS: Final = 64
 _READ_EVENTS: Final = EPOLLIN | EPOLLRDHUP | EPOLLET
@@ -259,6 +262,7 @@ class Connection:
         self.host_shut |= SHUT_SEND
         if self.host_gone:
             self.host_shut = SHUT_BOTH
+            self._cancel_timer()
             self._await_acknowledgement()
         return self.host_shut
 
@@ -290,6 +294,22 @@ class Connection:
         self._carrier.queue_control(SHUTDOWN, self.host_port, self.guest_port, self.host_shut, self)
         if self.host_shut == SHUT_BOTH:
             self._await_acknowledgement()
+        else:
+            self._watch_progress(self.sent)
+
+    def _watch_progress(self, sent: int) -> None:
+        """A guest that does not read would never come to the end of what is in its way, and so
+        never learn that the host has left: it is told by a reset, and loses that rest."""
+
+        def check() -> None:
+            self._timer = None
+            if self.sent == sent:
+                self.reset()
+            else:
+                self._watch_progress(self.sent)
+
+        self._cancel_timer()
+        self._timer = self._carrier.loop.call_later(LOST_TIMEOUT, check)
 
     def _shut_socket(self, how: int) -> None:
         try:
