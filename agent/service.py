@@ -24,6 +24,7 @@ __all__ = ["OPERATIONS", "serve"]
 
 WELCOME = Welcome(agent=__version__, features=FEATURES)
 HOST_CID = 2  # VMADDR_CID_HOST of vsock(7)
+ACCEPTED_AT_ONCE = 64  # connections, before those that were accepted earlier get their turn
 ACCEPT_PAUSE = 0.5  # seconds to wait when the kernel has no descriptor or memory left
 
 # A handler gives the result, or None when the connection belonged to a process and that has ended.
@@ -51,18 +52,28 @@ async def serve(agent: Agent, listener: socket.socket) -> None:
         while True:
             await trio.lowlevel.wait_readable(listener)
             try:
-                sock, address = listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                continue  # the peer is gone already
+                for _ in range(ACCEPTED_AT_ONCE):
+                    sock = accept_host(agent, listener)
+                    if sock is not None:
+                        nursery.start_soon(serve_connection, agent, waiting_room, sock)
+            except BlockingIOError:
+                pass  # nobody else waits
             except OSError as error:
                 log(f"cannot accept a connection: {error}")
                 await trio.sleep(ACCEPT_PAUSE)
-                continue
-            if agent.configure.transport == "vsock" and address[0] != HOST_CID:
-                sock.close()
-                continue
-            sock.setblocking(False)
-            nursery.start_soon(serve_connection, agent, waiting_room, sock)
+
+
+def accept_host(agent: Agent, listener: socket.socket) -> socket.socket | None:
+    """The next that waits; None where it is gone already or not from the host. Raises OSError."""
+    try:
+        sock, address = listener.accept()
+    except ConnectionAbortedError:
+        return None
+    if agent.configure.transport == "vsock" and address[0] != HOST_CID:
+        sock.close()
+        return None
+    sock.setblocking(False)
+    return sock
 
 
 class WaitingRoom:
