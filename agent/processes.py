@@ -231,6 +231,7 @@ class Starting:
                 no_new_privs=self.args.no_new_privs,
                 rlimits=self.resources,
                 capabilities=self.capabilities,
+                seccomp=self.args.seccomp,
             )
         except OSError as error:
             close_all(ours)

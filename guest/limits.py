@@ -16,6 +16,7 @@ TOKEN_MIN = 16  # ASCII characters
 TOKEN_MAX = 256
 STOP_GRACE_MAX = 3600.0
 SECONDS_MAX = 10 * 365 * 86400.0  # of a timeout, a grace or a wait: within every clock's range
+SECCOMP_FILTER = 32 * 1024  # the kernel's own: 4096 instructions (BPF_MAXINSNS) of 8 bytes
 LABEL = 256  # characters of a process's label
 LISTED_ARGV = 1024  # characters of a process's arguments together, in a list
 KEEP_BUFFER_MIN = 4 * 1024  # of each output of a kept process: one page

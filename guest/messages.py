@@ -57,8 +57,9 @@ __all__ = [
 # msgpack's own first buffer, of 256 KiB, would be mapped and unmapped for each message.
 PACK_BUFFER = 1024
 
-# What an agent names in its welcome once it serves everything in this module.
-FEATURES = ("engine",)
+# What an agent names in its welcome: "engine" once it serves everything in this module, but for
+# what has a name of its own.
+FEATURES = ("engine", "seccomp")
 
 # Channel numbers of a process's streams, as its file descriptors.
 STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
@@ -196,6 +197,7 @@ class Start(Record):
     umask: int = 0o022
     capabilities: tuple[str, ...] | None = None  # "net_admin"…: the only ones it may ever have
     no_new_privs: bool = False
+    seccomp: bytes = b""  # struct sock_filter[], as seccomp(2) takes it; implies no_new_privs
     keep: Keep | None = None  # None: losing the connection kills everything of it
     files: tuple[StagedFile, ...] = ()
     label: str = ""  # for lists; means nothing to the agent
@@ -217,6 +219,8 @@ class Start(Record):
             raise RecordError("tty: needs stdin")
         if len(self.label) > limits.LABEL:
             raise RecordError(f"label: longer than {limits.LABEL} characters")
+        if len(self.seccomp) % 8 or len(self.seccomp) > limits.SECCOMP_FILTER:
+            raise RecordError("seccomp: must be at most 4096 instructions of 8 bytes each")
 
 
 class Attach(Record):

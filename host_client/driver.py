@@ -242,7 +242,10 @@ class Driver:
             return
         if self._features is None:
             yield from self.ping()
-        if FEATURES[0] not in (self._features or ()):
+        known = self._features or ()  # a field with a feature of its own is named like it
+        if FEATURES[0] in known:
+            beyond &= {name for name in FEATURES[1:] if name not in known}
+        if beyond:
             names = ", ".join(sorted(beyond))
             raise OperationError(
                 "unknown_operation",

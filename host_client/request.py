@@ -35,6 +35,7 @@ class Options(TypedDict, total=False):
     umask         file mode creation mask, 0o022 by default
     capabilities  the only ones that it can ever have, as "net_admin"
     no_new_privs  setuid bits and file capabilities give it nothing
+    seccomp       a compiled filter of system calls, as host_client.seccomp makes; no_new_privs too
     keep          True or a Keep: it outlives its connection; see docs/host.md
     files         written before it starts and owned by its user: {path: content} or StagedFiles
     label         shown in lists
@@ -54,6 +55,7 @@ class Options(TypedDict, total=False):
     umask: int
     capabilities: Sequence[str] | None
     no_new_privs: bool
+    seccomp: bytes | None
     keep: bool | Keep | None
     files: Mapping[str, bytes] | Sequence[StagedFile]
     label: str
@@ -166,6 +168,15 @@ def _environment(env: Mapping[str, str]) -> dict[str, str]:
     return dict(env)
 
 
+def _filter(program: bytes) -> bytes:
+    if not isinstance(program, bytes | bytearray | memoryview):
+        raise TypeError(
+            f"seccomp must be a compiled program in bytes, not {type(program).__name__}: "
+            "host_client.seccomp.deny() makes one from names"
+        )
+    return bytes(program)
+
+
 def _staged(files: Mapping[str, bytes] | Sequence[StagedFile]) -> tuple[StagedFile, ...]:
     if isinstance(files, Mapping):
         return tuple(StagedFile(path=path, data=bytes(data)) for path, data in files.items())
@@ -177,5 +188,6 @@ _CONVERT: Final[dict[str, Any]] = {
     "groups": lambda groups: tuple(map(str, groups)),
     "keep": lambda keep: keep if isinstance(keep, Keep) else Keep(),
     "capabilities": tuple,
+    "seccomp": _filter,
     "files": _staged,
 }

@@ -21,8 +21,8 @@ class SpawnError(OSError):
     """The child failed between clone and exec. `step` is the call that failed, as in "chdir".
 
     Steps: clone, cgroup, setsid, setpgid, tty, fds, oom_score_adj, rlimit, setgroups,
-    capabilities, setgid, setuid, chdir, no_new_privs, close_range, signals, exec. `filename` is set
-    for exec: the candidate.
+    capabilities, setgid, setuid, chdir, no_new_privs, close_range, signals, seccomp, exec. `filename`
+    is set for exec: the candidate.
     """
 
     step: str
@@ -45,6 +45,7 @@ def spawn(
     no_new_privs: bool = False,
     rlimits: Sequence[tuple[int, int, int]] = (),
     capabilities: int = -1,
+    seccomp: bytes = b"",
 ) -> tuple[int, int]:
     """Start a program and return (pid, pidfd) once it has exec'ed; both are the caller's to reap.
 
@@ -52,7 +53,8 @@ def spawn(
     next; EACCES wins in the end). `fds` become 0, 1 and 2; every other descriptor is closed.
     Signals are unblocked and at their defaults. `capabilities` has a bit for each that may stay in
     the bounding, permitted and effective sets, and empties the inheritable and ambient ones; -1
-    leaves all sets alone. `oom_score_adj` is not lowered where that is not
+    leaves all sets alone. `seccomp` is an array of struct sock_filter, empty for none; it implies
+    `no_new_privs` and has to allow execve. `oom_score_adj` is not lowered where that is not
     allowed. The calling thread holds the GIL until the child has exec'ed. Raises SpawnError; then
     no child exists any more.
     """

@@ -15,13 +15,16 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/capability.h> /* the structures of capset(2) */
+#include <linux/filter.h> /* struct sock_filter, struct sock_fprog */
 #include <linux/sched.h> /* CLONE_PIDFD, CLONE_INTO_CGROUP */
+#include <linux/seccomp.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/auxv.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/random.h>
@@ -190,6 +193,11 @@ sys_openat2(PyObject *module, PyObject *args)
  * like would try to reach the parent's threads. All signals are blocked until the child has reset
  * every handler, otherwise a handler of the parent could run in the child.
  *
+ * A child that gets a seccomp filter has a copy of the memory instead. The filter is in force before
+ * exec: it may kill the child there, and before Linux 5.16 a death that dumps core takes everybody
+ * with it who has the same memory; or it may refuse exit_group(2), and the child would run on. Only
+ * the plan is shared then.
+ *
  * The GIL is held from clone to exec: the calling thread is stopped by the kernel for that time
  * anyway, and it makes the one static stack safe.
  */
@@ -214,6 +222,7 @@ struct plan {
     int fds[FIRST_OWN_FD];
     int session, tty, cgroup_fd, no_new_privs;
     int64_t capabilities; /* a bit for each that it may have; -1: all that there are */
+    struct sock_fprog filter; /* seccomp(2)'s program; len 0: none */
 
     const char *step; /* the step that the child is at */
     const char *path; /* of the program, where exec failed */
@@ -395,10 +404,12 @@ prepare_and_execute(struct plan *plan)
         STEP("capabilities", keep_capabilities((uint64_t)plan->capabilities));
     syscall(SYS_umask, plan->umask);
     STEP("chdir", syscall(SYS_chdir, plan->cwd));
-    if (plan->no_new_privs)
+    if (plan->no_new_privs || plan->filter.len) /* without it a filter is for the privileged */
         STEP("no_new_privs", syscall(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
     STEP("close_range", close_other_fds());
     STEP("signals", reset_signals());
+    if (plan->filter.len) /* last, so that it has to allow no other call than execve */
+        STEP("seccomp", syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &plan->filter));
     plan->step = "exec";
     return execute(plan);
 }
@@ -409,7 +420,7 @@ child_main(void *argument)
     struct plan *plan = argument;
     plan->error = prepare_and_execute(plan);
     syscall(SYS_exit_group, 127);
-    __builtin_unreachable();
+    __builtin_trap(); /* the filter refused it; this needs no system call */
 }
 
 /* struct clone_args of clone3(2), up to the field that Linux 5.7 added */
@@ -465,7 +476,8 @@ start_child(struct plan *plan, int *pidfd)
 {
     static char stack[STACK_SIZE] __attribute__((aligned(16)));
     static const uint64_t everything = ~UINT64_C(0);
-    const uint64_t flags = CLONE_VM | CLONE_VFORK | CLONE_PIDFD;
+    const uint64_t memory = plan->filter.len ? 0 : CLONE_VM;
+    const uint64_t flags = memory | CLONE_VFORK | CLONE_PIDFD;
     struct clone_arguments arguments = {
         .flags = flags,
         .pidfd = (uintptr_t)pidfd,
@@ -564,12 +576,27 @@ read_limits(PyObject *sequence, struct limit **limits, size_t *count)
     return 0;
 }
 
+/* start_child() where the child has memory of its own: both see the plan all the same. */
+static long
+start_apart(struct plan *plan, int *pidfd)
+{
+    struct plan *shared = mmap(NULL, sizeof *plan, PROT_READ | PROT_WRITE,
+                               MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (shared == MAP_FAILED)
+        return -errno;
+    *shared = *plan;
+    long pid = start_child(shared, pidfd);
+    *plan = *shared; /* the pointers in it mean the same on both sides */
+    munmap(shared, sizeof *plan);
+    return pid;
+}
+
 /* Turn a plan into (pid, pidfd) or SpawnError; a child that failed is reaped here. */
 static PyObject *
 run_plan(struct plan *plan)
 {
     int pidfd = -1;
-    long pid = start_child(plan, &pidfd);
+    long pid = plan->filter.len ? start_apart(plan, &pidfd) : start_child(plan, &pidfd);
     if (pid < 0)
         return raise_spawn_error("clone", (int)-pid, NULL);
     if (!plan->error)
@@ -587,7 +614,7 @@ sys_spawn(PyObject *module, PyObject *args, PyObject *keywords)
     static char *names[] = {"argv",     "env",    "candidates",   "cwd",     "fds",   "uid",
                             "gid",      "groups", "session",      "tty",     "oom_score_adj",
                             "umask",    "cgroup_fd", "no_new_privs", "rlimits", "capabilities",
-                            NULL};
+                            "seccomp",  NULL};
     enum { ARGV, ENV, CANDIDATES, GROUPS, LIMITS, SEQUENCES };
     static const char *const what[] = {"argv", "env", "candidates", "groups", "rlimits"};
     PyObject *given[SEQUENCES] = {NULL}, *fast[SEQUENCES] = {NULL}, *fds = NULL, *result = NULL;
@@ -599,12 +626,14 @@ sys_spawn(PyObject *module, PyObject *args, PyObject *keywords)
     unsigned int mask = 022;
     int oom_score_adj = 0;
     char oom_text[16];
+    const char *filter = NULL;
+    Py_ssize_t filter_size = 0;
 
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$OyO!LLOpiiIipOL:spawn", names, &given[ARGV],
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$OyO!LLOpiiIipOLy#:spawn", names, &given[ARGV],
                                      &given[ENV], &given[CANDIDATES], &plan.cwd, &PyTuple_Type, &fds,
                                      &uid, &gid, &given[GROUPS], &plan.session, &plan.tty,
                                      &oom_score_adj, &mask, &plan.cgroup_fd, &plan.no_new_privs,
-                                     &given[LIMITS], &capabilities))
+                                     &given[LIMITS], &capabilities, &filter, &filter_size))
         return NULL;
     if (!given[CANDIDATES] || !plan.cwd || !fds)
         return PyErr_SetString(PyExc_TypeError, "spawn needs candidates, cwd and fds"), NULL;
@@ -612,6 +641,9 @@ sys_spawn(PyObject *module, PyObject *args, PyObject *keywords)
         return NULL;
     if (uid < 0 || uid >= UINT32_MAX || gid < 0 || gid >= UINT32_MAX)
         return PyErr_SetString(PyExc_ValueError, "uid and gid must be 0 to 2**32 - 2"), NULL;
+    if ((size_t)filter_size % sizeof(struct sock_filter) ||
+        (size_t)filter_size / sizeof(struct sock_filter) > BPF_MAXINSNS)
+        return PyErr_SetString(PyExc_ValueError, "seccomp must be 0 to 4096 instructions"), NULL;
 
     for (int i = 0; i < SEQUENCES; i++) {
         fast[i] = given[i] ? PySequence_Fast(given[i], what[i]) : PyTuple_New(0);
@@ -630,6 +662,8 @@ sys_spawn(PyObject *module, PyObject *args, PyObject *keywords)
     plan.limits = limits;
     plan.umask = mask;
     plan.capabilities = capabilities;
+    plan.filter.len = (unsigned short)((size_t)filter_size / sizeof(struct sock_filter));
+    plan.filter.filter = (struct sock_filter *)filter; /* the kernel only reads it */
     plan.uid = (uid_t)uid;
     plan.gid = (gid_t)gid;
     result = run_plan(&plan);
