@@ -21,8 +21,8 @@ class SpawnError(OSError):
     """The child failed between clone and exec. `step` is the call that failed, as in "chdir".
 
     Steps: clone, cgroup, setsid, setpgid, tty, fds, oom_score_adj, rlimit, setgroups,
-    capabilities, setgid, setuid, chdir, no_new_privs, close_range, signals, seccomp, exec. `filename`
-    is set for exec: the candidate.
+    capabilities, setgid, setuid, chdir, no_new_privs, close_range, signals, seccomp, exec.
+    `filename` is set for exec: the candidate.
     """
 
     step: str
