@@ -47,20 +47,42 @@ OPERATIONS: dict[str, Handler] = {
 
 async def serve(agent: Agent, listener: socket.socket) -> None:
     """Accept connections for ever, each served by a task of its own."""
-    waiting_room = WaitingRoom()
     async with trio.open_nursery() as nursery:
-        while True:
-            await trio.lowlevel.wait_readable(listener)
-            try:
-                for _ in range(ACCEPTED_AT_ONCE):
-                    sock = accept_host(agent, listener)
-                    if sock is not None:
-                        nursery.start_soon(serve_connection, agent, waiting_room, sock)
-            except BlockingIOError:
-                pass  # nobody else waits
-            except OSError as error:
-                log(f"cannot accept a connection: {error}")
+        await accept_and_serve(agent, listener, WaitingRoom(), nursery)
+
+
+async def accept_and_serve(
+    agent: Agent, listener: socket.socket, waiting_room: "WaitingRoom", nursery: trio.Nursery
+) -> None:
+    """Wait for a connection, leave the listener to another task, and serve it here.
+
+    A task for each connection beside one that accepts would have every exec begin a turn of the
+    event loop later.
+    """
+    first, *others = await accept_waiting(agent, listener)
+    for sock in others:
+        nursery.start_soon(serve_connection, agent, waiting_room, sock)
+    nursery.start_soon(accept_and_serve, agent, listener, waiting_room, nursery)
+    await serve_connection(agent, waiting_room, first)
+
+
+async def accept_waiting(agent: Agent, listener: socket.socket) -> list[socket.socket]:
+    """At least one; all who wait, as far as ACCEPTED_AT_ONCE, where others are served already."""
+    accepted: list[socket.socket] = []
+    while not accepted:
+        await trio.lowlevel.wait_readable(listener)
+        try:
+            for _ in range(ACCEPTED_AT_ONCE if agent.connections else 1):
+                sock = accept_host(agent, listener)
+                if sock is not None:
+                    accepted.append(sock)
+        except BlockingIOError:
+            pass  # nobody else waits
+        except OSError as error:
+            log(f"cannot accept a connection: {error}")
+            if not accepted:
                 await trio.sleep(ACCEPT_PAUSE)
+    return accepted
 
 
 def accept_host(agent: Agent, listener: socket.socket) -> socket.socket | None:

@@ -76,6 +76,8 @@ class Role(Enum):
 
 
 class State(Enum):
+    __hash__ = object.__hash__  # Enum's own is Python, and each frame looks its state up
+
     HELLO = "hello"  # the host has not said hello yet
     WELCOME = "welcome"  # the agent has not answered the hello yet
     READY = "ready"
@@ -363,23 +365,22 @@ class Connection:
 
     def _check(self, head: FrameHeader, *, ours: bool) -> None:
         """Refuse a frame that the tables do not allow in this state, or on an ended stream."""
-        sender = self.role if ours else (Role.AGENT if self.role is Role.HOST else Role.HOST)
-        table = HOST_MAY_SEND if sender is Role.HOST else AGENT_MAY_SEND
-        streams = HOST_STREAMS if sender is Role.HOST else AGENT_STREAMS
-        state = self.state
+        by_host = (self.role is Role.HOST) == ours
+        state, kind = self.state, head.kind
         settled = (State.HELLO, State.DONE, State.FAILED)
-        if sender is Role.AGENT and not self._welcomed and state not in settled:
+        if not by_host and not self._welcomed and state not in settled:
             state = State.WELCOME  # a first request may wait behind the hello
         problem = ""
-        if head.kind not in table[state]:
-            problem = f"{_SHORT[head.kind]} frame in state {state.value}"
-        elif head.kind in (Kind.DATA, Kind.END) and head.channel not in streams:
-            problem = f"stream {head.channel} belongs to the other side or does not exist"
-        elif head.kind in (Kind.DATA, Kind.END) and head.channel in self._ended:
-            problem = f"stream {STREAMS[head.channel]} has ended or was not asked for"
-        elif head.kind == Kind.DATA and head.length == 0:
-            problem = "data frame without data"
-        elif head.kind == Kind.EXITED and not self._ended >= AGENT_STREAMS:
+        if kind not in (HOST_MAY_SEND if by_host else AGENT_MAY_SEND)[state]:
+            problem = f"{_SHORT[kind]} frame in state {state.value}"
+        elif kind in (Kind.DATA, Kind.END):
+            if head.channel not in (HOST_STREAMS if by_host else AGENT_STREAMS):
+                problem = f"stream {head.channel} belongs to the other side or does not exist"
+            elif head.channel in self._ended:
+                problem = f"stream {STREAMS[head.channel]} has ended or was not asked for"
+            elif kind == Kind.DATA and head.length == 0:
+                problem = "data frame without data"
+        elif kind == Kind.EXITED and not self._ended >= AGENT_STREAMS:
             problem = "exited before the end of stdout and stderr"
         if problem:
             raise LocalProtocolError(problem) if ours else RemoteProtocolError(problem)

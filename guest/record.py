@@ -26,6 +26,7 @@ else:
 __all__ = ["Catalogue", "Record", "RecordError"]
 
 SCALARS = (str, int, float, bool, bytes)
+_NONE = object()  # the default of a field that has none
 
 
 class RecordError(ValueError):
@@ -36,20 +37,26 @@ class RecordError(ValueError):
 class Record:
     """Base of frozen records: fields are the class's annotations, defaults its attributes."""
 
+    # Worked out once for each class: every message is made, checked and packed through them.
     _fields: "dict[str, Any]" = {}  # noqa: RUF012  typing.ClassVar would import typing
+    _defaults: "dict[str, Any]" = {}  # noqa: RUF012  of the fields that have one
+    _required: "frozenset[str]" = frozenset()
 
     def __init_subclass__(cls) -> None:
         own = {k: v for k, v in cls.__annotations__.items() if k[0] != "_"}
         cls._fields = {**cls._fields, **own}
+        cls._defaults = {name: getattr(cls, name) for name in cls._fields if hasattr(cls, name)}
+        cls._required = frozenset(cls._fields.keys() - cls._defaults.keys())
 
     def __init__(self, **values: "Any") -> None:
-        for name in self._fields:
-            if name in values:
-                self.__dict__[name] = values.pop(name)
-            elif not hasattr(type(self), name):
-                raise TypeError(f"{type(self).__name__} needs {name}")
-        if values:
-            raise TypeError(f"{type(self).__name__} has no field {', '.join(sorted(values))}")
+        given = values.keys()
+        if not self._required <= given:
+            missing = next(name for name in self._fields if name not in values | self._defaults)
+            raise TypeError(f"{type(self).__name__} needs {missing}")
+        if not given <= self._fields.keys():
+            unknown = ", ".join(sorted(given - self._fields.keys()))
+            raise TypeError(f"{type(self).__name__} has no field {unknown}")
+        self.__dict__.update(values)
         self.check()
 
     def check(self) -> None:
@@ -77,10 +84,13 @@ class Record:
 
     def to_map(self) -> "dict[str, Any]":
         """A map of plain values, without the fields that equal their default."""
+        given, defaults = self.__dict__, self._defaults
         return {
-            name: _plain(value)
-            for name, value in self._values().items()
-            if not (hasattr(type(self), name) and value == getattr(type(self), name))
+            name: value if type(value) in SCALARS else _plain(value)
+            for name in self._fields
+            if name in given
+            and (value := given[name]) is not (default := defaults.get(name, _NONE))
+            and value != default
         }
 
     def to_json(self) -> str:
@@ -106,12 +116,12 @@ class Record:
         if not isinstance(values, dict):
             raise RecordError(f"{where or cls.__name__}: expected a map, got {_name(values)}")
         dot = f"{where}." if where else ""
-        unknown = [key for key in values if key not in cls._fields]
-        if unknown and not ignore_unknown:
-            raise RecordError(f"unknown field {dot}{unknown[0]!s:.100}")
-        missing = [n for n in cls._fields if n not in values and not hasattr(cls, n)]
-        if missing:
-            raise RecordError(f"missing field {dot}{missing[0]}")
+        if not ignore_unknown and not values.keys() <= cls._fields.keys():
+            unknown = next(key for key in values if key not in cls._fields)
+            raise RecordError(f"unknown field {dot}{unknown!s:.100}")
+        if not cls._required <= values.keys():
+            missing = next(name for name in cls._fields if name not in values | cls._defaults)
+            raise RecordError(f"missing field {dot}{missing}")
         checked = {
             name: _checked(values[name], kind, f"{dot}{name}", ignore_unknown)
             for name, kind in cls._fields.items()
