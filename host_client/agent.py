@@ -1,7 +1,6 @@
 """The agent of one machine, as the host sees it. Blocking, without threads or an event loop."""
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Self, Unpack
 
 from guest import limits
@@ -64,12 +63,7 @@ class Agent:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_how: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

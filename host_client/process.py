@@ -6,7 +6,6 @@
 import codecs
 import threading
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
 from guest.connection import Event
@@ -62,12 +61,7 @@ class Process:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_how: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -183,7 +177,7 @@ class ProcessInput:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_error: object) -> None:
+    def __exit__(self, *_how: object) -> None:
         self.close()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -237,12 +231,7 @@ class ProcessStream(Exchange):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_how: object) -> None:
         self.close()
 
     def step(self, deadline: Deadline) -> list[Event]:

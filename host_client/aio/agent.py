@@ -1,7 +1,6 @@
 """The agent of one machine, for asyncio and trio. The logic is `host_client.driver`'s."""
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Self, Unpack
 
 from guest import limits
@@ -52,12 +51,7 @@ class Agent:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_how: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

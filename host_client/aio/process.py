@@ -2,7 +2,6 @@
 
 import codecs
 from collections.abc import AsyncIterator, Awaitable, Callable
-from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
 import anyio
@@ -57,12 +56,7 @@ class Process:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_how: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

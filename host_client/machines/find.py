@@ -4,7 +4,6 @@ import os
 import select
 import signal
 import time
-from types import TracebackType
 from typing import Final, Self
 
 from guest import limits
@@ -119,12 +118,7 @@ class Watch:
             self._close()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_how: object) -> None:
         self._close()
 
     def wait(self, seconds: float) -> bool:
