@@ -158,12 +158,15 @@ class Connection:
         kind, channel, payload = self._encode(event)
         head = FrameHeader(len(payload), kind, channel)
         self._check(head, ours=True)
+        header = frames.header(head.length, kind, channel)
+        if kind == Kind.END:  # has nothing that could be wrong, and is never the first
+            self._advance(channel, event)
+            return header
         self._check_event(event, ours=True)
-        header = frames.header(len(payload), kind, channel)
         try:
-            if len(payload) > frames.MAX_PAYLOAD[kind]:
+            if head.length > frames.MAX_PAYLOAD[kind]:
                 FrameHeader.parse(header)
-            if kind not in (Kind.DATA, Kind.END) and not _surely_accepted(event):
+            if kind != Kind.DATA and not _surely_accepted(event):
                 self._decode(head, payload)
         except RemoteProtocolError as error:
             raise LocalProtocolError(f"{type(event).__name__} cannot be sent: {error}") from None

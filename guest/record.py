@@ -26,6 +26,7 @@ else:
 __all__ = ["Catalogue", "Record", "RecordError"]
 
 SCALARS = (str, int, float, bool, bytes)
+_TEXTS = frozenset((str,))  # the types in a list of texts
 _NONE = object()  # the default of a field that has none
 
 
@@ -123,7 +124,9 @@ class Record:
             missing = next(name for name in cls._fields if name not in values | cls._defaults)
             raise RecordError(f"missing field {dot}{missing}")
         checked = {
-            name: _checked(values[name], kind, f"{dot}{name}", ignore_unknown)
+            name: value
+            if type(value := values[name]) is kind and kind is not float
+            else _checked(value, kind, f"{dot}{name}", ignore_unknown)
             for name, kind in cls._fields.items()
             if name in values
         }
@@ -213,6 +216,8 @@ def _checked_container(
 ) -> object:
     if kind.__origin__ is tuple and isinstance(value, list | tuple):
         item_kind = kind.__args__[0]
+        if item_kind is str and _TEXTS.issuperset(map(type, value)):
+            return tuple(value)
         return tuple(
             _checked(item, item_kind, f"{where}[{index}]", ignore_unknown)
             for index, item in enumerate(value)
@@ -221,6 +226,8 @@ def _checked_container(
         if not all(isinstance(key, str) for key in value):
             raise RecordError(f"{where}: keys must be strings")
         item_kind = kind.__args__[1]
+        if item_kind is str and _TEXTS.issuperset(map(type, value.values())):
+            return dict(value)
         return {
             key: _checked(item, item_kind, f"{where}[{key:.100}]", ignore_unknown)
             for key, item in value.items()
