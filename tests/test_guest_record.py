@@ -58,6 +58,7 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "id": st.text("abc0123", min_size=1, max_size=9),
     "meta": st.text('ab{}"', max_size=9),
     "shell": st.none(),
+    "seccomp": st.integers(0, 3).map(lambda instructions: bytes(8 * instructions)),
     "stdin": st.just(True),
     "names": st.lists(st.text("abc", min_size=1), max_size=3),
     "cwd": st.just("/"),
