@@ -64,6 +64,8 @@ async def attach(agent: Agent, channel: Channel, args: Record, early: list[Event
     if not isinstance(process, KeptProcess):
         raise OperationError("no_such_process", f"process {args.id} is not kept")
     if args.write and process.writer is not None:
+        await trio.lowlevel.checkpoint()  # it may have left before this host came: let it be seen
+    if args.write and process.writer is not None:
         raise OperationError("stdin_taken", f"another connection may write to {process.id}")
     offsets, dropped = starting_points(process, args.offsets or {})
     attachment = Attachment(channel, process, offsets, write=args.write)
