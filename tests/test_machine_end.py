@@ -88,8 +88,10 @@ def test_idle_machine_stays_until_it_is_stopped(image: str) -> None:
 
 
 def test_stop_is_bounded_by_its_grace(image: str) -> None:
-    stubborn = ["sh", "-c", "trap '' TERM; while :; do sleep 1; done"]
+    stubborn = ["sh", "-c", "trap '' TERM; touch /armed; while :; do sleep 1; done"]
+    armed = ["test", "-e", "/armed"]
     with boot(image, machine="namespaces", command=stubborn) as machine:
+        wait_until("it is armed", lambda: machine.agent.exec(armed).returncode == 0)
         began = time.monotonic()
         assert machine.stop(grace=0.5).status == "shutdown"
         assert 0.4 < time.monotonic() - began < 5
