@@ -358,10 +358,10 @@ def test_timeout_ends_the_tree_gently(agent: AgentProcess) -> None:
 
 def test_timeout_ends_what_ignores_it(agent: AgentProcess) -> None:
     started = time.monotonic()
-    result = shell(agent, "trap '' TERM; echo $$; while :; do sleep 0.02; done", timeout=0.2)
+    result = shell(agent, "trap '' TERM; echo $$; while :; do sleep 0.02; done", timeout=0.5)
     assert result.exited.timed_out
     assert result.exited.signal == signal.SIGKILL
-    assert time.monotonic() - started < 0.2 + limits.TIMEOUT_GRACE + 1
+    assert time.monotonic() - started < 0.5 + limits.TIMEOUT_GRACE + 3
     wait_until_gone(int(result.stdout))
 
 

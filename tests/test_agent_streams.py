@@ -348,8 +348,8 @@ def test_lines_that_are_written_one_by_one_are_gathered(agent: AgentProcess) -> 
 def test_grace_is_as_asked(agent: AgentProcess) -> None:
     started = time.monotonic()
     script = "trap '' TERM; while :; do sleep 0.02; done"
-    exited = shell(agent, script, timeout=0.1, grace=0.3).exited
-    assert 0.4 <= time.monotonic() - started < 1.0
+    exited = shell(agent, script, timeout=0.5, grace=2.0).exited
+    assert 2.5 <= time.monotonic() - started < 8.0
     assert exited.timed_out
     assert exited.signal == signal.SIGKILL
 
