@@ -16,7 +16,7 @@ from agent.channel import Channel, ConnectionLost
 from agent.state import Agent, log
 from guest import __version__, limits
 from guest.connection import Event, Request, Response, State
-from guest.errors import OperationError, RemoteProtocolError
+from guest.errors import OperationError, RemoteProtocolError, raised_at
 from guest.messages import FEATURES, Failure, Hello, Welcome
 from guest.record import Record
 
@@ -143,7 +143,7 @@ async def serve_connection(agent: Agent, waiting_room: WaitingRoom, sock: socket
     except RemoteProtocolError as error:
         refuse(channel, error.code, str(error))
     except Exception as error:  # noqa: BLE001  one connection's bug must not end the others
-        log(f"connection failed: {describe(error)}")
+        log(f"connection failed: {raised_at(error)}".replace("\n", " "))
         refuse(channel, "internal", "the agent failed; its console has the reason")
     finally:
         sock.close()
@@ -191,12 +191,3 @@ def refuse(channel: Channel, code: str, message: str) -> None:
         channel.flush_now()
     except ConnectionLost:
         pass
-
-
-def describe(error: BaseException) -> str:
-    """One line: what and where."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
-    return f"{type(error).__name__}: {error}{where}".replace("\n", " ")

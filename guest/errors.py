@@ -23,6 +23,7 @@ __all__ = [
     "RemoteProtocolError",
     "StartError",
     "operation_error",
+    "raised_at",
 ]
 
 # Why a process was not started. Apart from these, an OperationError has one of:
@@ -106,3 +107,12 @@ def operation_error(code: str, message: str, fields: dict[str, str | int | None]
     """The exception for an error frame: a StartError where the code is one of START_CODES."""
     kind = StartError if code in START_CODES else OperationError
     return kind(code, message, fields)
+
+
+def raised_at(error: BaseException) -> str:
+    """An exception with the place that raised it, without the weight of `traceback`."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
+    return f"{type(error).__name__}: {error}{where}"

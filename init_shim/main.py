@@ -8,7 +8,7 @@ import os
 
 from guest import bootconfig, limits
 from guest.bootconfig import BootConfig
-from guest.errors import BootConfigError
+from guest.errors import BootConfigError, raised_at
 from guest.report import BootFailed, Ready, WorkloadFailed, WorkloadStarted
 from init_shim import deposits, modules, mounts, network, power, root
 from init_shim.agent_process import AgentProcess
@@ -34,7 +34,7 @@ def run() -> "NoReturn":
         status, grace = live(signals, reporter, timeline)
         power.power_off(status, grace, signals, reporter)
     except BaseException as error:  # noqa: BLE001  PID 1 may not die: the kernel would panic
-        say(f"PID 1 failed: {last_line(error)}")
+        say(f"PID 1 failed: {raised_at(error)}")
     finally:
         power.switch_off()
 
@@ -184,15 +184,4 @@ def failed_boot(error: BaseException, timeline: Timeline) -> BootFailed:
             errno=error.errno,
             steps=steps,
         )
-    return BootFailed(step=step, message=f"unexpected: {last_line(error)}", steps=steps)
-
-
-def last_line(error: BaseException) -> str:
-    """An exception with the place that raised it, without the weight of `traceback`."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = ""
-    if trace is not None:
-        where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-    return f"{type(error).__name__}: {error}{where}"
+    return BootFailed(step=step, message=f"unexpected: {raised_at(error)}", steps=steps)
