@@ -139,8 +139,7 @@ def wait(options: argparse.Namespace) -> int:
 def of_process(target: str, name: str) -> int:
     """The exit code of a process when it has ended."""
     with agent_of(target) as agent:
-        code = agent.wait(name).returncode
-    return code if code >= 0 else 128 - code
+        return agent.wait(name).shell_code
 
 
 def of_workload(target: str) -> int:

@@ -59,7 +59,6 @@ FAILED_WAIT: Final = 5.0  # seconds from a failed boot's report to the VMM's exi
 KILLED_WAIT: Final = 5.0  # seconds for a killed VMM to be gone
 FAREWELL_WAIT: Final = 1.0  # seconds for a caller to read the console of an ended machine
 DRAIN_WAIT: Final = 1.0  # seconds for the guest's last bytes to reach their readers
-CONSOLE_CHUNK: Final = 64 * 1024
 
 
 def main(arguments: list[str]) -> int:
