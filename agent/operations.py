@@ -128,7 +128,7 @@ async def forget(agent: Agent, _channel: Channel, args: Record, _early: list[Eve
 async def shutdown(agent: Agent, _channel: Channel, args: Record, _early: list[Event]) -> Record:
     """Pass the request on to PID 1, which ends the machine."""
     assert isinstance(args, Shutdown)
-    agent.link.send(ShutdownRequest(grace=args.grace))
+    agent.link.send(ShutdownRequest(grace=args.grace, reboot=args.reboot))
     return ShutdownResult()
 
 

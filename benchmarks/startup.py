@@ -21,16 +21,10 @@ import time
 from pathlib import Path
 
 import host_client
-from guest.bootconfig import (
-    AgentSettings,
-    BootConfig,
-    Endpoint,
-    ImageDefaults,
-    Lower,
-    Root,
-    Workload,
-)
+from guest.bootconfig import AgentSettings, BootConfig, Endpoint
+from guest.rootplan import Lower, Root
 from guest.supervision import AGENT_FD, MESSAGES, Configure
+from guest.workload import ImageDefaults, Workload
 
 PROJECT = Path(__file__).parent.parent
 BUNDLE = PROJECT / "dist" / "guest" / platform.machine()

@@ -2,12 +2,16 @@
 
 The host appends it to the bundle's initramfs as `/microguest/boot.json`, mode 0600; PID 1 reads and
 removes it before anything else runs. Unknown fields are an error that names them. Every field says
-in which version it appeared where that is not 1.
+in which version it appeared where that is not 1. The records of its parts are in `guest.rootplan`,
+`guest.workload` and `guest.netplan`.
 """
 
 from guest import limits
 from guest.errors import BootConfigError
+from guest.netplan import Network
 from guest.record import Record, RecordError
+from guest.rootplan import Root, Volume
+from guest.workload import ImageDefaults, Workload
 
 __all__ = [
     "AGENT_PORT",
@@ -17,10 +21,7 @@ __all__ = [
     "AgentSettings",
     "BootConfig",
     "Endpoint",
-    "ImageDefaults",
-    "Lower",
-    "Root",
-    "Workload",
+    "Hardening",
     "parse",
 ]
 
@@ -48,74 +49,6 @@ class Endpoint(Record):
             raise RecordError(f"transport: {self.transport!r:.100} is not vsock or unix")
 
 
-class Lower(Record):
-    """One read-only layer of the root; the first of `Root.lower` is the topmost."""
-
-    kind: str  # "disk": a virtio-blk device; "directory": a path in the initial root
-    serial: str = ""  # disk: the serial that the host gave it
-    fstype: str = ""  # disk: "erofs" or "squashfs"
-    path: str = ""  # directory
-
-    def check(self) -> None:
-        if self.kind == "disk":
-            if self.fstype not in ("erofs", "squashfs"):
-                raise RecordError(f"fstype: {self.fstype!r:.100} is not erofs or squashfs")
-            if not self.serial:
-                raise RecordError("serial: is needed to find the disk")
-        elif self.kind == "directory":
-            if not self.path.startswith("/"):
-                raise RecordError("path: must be absolute")
-        else:
-            raise RecordError(f"kind: {self.kind!r:.100} is not disk or directory")
-
-
-class Root(Record):
-    """The root file system: overlayfs of the lowers under a tmpfs."""
-
-    lower: tuple[Lower, ...]
-    upper_size: str = "50%"  # of memory, or bytes with k, m, g: tmpfs(5) size=
-
-    def check(self) -> None:
-        if not self.lower:
-            raise RecordError("lower: needs at least one layer")
-        if len(self.lower) > 64:
-            raise RecordError(f"lower: {len(self.lower)} layers, at most 64")
-        size = self.upper_size
-        number = size[:-1] if size[-1:] in tuple("%kmgKMG") else size
-        if not (number.isascii() and number.isdecimal()):
-            raise RecordError(f"upper_size: {self.upper_size!r:.100} is not a size or percentage")
-
-
-class Workload(Record):
-    """The process that the machine is for. Its end is the machine's end."""
-
-    argv: tuple[str, ...]
-    env: dict[str, str] = {}  # noqa: RUF012  frozen by convention
-    cwd: str = "/"
-    user: str = ""  # as USER in an image: name, uid, name:group, uid:gid; "" is root
-    # "attached": pipes that the agent serves as process "main"; the machine stays until its output
-    # is collected (at most OUTPUT_GRACE). "console": the machine's console, no stdin.
-    stdio: str = "console"
-
-    def check(self) -> None:
-        if not self.argv or not self.argv[0]:
-            raise RecordError("argv: must name a program")
-        if self.stdio not in ("attached", "console"):
-            raise RecordError(f"stdio: {self.stdio!r:.100} is not attached or console")
-
-
-class ImageDefaults(Record):
-    """What the image's config says; processes that the agent starts begin with these."""
-
-    env: dict[str, str] = {}  # noqa: RUF012
-    cwd: str = "/"
-    user: str = ""
-
-    def check(self) -> None:
-        if self.env and len(self.to_json()) > limits.IMAGE_DEFAULTS:
-            raise RecordError(f"env: longer than {limits.IMAGE_DEFAULTS} bytes as JSON")
-
-
 class AgentSettings(Record):
     """The agent's listener and the secret that its callers must know."""
 
@@ -131,17 +64,46 @@ class AgentSettings(Record):
             )
 
 
+class Hardening(Record):
+    """What the guest does without, beyond what the workload itself gives up; see docs/security.md.
+
+    profile: "default" has what breaks nothing that images are known to do; "strict" adds the rest;
+    "off" has none. `sysctls` (as kernel.yama.ptrace_scope, or with slashes) are written after the
+    profile's, so that they win; `modules` says whether kernel modules can be loaded after the boot.
+    """
+
+    profile: str = "default"
+    sysctls: dict[str, str] = {}  # noqa: RUF012  frozen by convention
+    modules: bool = False
+
+    def check(self) -> None:
+        if self.profile not in ("off", "default", "strict"):
+            raise RecordError(f"profile: {self.profile!r:.100} is not off, default or strict")
+        if len(self.sysctls) > limits.SYSCTLS:
+            raise RecordError(f"sysctls: at most {limits.SYSCTLS}")
+        for name in self.sysctls:
+            if not name or name[0] in "./" or ".." in name.split("/") or "\0" in name:
+                raise RecordError(f"sysctls: {name!r:.100} is not the name of a sysctl")
+
+
 class BootConfig(Record):
     """The whole document."""
 
     schema: int = SCHEMA
     machine: str = "vm"  # "vm", or "namespaces": no modules, no devices of its own
+    # With "supervise" PID 1 stays and the workload is its child. With "handoff" PID 1 becomes the
+    # workload, an init of the image's own; a child of it keeps the agent and sends the reports.
+    mode: str = "supervise"
     root: Root
+    volumes: tuple[Volume, ...] = ()
     agent: AgentSettings
     report: Endpoint | None = None  # where PID 1 announces ready, exits and failures
     workload: Workload | None = None  # None: the machine runs until it is told to shut down
     image: ImageDefaults = ImageDefaults()
     hostname: str = "microguest"
+    machine_id: str = ""  # 32 hexadecimal digits for /etc/machine-id; "": as the image has it
+    network: Network = Network()
+    hardening: Hardening = Hardening()
     modules: bool = True  # load the bundle's kernel modules
 
     def check(self) -> None:
@@ -149,9 +111,19 @@ class BootConfig(Record):
             raise RecordError(f"schema: {self.schema} is not supported, only {SCHEMA}")
         if self.machine not in ("vm", "namespaces"):
             raise RecordError(f"machine: {self.machine!r:.100} is not vm or namespaces")
+        if self.mode not in ("supervise", "handoff"):
+            raise RecordError(f"mode: {self.mode!r:.100} is not supervise or handoff")
+        if self.mode == "handoff" and (self.workload is None or self.workload.stdio != "console"):
+            raise RecordError("mode: handoff needs a workload, which has the console")
+        if len(self.volumes) > limits.VOLUMES:
+            raise RecordError(f"volumes: at most {limits.VOLUMES}")
         printable = self.hostname.isascii() and self.hostname.isprintable()
         if not 0 < len(self.hostname) <= 64 or not printable or " " in self.hostname:
             raise RecordError("hostname: must have 1 to 64 printable ASCII characters, no space")
+        if self.machine_id and (
+            len(self.machine_id) != 32 or not all(c in "0123456789abcdef" for c in self.machine_id)
+        ):
+            raise RecordError("machine_id: must be 32 hexadecimal digits in lower case")
 
 
 def parse(text: str | bytes) -> BootConfig:

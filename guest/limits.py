@@ -56,6 +56,13 @@ IMAGE_DEFAULTS = 48 * 1024  # as JSON: has to fit into one supervision message w
 
 # ── the boot ─────────────────────────────────────────────────────────────────────────────────────
 BOOT_DEADLINE = 60.0  # from PID 1's first line to the start of the workload
+LAYERS = 64  # of a root; the kernel's own limit for overlayfs is 500
+VOLUMES = 64
+HIDDEN_PATHS = 64  # masked and read-only ones
+SYSCTLS = 256
+INTERFACES = 16
+ADDRESSES = 32  # of one interface; so are its routes, and name servers and search domains
+HOSTS = 256  # addresses that /etc/hosts is given
 DISK_WAIT = 3.0  # for a disk of the root to be found by the kernel
 AGENT_READY_TIMEOUT = 30.0  # from the end of the boot's other steps to AgentReady
 AGENT_BOOT_CRASHES = 4  # an agent that died so often before it ever served fails the boot
@@ -65,6 +72,11 @@ STOP_GRACE = 5.0  # between TERM and KILL of everything that is left
 OUTPUT_GRACE = 10.0  # how long an ended workload's output waits for somebody to collect it
 AGENT_RESTART_DELAYS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)  # seconds; the last one repeats
 AGENT_CRASH_LIMIT = 20  # crashes after which the agent stays down and the state says so
+RESTART_DELAY_MAX = 3600.0  # of the workload
+RESTART_RESET = 10.0  # seconds of life after which a workload counts as healthy
+LAST_WORDS = 4 * 1024  # of what the agent wrote to stderr, beside the report of its end
+WATCHDOG_INTERVAL = 10.0  # between two questions to the agent whether it is there
+WATCHDOG_WAIT = 60.0  # without an answer and without having run or wanted to: it hangs
 FAILED_GRACE = 0.5  # instead of STOP_GRACE where the boot or the workload's start failed
 KILL_WAIT = 2.0  # for killed processes to be gone; those that hang in the kernel stay
 SYNC_WAIT = 5.0  # for sync and unmounts; a hung device does not stop the power-off

@@ -14,6 +14,7 @@ from guest.errors import LocalProtocolError, RemoteProtocolError
 from guest.frames import Kind
 from guest.record import Record, RecordError
 from guest.status import ExitStatus
+from guest.workload import check_limits
 
 __all__ = [
     "CONTROLS",
@@ -140,12 +141,7 @@ class Limits(Record):
     rlimits: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
 
     def check(self) -> None:
-        if self.memory is not None and self.memory <= 0:
-            raise RecordError("memory: must be positive")
-        if self.cpu is not None and not 0.01 <= self.cpu <= 1024:
-            raise RecordError("cpu: must be 0.01 to 1024 processors")
-        if self.processes is not None and self.processes <= 0:
-            raise RecordError("processes: must be positive")
+        check_limits(self.memory, self.cpu, self.processes)
         if any(len(pair) != 2 for pair in self.rlimits.values()):
             raise RecordError("rlimits: each must be soft and hard")
 
@@ -365,9 +361,10 @@ class ForgetResult(Record):
 
 
 class Shutdown(Record):
-    """End the machine: TERM, `grace` seconds, KILL, sync, power off."""
+    """End the machine: TERM, `grace` seconds, KILL, sync, power off, or with `reboot` restart."""
 
     grace: float = limits.STOP_GRACE
+    reboot: bool = False
 
     def check(self) -> None:
         if not 0 <= self.grace <= limits.STOP_GRACE_MAX:

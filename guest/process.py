@@ -9,10 +9,10 @@ import errno
 import os
 
 from guest import limits
-from guest.bootconfig import ImageDefaults
 from guest.errors import operation_error
 from guest.record import Record
 from guest.users import Identity
+from guest.workload import ImageDefaults
 
 __all__ = ["DEFAULT_PATH", "DEFAULT_TERM", "Plan", "plan", "shell_argv", "start_failure"]
 

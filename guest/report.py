@@ -12,7 +12,11 @@ __all__ = [
     "CONSOLE_MARK",
     "REPORTS",
     "AgentExited",
+    "AgentServes",
     "BootFailed",
+    "FirstExec",
+    "HandedOff",
+    "OomKilled",
     "Ready",
     "Report",
     "Step",
@@ -52,10 +56,11 @@ class BootFailed(Record):
 
 
 class WorkloadStarted(Record):
-    """The image's process runs, as process `pid` of the guest."""
+    """The image's process runs, as process `pid` of the guest, for the `starts`-th time."""
 
     pid: int
     boot_ms: float
+    starts: int = 1
 
 
 class WorkloadFailed(Record):
@@ -68,9 +73,11 @@ class WorkloadFailed(Record):
 
 
 class WorkloadExited(ExitStatus):
-    """The image's process ended."""
+    """The image's process ended. It is started again after `restart_in` seconds; None: never."""
 
     boot_ms: float = 0.0
+    restart_in: float | None = None
+    oom_killed: bool = False  # the kernel has killed in its cgroup for want of memory
 
 
 class AgentExited(ExitStatus):
@@ -78,12 +85,44 @@ class AgentExited(ExitStatus):
 
     crashes: int
     restart_in: float | None
+    hung: bool = False  # PID 1 ended it, because it neither answered nor ran
+    last_words: str = ""  # the end of what it wrote to stderr, at most LAST_WORDS characters
+
+
+class AgentServes(Record):
+    """An agent that was started again serves: the `starts`-th one."""
+
+    starts: int
+    boot_ms: float
+
+
+class FirstExec(Record):
+    """The agent has started the first process for a host."""
+
+    boot_ms: float
+
+
+class HandedOff(Record):
+    """The image's own init is PID 1 now; reports come from a child of it from here on."""
+
+    boot_ms: float
+
+
+class OomKilled(Record):
+    """The kernel ended a process for want of memory."""
+
+    pid: int
+    name: str  # as the kernel has it: the first 15 bytes of its program's name
+    cgroup: str  # its path in the hierarchy, or "" where the kernel does not say
+    boot_ms: float
+    limit: bool = False  # its own cgroup's limit, and not the machine's memory
 
 
 class Stopping(Record):
     """The last report. `status`: what the machine ended with.
 
-    "done" (the workload ended), "shutdown" (asked for), "boot-failed", "workload-failed".
+    "done" (the workload ended), "shutdown" (asked for), "reboot" (asked for), "boot-failed",
+    "workload-failed".
     """
 
     status: str
@@ -91,7 +130,17 @@ class Stopping(Record):
 
 
 Report = (
-    Ready | BootFailed | WorkloadStarted | WorkloadFailed | WorkloadExited | AgentExited | Stopping
+    Ready
+    | BootFailed
+    | WorkloadStarted
+    | WorkloadFailed
+    | WorkloadExited
+    | AgentExited
+    | AgentServes
+    | FirstExec
+    | HandedOff
+    | OomKilled
+    | Stopping
 )
 
 REPORTS = Catalogue(
@@ -102,6 +151,10 @@ REPORTS = Catalogue(
         "workload_failed": WorkloadFailed,
         "workload_exited": WorkloadExited,
         "agent_exited": AgentExited,
+        "agent_serves": AgentServes,
+        "first_exec": FirstExec,
+        "handed_off": HandedOff,
+        "oom_killed": OomKilled,
         "stopping": Stopping,
     },
     maximum=limits.REPORT_LINE,

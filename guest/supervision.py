@@ -10,16 +10,19 @@ forgotten. To a new agent PID 1 hands every deposit as a `Restored`, after `Conf
 """
 
 from guest import limits
-from guest.bootconfig import ImageDefaults
 from guest.record import Catalogue, Record, RecordError
 from guest.status import ExitStatus
+from guest.workload import ImageDefaults
 
 __all__ = [
     "AGENT_FD",
     "MESSAGES",
     "AgentReady",
+    "AreYouThere",
     "Configure",
     "Deposit",
+    "ExecStarted",
+    "Here",
     "KeptExited",
     "KeptStatus",
     "MainCollected",
@@ -50,9 +53,13 @@ class RootReady(Record):
 
 
 class MainStarted(Record):
-    """The workload runs with pipes. Descriptors: its stdin (write), stdout and stderr (read)."""
+    """The workload runs with pipes. Descriptors: its stdin (write), stdout and stderr (read).
+
+    `terminal`: it has a terminal instead. Descriptors: the terminal's other end.
+    """
 
     pid: int
+    terminal: bool = False
 
 
 class MainExited(ExitStatus):
@@ -72,9 +79,28 @@ class MainCollected(Record):
 
 
 class ShutdownRequest(Record):
-    """From the agent: a host asked for the end of the machine."""
+    """From the agent: a host asked for the end of the machine, or for another start of it."""
 
     grace: float
+    reboot: bool = False
+
+
+class AreYouThere(Record):
+    """From PID 1's watchdog, to be answered with `Here` of the same number."""
+
+    number: int
+
+
+class Here(Record):
+    """From the agent."""
+
+    number: int
+
+
+class ExecStarted(Record):
+    """From the agent, once: it has started the first process for a host. CLOCK_BOOTTIME in ms."""
+
+    boot_ms: float
 
 
 class Deposit(Record):
@@ -147,6 +173,9 @@ Message = (
     | AgentReady
     | MainCollected
     | ShutdownRequest
+    | AreYouThere
+    | Here
+    | ExecStarted
     | Deposit
     | Withdraw
     | KeptExited
@@ -162,6 +191,9 @@ MESSAGES = Catalogue(
         "agent_ready": AgentReady,
         "main_collected": MainCollected,
         "shutdown": ShutdownRequest,
+        "are_you_there": AreYouThere,
+        "here": Here,
+        "exec_started": ExecStarted,
         "deposit": Deposit,
         "withdraw": Withdraw,
         "kept_exited": KeptExited,

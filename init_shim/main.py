@@ -10,7 +10,7 @@ from guest import bootconfig, limits
 from guest.bootconfig import BootConfig
 from guest.errors import BootConfigError, raised_at
 from guest.report import BootFailed, Ready, WorkloadFailed, WorkloadStarted
-from init_shim import deposits, modules, mounts, network, power, root
+from init_shim import deposits, hardening, modules, mounts, network, power, root, volumes
 from init_shim.agent_process import AgentProcess
 from init_shim.failure import Failure, call
 from init_shim.listener import open_listener
@@ -64,7 +64,7 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
     """From the kernel's hands to a running workload. The steps' names are in docs/boot.md.
 
     Raises Failure, or WorkloadNotStarted. The agent is started before the root is assembled: it
-    imports while PID 1 goes on.
+    imports while PID 1 goes on, and the workload does not wait for it.
     """
     step = timeline.step
     signals.start_deadline()
@@ -89,22 +89,27 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
         supervisor = Supervisor(signals, reporter, agent)
         agent.start()
     with step("root-lower"):
-        root.mount_lowers(config.root.lower)
+        root.mount_lowers(config.root)
     with step("root-upper"):
-        root.mount_upper(config.root.upper_size)
+        root.mount_upper(config.root)
     with step("root-overlay"):
-        root.mount_overlay(len(config.root.lower))
+        root.mount_root(config.root)
+    with step("volumes"):
+        volumes.mount_volumes(config.volumes)
     with step("switch-root"):
         agent.root_ready(root.switch_root(config.machine))
     with step("network"):
-        network.loopback_up()
-        network.set_hostname(config.hostname)
+        network.configure(config)
+    with step("hardening"):
+        hardening.harden(config)
+    with step("workload"):
+        refusal = start_main(config, supervisor, agent, reporter)
     with step("agent-ready"):
         await_agent(supervisor, agent)
     if agent.ready:
         reporter.send(Ready(steps=tuple(timeline.steps), token_proof=proof(config.agent.token)))
-    with step("workload"):
-        start_main(config, supervisor, agent, reporter)
+    if refusal is not None:
+        raise refusal
     signals.end_deadline()
     return supervisor
 
@@ -139,12 +144,16 @@ def take_config() -> BootConfig:
 
 
 def await_agent(supervisor: Supervisor, agent: AgentProcess) -> None:
-    """Until the agent serves, or the machine was told to end meanwhile."""
+    """Until the agent serves, or the machine was told to end meanwhile.
+
+    A workload that is done sooner does not end the wait: its host has to hear of a whole boot.
+    """
     in_time = supervisor.run(
         lambda: agent.ready or agent.crashes >= limits.AGENT_BOOT_CRASHES,
         timeout=limits.AGENT_READY_TIMEOUT,
+        despite="done",
     )
-    if agent.ready or supervisor.status:
+    if agent.ready or supervisor.status not in ("", "done"):
         return
     after = f"{agent.crashes} crashes" if in_time else f"{limits.AGENT_READY_TIMEOUT:g} s"
     raise Failure(f"the agent does not serve after {after}; what it said is on the console")
@@ -159,16 +168,23 @@ def proof(token: str) -> str:
 
 def start_main(
     config: BootConfig, supervisor: Supervisor, agent: AgentProcess, reporter: Reporter
-) -> None:
-    """Start the workload, if there is one and nobody has asked for the end already."""
+) -> WorkloadNotStarted | None:
+    """Start the workload, if there is one and nobody has asked for the end already.
+
+    Returns why it could not be started; the host is told when it knows that the machine is up.
+    """
     if config.workload is None or supervisor.status:
-        return
+        return None
     attached = config.workload.stdio == "attached"
-    workload = start_workload(config.workload, config.image)
+    try:
+        workload = start_workload(config.workload, config.image)
+    except WorkloadNotStarted as error:
+        return error
     supervisor.watch(workload, attached=attached)
     reporter.send(WorkloadStarted(pid=workload.pid, boot_ms=boot_ms()))
     if attached:
         agent.main_started(workload)
+    return None
 
 
 def failed_boot(error: BaseException, timeline: Timeline) -> BootFailed:

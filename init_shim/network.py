@@ -4,9 +4,10 @@ import _socket
 import fcntl
 import sys
 
+from guest.bootconfig import BootConfig
 from init_shim.failure import call
 
-__all__ = ["loopback_up", "set_hostname"]
+__all__ = ["configure"]
 
 # linux/sockios.h, linux/if.h
 SIOCGIFFLAGS = 0x8913
@@ -14,6 +15,12 @@ SIOCSIFFLAGS = 0x8914
 IFF_UP = 0x1
 IFREQ_NAME = 16  # bytes; the flags follow
 IFREQ = 40
+
+
+def configure(config: BootConfig) -> None:
+    """Loopback, host name, and what the config asks for. Raises Failure."""
+    loopback_up()
+    set_hostname(config.hostname)
 
 
 def loopback_up() -> None:

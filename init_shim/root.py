@@ -12,12 +12,12 @@ import time
 import _guestsys
 
 from guest import limits
-from guest.bootconfig import Lower
+from guest.rootplan import Root
 from init_shim import mounts
 from init_shim.failure import Failure, call
 from init_shim.mounts import ensure_directory, mount
 
-__all__ = ["mount_lowers", "mount_overlay", "mount_upper", "switch_root"]
+__all__ = ["NEW_ROOT", "mount_lowers", "mount_root", "mount_upper", "switch_root"]
 
 LAYERS = "/microguest/layers"
 UPPER = "/microguest/upper"
@@ -26,10 +26,10 @@ SERIAL_SIZE = 20  # bytes of a virtio-blk serial number (virtio 1.2, 5.2.4); the
 DISK_POLL = 0.005  # seconds between looks for a disk that the kernel has not found yet
 
 
-def mount_lowers(lowers: tuple[Lower, ...]) -> None:
+def mount_lowers(plan: Root) -> None:
     """Each layer read-only at LAYERS/<its index>. Raises Failure."""
     ensure_directory(LAYERS)
-    for index, lower in enumerate(lowers):
+    for index, lower in enumerate(plan.lower):
         target = f"{LAYERS}/{index}"
         ensure_directory(target)
         if lower.kind == "disk":
@@ -77,16 +77,18 @@ def disk_serials() -> dict[str, str]:
     return found
 
 
-def mount_upper(size: str) -> None:
-    """The tmpfs that takes all writes, `size` as in tmpfs(5), with its two directories."""
+def mount_upper(plan: Root) -> None:
+    """The tmpfs that takes all writes, with its two directories."""
+    assert plan.upper is not None
     ensure_directory(UPPER)
-    mount("tmpfs", UPPER, "tmpfs", mounts.NODEV, f"mode=0755,size={size}")
+    mount("tmpfs", UPPER, "tmpfs", mounts.NODEV, f"mode=0755,size={plan.upper.size}")
     for name in ("upper", "work"):
         ensure_directory(f"{UPPER}/{name}")
 
 
-def mount_overlay(layers: int) -> None:
-    """The layers 0 to `layers` - 1 under the upper, at NEW_ROOT."""
+def mount_root(plan: Root) -> None:
+    """The layers under the upper, at NEW_ROOT."""
+    layers = len(plan.lower)
     # The merged root directory has the upper's owner and mode; it should have the image's.
     top = os.stat(f"{LAYERS}/0")
     unprivileged = in_user_namespace()  # the owner is then somebody who has no number here

@@ -49,13 +49,15 @@ class Supervisor:
         self.workload = workload
         self._attached = attached
 
-    def run(self, done: "Callable[[], bool]", *, timeout: float | None = None) -> bool:
+    def run(
+        self, done: "Callable[[], bool]", *, timeout: float | None = None, despite: str = ""
+    ) -> bool:
         """Turn until `done()`, until the machine's end is decided, or for `timeout` seconds.
 
-        Returns False if the time was up.
+        An end with the status `despite` does not count. Returns False if the time was up.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not (done() or self.status):
+        while not (done() or self.status not in ("", despite)):
             if deadline is not None and time.monotonic() >= deadline:
                 return False
             self._turn(deadline)
@@ -122,7 +124,8 @@ class Supervisor:
             self._agent.kept_reaped(pid, status, usage)
 
     def _end(self, status: str) -> None:
-        self.status = self.status or status
+        if self.status in ("", "done"):
+            self.status = status
 
 
 def reap(most: int = REAPED_AT_ONCE) -> list[tuple[int, int, struct_rusage]]:

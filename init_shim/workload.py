@@ -10,9 +10,9 @@ import time
 import _guestsys
 
 from guest import limits, process, users
-from guest.bootconfig import ImageDefaults, Workload
 from guest.errors import OperationError
 from guest.status import exit_fields
+from guest.workload import ImageDefaults, Workload
 from init_shim import deposits
 from init_shim.failure import call
 

@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import pytest
 
-from guest.bootconfig import ImageDefaults
 from guest.connection import Connection, Data, End, Event, Request, Response, Role
 from guest.messages import (
     Attach,
@@ -44,6 +43,7 @@ from guest.supervision import (
     Deposit,
     RootReady,
 )
+from guest.workload import ImageDefaults
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOKEN = "correct horse battery staple"

@@ -5,6 +5,7 @@ the socket line by line.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -36,8 +37,11 @@ STEPS = (
     "root-lower",
     "root-upper",
     "root-overlay",
+    "volumes",
     "switch-root",
     "network",
+    "hardening",
+    "workload",
     "agent-ready",
 )
 
@@ -171,10 +175,20 @@ class Machine:
         return parse(lines[0].removeprefix(CONSOLE_MARK))
 
     def report(self, name: str, timeout: float = 20.0) -> dict[str, Any]:
-        """The fields of the next report, which must be `name`."""
+        """The fields of the next report, which must be `name`.
+
+        The workload does not wait for the agent: what it does is looked over for `ready`, and
+        comes afterwards.
+        """
         if self._reports is None:
             self._reports = self._read_reports(timeout)
-        found, fields = next(self._reports, ("no report", {}))
+        early: list[Report] = []
+        while True:
+            found, fields = next(self._reports, ("no report", {}))
+            if name != "ready" or not found.startswith("workload_"):
+                break
+            early.append((found, fields))
+        self._reports = itertools.chain(early, self._reports)
         assert found == name, f"{found} {fields}; console: {self.console}"
         return fields
 

@@ -14,7 +14,7 @@ import pytest
 from agentharness import AgentProcess, Host, Refused, Result, execute
 
 from guest import frames, limits, messages
-from guest.bootconfig import ImageDefaults
+from guest.workload import ImageDefaults
 
 MIB = 1024 * 1024
 GONE = 5.0  # seconds in which a killed process must have disappeared

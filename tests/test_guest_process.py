@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from guest.bootconfig import ImageDefaults
 from guest.errors import START_CODES, OperationError
 from guest.process import DEFAULT_PATH, plan, start_failure
 from guest.users import Identity
+from guest.workload import ImageDefaults
 
 APP = Identity(uid=1000, gid=1000, groups=(1000,), home="/srv/app", name="app")
 

@@ -10,14 +10,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guest import bootconfig, limits, messages, report, status, supervision
-from guest.bootconfig import Endpoint, Lower
+from guest import (
+    bootconfig,
+    limits,
+    messages,
+    netplan,
+    report,
+    rootplan,
+    status,
+    supervision,
+    workload,
+)
+from guest.bootconfig import Endpoint
 from guest.messages import StagedFile, Start
 from guest.record import Catalogue, Record, RecordError
+from guest.rootplan import Lower
 from guest.status import ExitStatus
 from guest.supervision import Deposit, KeptStatus, Restored
 
-MODULES = (bootconfig, messages, report, status, supervision)
+MODULES = (bootconfig, messages, netplan, report, rootplan, status, supervision, workload)
 RECORDS = [
     record
     for module in MODULES

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guest import limits, report, supervision
-from guest.bootconfig import ImageDefaults
 from guest.record import Catalogue, Record, RecordError
 from guest.report import REPORTS, BootFailed, Ready, Stopping
 from guest.status import ExitStatus, exit_fields
 from guest.supervision import MESSAGES, Configure
+from guest.workload import ImageDefaults
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "protocol-vectors.json").read_text())
 

@@ -219,7 +219,7 @@ def test_an_image_cannot_redirect_the_mounts(root: Path, tmp_path: Path) -> None
 
 def test_tmpfs_upper_is_limited(root: Path) -> None:
     config = boot_config(shell("head -c 3000000 /dev/zero > /big; stat -c %s /big"))
-    config["root"]["upper_size"] = "1m"
+    config["root"]["upper"] = {"size": "1m"}
     with Machine(root, config) as machine:
         assert machine.wait() == 0
         assert int(machine.console.split()[-1]) <= 1024 * 1024

@@ -11,13 +11,14 @@ PINNED = frozenset(
     __main__ _abc _codecs _collections_abc _frozen_importlib _frozen_importlib_external
     _guest_compile _guestsys _imp _io _json _signal _socket _stat _thread _warnings _weakref
     abc builtins codecs encodings encodings.aliases encodings.utf_8 errno fcntl gc
-    genericpath guest guest.bootconfig guest.errors guest.limits guest.plainjson
-    guest.process guest.record guest.report guest.status guest.supervision guest.users
+    genericpath guest guest.bootconfig guest.errors guest.limits guest.netplan
+    guest.plainjson guest.process guest.record guest.report guest.rootplan guest.status
+    guest.supervision guest.users guest.workload
     init_shim init_shim.agent_process init_shim.deposits init_shim.dispatch init_shim.failure
-    init_shim.listener init_shim.main init_shim.modules init_shim.mounts init_shim.network
-    init_shim.power init_shim.reporter init_shim.root init_shim.signals init_shim.supervisor
-    init_shim.timeline init_shim.workload io marshal os os.path posix posixpath resource select stat
-    sys time types zipimport
+    init_shim.hardening init_shim.listener init_shim.main init_shim.modules init_shim.mounts
+    init_shim.network init_shim.power init_shim.reporter init_shim.root init_shim.signals
+    init_shim.supervisor init_shim.timeline init_shim.volumes init_shim.workload io marshal os
+    os.path posix posixpath resource select stat sys time types zipimport
     """.split()  # noqa: SIM905
 )
 

@@ -37,13 +37,16 @@ PATH_NAMES = {"basename", "dirname", "isabs", "join", "normpath"}
 
 # What PID 1 imports before the agent runs. Each of these costs it milliseconds.
 HEAVY = {"asyncio", "dataclasses", "inspect", "msgpack", "pathlib", "subprocess", "trio", "typing"}
-BOOT_PATH = ("bootconfig", "errors", "limits", "record", "report", "status", "supervision")
+BOOT_PATH = (
+    *("bootconfig", "errors", "limits", "netplan", "record", "report", "rootplan", "status"),
+    *("supervision", "workload"),
+)
 
 PUBLIC = {
     "guest": ["__version__"],
     "guest.bootconfig": [
         "AGENT_PORT", "PATH", "REPORT_PORT", "SCHEMA", "AgentSettings", "BootConfig", "Endpoint",
-        "ImageDefaults", "Lower", "Root", "Workload", "parse",
+        "Hardening", "parse",
     ],
     "guest.connection": [
         "Connection", "Control", "Data", "End", "Event", "Request", "Response", "Role", "State",

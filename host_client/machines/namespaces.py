@@ -6,7 +6,8 @@ The launcher is the bundle's own program; agent and reports go over Unix sockets
 import os
 from typing import Final
 
-from guest.bootconfig import Endpoint, Lower
+from guest.bootconfig import Endpoint
+from guest.rootplan import Lower
 from host_client import images
 from host_client.address import SUN_PATH_MAX, UnixAddress
 from host_client.errors import MachineError

@@ -4,16 +4,10 @@ import hashlib
 import os
 from dataclasses import dataclass
 
-from guest.bootconfig import (
-    AgentSettings,
-    BootConfig,
-    Endpoint,
-    ImageDefaults,
-    Lower,
-    Root,
-    Workload,
-)
+from guest.bootconfig import AgentSettings, BootConfig, Endpoint
 from guest.record import RecordError
+from guest.rootplan import Lower, Root, Upper
+from guest.workload import ImageDefaults, Workload
 from host_client.errors import MachineError
 from host_client.images import Image, process_for
 from host_client.machines.bundle import Bundle
@@ -42,7 +36,7 @@ class Preparation:
             return (
                 BootConfig(
                     machine=machine,
-                    root=Root(lower=(lower,), upper_size=settings.upper_size),
+                    root=Root(lower=(lower,), upper=Upper(size=settings.upper_size)),
                     agent=AgentSettings(listen=listen, token=self.token),
                     report=report,
                     workload=self._workload(),

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from guest import cpio
-from guest.bootconfig import AGENT_PORT, PATH, REPORT_PORT, Endpoint, Lower
+from guest.bootconfig import AGENT_PORT, PATH, REPORT_PORT, Endpoint
+from guest.rootplan import Lower
 from host_client import images
 from host_client.address import HybridAddress, VsockAddress
 from host_client.errors import MachineError

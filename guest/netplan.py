@@ -1,0 +1,79 @@
+"""The network that a machine comes up with: part of the boot config. Pure records.
+
+Addresses are checked by PID 1 when it applies them: the socket module's parser costs nothing there.
+"""
+
+from guest import limits
+from guest.record import Record, RecordError
+
+__all__ = ["Interface", "Network", "Route"]
+
+
+class Route(Record):
+    """One route of an interface."""
+
+    to: str = "default"  # or as 10.1.0.0/16, fd00:1::/64
+    via: str = ""  # the gateway; "": reached directly. It also tells default's family
+    metric: int = 0  # 0: the kernel's choice
+
+    def check(self) -> None:
+        if self.to == "default" and not self.via:
+            raise RecordError("via: a default route needs a gateway")
+        if not 0 <= self.metric < 2**32:
+            raise RecordError("metric: must be 0 to 2**32 - 1")
+
+
+class Interface(Record):
+    """One network interface, found by `mac` where that is given, else by `name`.
+
+    With a `mac` its name becomes `name`.
+    """
+
+    name: str = "eth0"
+    mac: str = ""
+    addresses: tuple[str, ...] = ()  # as 10.0.2.15/24, fd00::2/64
+    routes: tuple[Route, ...] = ()
+    dhcp: bool = False  # DHCPv4: address, default route and name servers come from the network
+    mtu: int = 0  # 0: as it is
+
+    def check(self) -> None:
+        if not 0 < len(self.name) < 16 or "/" in self.name or not self.name.isascii():
+            raise RecordError(f"name: {self.name!r:.40} cannot be an interface's")
+        if self.mac and len(self.mac.split(":")) != 6:
+            raise RecordError(f"mac: {self.mac!r:.40} is not as 52:54:00:12:34:56")
+        if len(self.addresses) > limits.ADDRESSES or len(self.routes) > limits.ADDRESSES:
+            raise RecordError(f"addresses, routes: at most {limits.ADDRESSES} each")
+        if self.mtu and not 68 <= self.mtu <= 65535:
+            raise RecordError("mtu: must be 68 to 65535, or 0")
+
+
+class Network(Record):
+    """Everything about the network. What is not said is left as the image has it.
+
+    `nameservers`, `search` and `options` are written to /etc/resolv.conf if any of them is given
+    or DHCP brings name servers, `hosts` (address: names) to /etc/hosts with localhost and the
+    host name.
+    """
+
+    interfaces: tuple[Interface, ...] = ()
+    nameservers: tuple[str, ...] = ()
+    search: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # of resolv.conf(5)
+    hosts: dict[str, tuple[str, ...]] = {}  # noqa: RUF012  frozen by convention
+
+    def check(self) -> None:
+        if len(self.interfaces) > limits.INTERFACES:
+            raise RecordError(f"interfaces: at most {limits.INTERFACES}")
+        for field in ("nameservers", "search", "options"):
+            words = getattr(self, field)
+            if len(words) > limits.ADDRESSES or not all(map(_is_word, words)):
+                raise RecordError(f"{field}: at most {limits.ADDRESSES} words without spaces")
+        if len(self.hosts) > limits.HOSTS:
+            raise RecordError(f"hosts: at most {limits.HOSTS} addresses")
+        for address, names in self.hosts.items():
+            if not (_is_word(address) and names and all(map(_is_word, names))):
+                raise RecordError(f"hosts: {address!r:.60} needs names without spaces")
+
+
+def _is_word(text: str) -> bool:
+    return bool(text) and text.isprintable() and " " not in text and "#" not in text
