@@ -29,7 +29,7 @@ CONSOLE_MAX = 4 * 1024 * 1024  # bytes that are read of a console
 
 
 def vm_config(argv: list[str] | None = None, **workload: object) -> Config:
-    """A boot config for a disk with serial `root` that has an erofs; change what is to be tested."""
+    """A boot config for a disk with serial `root` that has an erofs; change it as a test needs."""
     config: Config = {
         "root": {"lower": [{"kind": "disk", "serial": "root", "fstype": "erofs"}]},
         "agent": {"listen": {"transport": "vsock", "port": 1024}, "token": TOKEN},
@@ -76,9 +76,9 @@ def run_vm(
 ) -> Ended:
     """Boot it and wait for its end.
 
-    disks: by serial, read-only but for those named in `writable`. options: more of QEMU's. segments:
-    cpio archives behind the bundle's initramfs and the boot config. timeout: seconds, then QEMU is
-    killed and `Ended.code` is None.
+    disks: by serial, read-only but for those named in `writable`. options: more of QEMU's.
+    segments: cpio archives behind the bundle's initramfs and the boot config. timeout: seconds,
+    then QEMU is killed and `Ended.code` is None.
     """
     if not (BUNDLE / "vmlinuz").exists():
         pytest.skip(f"{BUNDLE} is missing: make guest")
