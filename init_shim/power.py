@@ -55,7 +55,7 @@ def end_processes(signals: Signals, grace: float) -> None:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            signals.wait(-1, min(left, LOOK_AGAIN))
+            signals.wait(min(left, LOOK_AGAIN))
         else:
             return
     say("processes are left that cannot be killed; they hang in the kernel")

@@ -13,6 +13,7 @@ from init_shim.failure import Failure
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
     import signal
+    from collections.abc import Iterable
     from types import FrameType
 else:
     import _signal as signal  # `signal` itself makes enums, whose module is larger than PID 1
@@ -56,25 +57,34 @@ class Signals:
         """The boot is over, well or badly."""
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def wait(self, fd: int, timeout: float | None, *, write: bool = False) -> bool:
-        """Wait for a signal, for `fd` (-1: none) to be readable, or for `timeout` seconds.
+    def wait(
+        self, timeout: float | None, *, read: "Iterable[int]" = (), write: "Iterable[int]" = ()
+    ) -> set[int]:
+        """Wait for a signal, for a descriptor, or for `timeout` seconds; None: as long as it takes.
 
-        `write`: also for `fd` to take something. Returns whether `fd` is ready or closed by its
-        peer.
+        Returns those of `read` that can be read and those of `write` that take something, or that
+        were closed by their peer.
         """
+        events = dict.fromkeys(read, select.POLLIN)
+        for fd in write:
+            events[fd] = events.get(fd, 0) | select.POLLOUT
         poll = select.poll()
         poll.register(self._reader, select.POLLIN)
-        if fd >= 0:
-            poll.register(fd, select.POLLIN | (select.POLLOUT if write else 0))
+        for fd, wanted in events.items():
+            poll.register(fd, wanted)
         milliseconds = None if timeout is None else max(0, int(timeout * 1000) + 1)
-        ready = {number for number, _ in poll.poll(milliseconds)}
+        ready = {fd for fd, _ in poll.poll(milliseconds)}
         if self._reader in ready:
-            try:
-                while len(os.read(self._reader, 4096)) == 4096:
-                    pass
-            except BlockingIOError:
+            ready.remove(self._reader)
+            self._drain()
+        return ready
+
+    def _drain(self) -> None:
+        try:
+            while len(os.read(self._reader, 4096)) == 4096:
                 pass
-        return fd in ready
+        except BlockingIOError:
+            pass
 
 
 def _too_late(number: int, frame: "FrameType | None") -> None:

@@ -43,6 +43,18 @@ class Supervisor:
         self._attached = False
         self._collect_until: float | None = None  # time.monotonic()
         self._more_to_reap = False
+        self._readers: dict[int, Callable[[], None]] = {}
+
+    def when_readable(self, fd: int, act: "Callable[[], None]") -> None:
+        """Call `act` in each turn in which `fd` can be read or was closed by its peer.
+
+        `act` must not block, and reads a bounded amount; at the end of the file it calls `forget`.
+        """
+        self._readers[fd] = act
+
+    def forget(self, fd: int) -> None:
+        """No longer look at `fd`; before it is closed."""
+        self._readers.pop(fd, None)
 
     def watch(self, workload: RunningWorkload, *, attached: bool) -> None:
         """From now on the end of `workload` is the end of the machine."""
@@ -64,16 +76,24 @@ class Supervisor:
         return True
 
     def _turn(self, deadline: float | None) -> None:
+        pair = self._agent.fileno()
         ready = self._signals.wait(
-            self._agent.fileno(), self._patience(deadline), write=self._agent.has_more_to_say
+            self._patience(deadline),
+            read=(*self._readers, *([pair] if pair >= 0 else [])),
+            write=[pair] if pair >= 0 and self._agent.has_more_to_say else [],
         )
         if self._signals.stop_requested:
             self._end("shutdown")
-        if ready:
+        for fd, act in list(self._readers.items()):
+            if fd in ready:
+                act()
+        if pair in ready:
             self._agent.say_more()
         ended = reap()
         self._agent.reaped |= any(pid == self._agent.pid for pid, _, _ in ended)
-        if ready or ended:  # a child of the agent is only ours when the agent has said its last
+        if (
+            pair in ready or ended
+        ):  # a child of the agent is only ours when the agent has said its last
             self._hear_agent()
         self._more_to_reap = len(ended) == REAPED_AT_ONCE
         for pid, status, usage in ended:
