@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from guest import bootconfig, limits
 from guest.bootconfig import BootConfig, parse
 from guest.errors import BootConfigError
-from guest.record import Record
+from guest.record import Record, RecordError
+from guest.workload import signal_number
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "boot-config.md").read_text()
 
@@ -27,8 +28,12 @@ FULL: dict[str, Any] = {
             {"kind": "disk", "serial": "layer0", "fstype": "erofs"},
             {"kind": "directory", "path": "/lower"},
         ],
-        "upper_size": "64m",
+        "upper": {"kind": "tmpfs", "size": "64m"},
+        "read_only": True,
+        "writable": ["/var"],
     },
+    "mode": "supervise",
+    "volumes": [{"kind": "tmpfs", "target": "/tmp", "size": "10m", "read_only": False}],
     "agent": {
         "listen": {"transport": "vsock", "port": 1024},
         "token": "0123456789abcdef0123456789abcdef",
@@ -39,10 +44,21 @@ FULL: dict[str, Any] = {
         "env": {"LANG": "C"},
         "cwd": "/srv",
         "user": "daemon",
-        "stdio": "attached",
+        "stdio": "console",
+        "capabilities": {"bounding": ["chown"], "permitted": ["chown"]},
+        "rlimits": {"nofile": [1024, 4096]},
+        "restart": {"policy": "on-failure", "limit": 3},
     },
     "image": {"env": {"PATH": "/bin"}, "cwd": "/", "user": "0:0"},
     "hostname": "demo",
+    "network": {
+        "interfaces": [
+            {"addresses": ["10.0.2.15/24"], "routes": [{"to": "default", "via": "10.0.2.2"}]}
+        ],
+        "nameservers": ["10.0.2.3"],
+        "hosts": {"10.0.2.2": ["host"]},
+    },
+    "hardening": {"profile": "strict", "sysctls": {"kernel.sysrq": "0"}},
     "modules": False,
 }
 
@@ -117,7 +133,7 @@ def test_bytes_that_are_not_utf_8_survive() -> None:
 def test_a_wrong_type_names_the_field(
     path: tuple[str | int, ...], record: type[Record], name: str
 ) -> None:
-    wrong: object = 5 if not isinstance(record._fields[name], type) else ["x"]
+    wrong: object = 5 if isinstance(record._fields[name], GenericAlias) else ["x"]
     place = dotted((*path, name))
     assert refusal(changed(path, **{name: wrong})).startswith(f"boot config: {place}: expected ")
 
@@ -155,12 +171,20 @@ def test_a_missing_field_is_named(
         ((), "hostname", "ä"),
         (("root",), "lower", []),
         (("root",), "lower", [FULL["root"]["lower"][1]] * 65),
-        (("root",), "upper_size", ""),
-        (("root",), "upper_size", "10,exec"),
-        (("root",), "upper_size", "-1"),
-        (("root",), "upper_size", "5kk"),
+        (("root",), "upper", None),
+        (("root",), "writable", ["relative"]),
+        (("root",), "writable", ["/"]),
+        (("root",), "writable", ["/a/../b"]),
+        (("root",), "writable", ["/x"] * 65),
+        (("root", "upper"), "kind", "tape"),
+        (("root", "upper"), "format", "if-blank"),
+        (("root", "upper"), "format", "always"),
+        (("root", "upper"), "size", ""),
+        (("root", "upper"), "size", "10,exec"),
+        (("root", "upper"), "size", "-1"),
+        (("root", "upper"), "size", "5kk"),
         (("root", "lower", 0), "kind", "tape"),
-        (("root", "lower", 0), "fstype", "ext4"),
+        (("root", "lower", 0), "fstype", "ntfs"),
         (("root", "lower", 0), "serial", ""),
         (("root", "lower", 1), "path", "lower"),
         (("agent",), "token", "short"),
@@ -173,6 +197,32 @@ def test_a_missing_field_is_named(
         (("workload",), "argv", []),
         (("workload",), "argv", [""]),
         (("workload",), "stdio", "telepathy"),
+        (("workload",), "rows", 0),
+        (("workload",), "umask", 0o1000),
+        (("workload",), "memory", 0),
+        (("workload",), "cpu", 0.001),
+        (("workload",), "processes", 0),
+        (("workload",), "masked", ["proc/kcore"]),
+        (("workload",), "read_only_paths", ["/proc/../etc"]),
+        (("workload",), "stop_signal", "SIGNONE"),
+        (("workload", "restart"), "policy", "sometimes"),
+        (("workload", "restart"), "limit", -1),
+        (("workload", "restart"), "delay", 61),
+        ((), "mode", "both"),
+        ((), "machine_id", "x" * 32),
+        ((), "volumes", FULL["volumes"] * 65),
+        (("volumes", 0), "kind", "floppy"),
+        (("volumes", 0), "target", "tmp"),
+        (("volumes", 0), "target", "/tmp/.."),
+        (("volumes", 0), "mode", 0o4755),
+        (("network", "interfaces", 0), "name", "much-too-long-a-name"),
+        (("network", "interfaces", 0), "mac", "52:54"),
+        (("network", "interfaces", 0), "mtu", 5),
+        (("network",), "nameservers", ["10.0.2.3 10.0.2.4"]),
+        (("network",), "hosts", {"10.0.0.1": []}),
+        (("hardening",), "profile", "paranoid"),
+        (("hardening",), "sysctls", {"../etc/passwd": "1"}),
+        (("hardening",), "sysctls", {"kernel/../../x": "1"}),
         (("image",), "env", {"A": "x" * limits.IMAGE_DEFAULTS}),
     ],
 )
@@ -180,13 +230,54 @@ def test_a_value_that_cannot_be_used_names_the_field(
     path: tuple[str | int, ...], name: str, value: object
 ) -> None:
     message = refusal(changed(path, **{name: value}))
-    assert message.startswith(f"boot config: {dotted((*path, name))}: ")
+    assert message.startswith(f"boot config: {dotted((*path, name))}")
     assert len(message) < 400
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "blamed"),
+    [
+        (("root",), {"read_only": False}, "writable"),
+        (("root", "lower", 0), {"kind": "9p"}, "tag"),
+        (("root", "lower", 0), {"kind": "virtiofs", "tag": "a,b"}, "tag"),
+        (("root", "upper"), {"kind": "disk"}, "serial"),
+        (("volumes", 0), {"kind": "bind"}, "path"),
+        (("volumes", 0), {"kind": "virtiofs"}, "tag"),
+        (("volumes", 0), {"kind": "disk", "serial": "x"}, "fstype"),
+        (("workload",), {"stdio": "attached"}, "restart"),
+        (("workload", "restart"), {"policy": "always"}, "limit"),
+        (("network", "interfaces", 0, "routes", 0), {"via": ""}, "via"),
+        ((), {"mode": "handoff", "workload": None}, "mode"),
+    ],
+)
+def test_fields_that_need_each_other_name_one(
+    path: tuple[str | int, ...], changes: dict[str, object], blamed: str
+) -> None:
+    message = refusal(changed(path, **changes))
+    assert message.startswith(f"boot config: {dotted((*path, blamed))}: ")
 
 
 @pytest.mark.parametrize("size", ["50%", "64m", "2g", "100k", "1048576", "1G"])
 def test_sizes_that_tmpfs_takes(size: str) -> None:
-    assert parse(changed(("root",), upper_size=size)).root.upper_size == size
+    upper = parse(changed(("root", "upper"), size=size)).root.upper
+    assert upper is not None
+    assert upper.size == size
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("TERM", 15), ("sigquit", 3), ("9", 9), ("RTMIN", 34), ("SIGRTMIN+3", 37), ("RTMAX-1", 63)],
+)
+def test_signals_have_names_and_numbers(name: str, number: int) -> None:
+    assert signal_number(name) == number
+
+
+@pytest.mark.parametrize(
+    "name", ["", "SIG", "0", "65", "TERM+1", "RTMIN+31", "RTMIN-1", "RTMAX+1", "RTMIN+", "-9", "٣"]
+)
+def test_what_is_no_signal_is_refused(name: str) -> None:
+    with pytest.raises(RecordError, match="not a signal"):
+        signal_number(name)
 
 
 @given(st.integers(0, len(json.dumps(FULL)) - 1))

@@ -24,7 +24,6 @@ from guest import (
 from guest.bootconfig import Endpoint
 from guest.messages import StagedFile, Start
 from guest.record import Catalogue, Record, RecordError
-from guest.rootplan import Lower
 from guest.status import ExitStatus
 from guest.supervision import Deposit, KeptStatus, Restored
 
@@ -49,8 +48,9 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "machine": st.sampled_from(("vm", "namespaces")),
     "stdio": st.sampled_from(("attached", "console")),
     "schema": st.just(1),
+    "mode": st.just("supervise"),
+    "machine_id": st.just("0123456789abcdef0123456789abcdef"),
     "hostname": st.just("guest"),
-    "upper_size": st.sampled_from(("50%", "64m", "1048576")),
     "target": st.sampled_from(("process", "group", "tree")),
     "token": st.text("abc0123", min_size=16, max_size=40),
     "timeout": st.floats(0, 1e6),
@@ -75,7 +75,54 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "cwd": st.just("/"),
     "argv": st.lists(st.just("\udcff") | st.text("abc", min_size=1), min_size=1, max_size=3),
 }
-TOGETHER = (Endpoint, Lower)  # records whose optional fields need each other
+TOGETHER = (Endpoint,)  # records whose optional fields need each other
+# Those with rules of their own among the fields: whole examples.
+EXAMPLES: dict[type[Record], list[dict[str, Any]]] = {
+    rootplan.Lower: [
+        {"kind": "disk", "serial": "a", "fstype": "erofs"},
+        {"kind": "9p", "tag": "share"},
+        {"kind": "directory", "path": "/lower"},
+    ],
+    rootplan.Upper: [{}, {"size": "64m"}, {"kind": "disk", "serial": "u", "format": "if-blank"}],
+    rootplan.Root: [
+        {"lower": [{"kind": "virtiofs", "tag": "root"}], "upper": None},
+        {"lower": [{"kind": "directory", "path": "/a"}] * 2, "read_only": True, "writable": ["/x"]},
+    ],
+    rootplan.Volume: [
+        {"kind": "tmpfs", "target": "/tmp", "size": "1m", "mode": 0o755, "exec": False},
+        {"kind": "disk", "target": "/d", "serial": "d", "fstype": "ext4", "format": "if-blank"},
+        {"kind": "bind", "target": "/b", "path": "/a", "read_only": True, "create": False},
+    ],
+    netplan.Route: [{"via": "10.0.2.2"}, {"to": "fd00::/64", "metric": 7}],
+    netplan.Interface: [
+        {},
+        {"name": "net0", "mac": "52:54:00:12:34:56", "addresses": ["10.0.2.15/24"], "mtu": 1400},
+        {"dhcp": True, "routes": [{"to": "10.1.0.0/16"}]},
+    ],
+    netplan.Network: [
+        {},
+        {"nameservers": ["10.0.2.3"], "search": ["a.test"], "hosts": {"10.0.0.1": ["a", "b"]}},
+        {"interfaces": [{"name": "eth1"}], "options": ["ndots:2"]},
+    ],
+    bootconfig.Hardening: [{}, {"profile": "strict", "sysctls": {"net.core.somaxconn": "128"}}],
+    workload.Restart: [{}, {"policy": "on-failure", "limit": 3, "delay": 1, "delay_max": 8}],
+    workload.Capabilities: [{}, {"bounding": ["chown"], "ambient": ["net_admin"]}],
+    workload.Workload: [
+        {"argv": ["/bin/sh"]},
+        {"argv": ["\udcff"], "env": {"A": "b"}, "stdio": "terminal", "rows": 5, "umask": 0o77},
+        {
+            "argv": ["x"],
+            "capabilities": {},
+            "rlimits": {"nofile": [64, 128]},
+            "masked": ["/proc/kcore"],
+            "stop_signal": "SIGRTMIN+3",
+            "restart": {"policy": "always"},
+            "memory": 1 << 20,
+            "cpu": 0.5,
+            "processes": 9,
+        },
+    ],
+}
 BINARY = (StagedFile, Start)  # records with bytes, which JSON does not have
 NEEDED = {Start: ("stdin",)}  # by others, though it has a default
 
@@ -107,6 +154,8 @@ def values_of(kind: object, name: str = "") -> st.SearchStrategy[Any]:
 
 @functools.cache
 def maps_of(record: type[Record]) -> st.SearchStrategy[dict[str, Any]]:
+    if record in EXAMPLES:
+        return st.sampled_from(EXAMPLES[record])
     fields = {name: values_of(kind, name) for name, kind in record._fields.items()}
     optional = {
         name: value

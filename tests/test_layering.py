@@ -67,16 +67,22 @@ PUBLIC = {
         "SignalResult", "StagedFile", "Start", "Started", "Wait", "Welcome", "Winsize", "pack",
         "unpack",
     ],
+    "guest.netplan": ["Interface", "Network", "Route"],
     "guest.record": ["Catalogue", "Record", "RecordError"],
     "guest.report": [
-        "CONSOLE_MARK", "REPORTS", "AgentExited", "BootFailed", "Ready", "Report", "Step",
-        "Stopping", "WorkloadExited", "WorkloadFailed", "WorkloadStarted",
+        "CONSOLE_MARK", "REPORTS", "AgentExited", "AgentServes", "BootFailed", "FirstExec",
+        "HandedOff", "OomKilled", "Ready", "Report", "Step", "Stopping", "WorkloadExited",
+        "WorkloadFailed", "WorkloadStarted",
     ],
+    "guest.rootplan": ["Lower", "Root", "Upper", "Volume", "is_inside"],
     "guest.status": ["ExitStatus", "exit_fields"],
     "guest.supervision": [
-        "AGENT_FD", "MESSAGES", "AgentReady", "Configure", "Deposit", "KeptExited", "KeptStatus",
-        "MainCollected", "MainExited", "MainStarted", "Message", "Restored", "RootReady",
-        "ShutdownRequest", "Withdraw",
+        "AGENT_FD", "MESSAGES", "AgentReady", "AreYouThere", "Configure", "Deposit", "ExecStarted",
+        "Here", "KeptExited", "KeptStatus", "MainCollected", "MainExited", "MainStarted", "Message",
+        "Restored", "RootReady", "ShutdownRequest", "Withdraw",
+    ],
+    "guest.workload": [
+        "Capabilities", "ImageDefaults", "Restart", "Workload", "check_limits", "signal_number",
     ],
     "host_client": [
         "Agent", "Keep", "Limits", "Machine", "Process", "Result", "StagedFile", "aio", "boot",
