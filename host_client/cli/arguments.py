@@ -38,6 +38,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     _add_ls(commands.add_parser("ls", help="list machines"))
     _add_stop(commands.add_parser("stop", help="end machines"))
     _add_logs(commands.add_parser("logs", help="show a machine's console"))
+    _add_boot_chart(commands.add_parser("boot-chart", help="where a boot's time went, as SVG"))
     _add_doctor(commands.add_parser("doctor", help="what this host has and what will be used"))
     return parser.parse_args(argv)
 
@@ -131,6 +132,14 @@ def _add_logs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--follow", action="store_true", help="until the machine ends")
     parser.add_argument("name", metavar="NAME")
     parser.set_defaults(run=_command("machines", "logs"))
+
+
+def _add_boot_chart(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--json", action="store_true", help="the steps with their times instead of a picture")
+    add("-o", "--output", metavar="FILE", help="write there (default: stdout)")
+    add("name", metavar="NAME", help="of a machine that runs, or whose state is kept")
+    parser.set_defaults(run=_command("boot_chart"))
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:

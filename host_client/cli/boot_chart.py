@@ -1,0 +1,53 @@
+"""`microguest boot-chart`: where the time of a machine's boot went."""
+
+import argparse
+import json
+import os
+import sys
+
+from host_client.chart import boot_chart
+from host_client.cli.stream import write_all
+from host_client.errors import MachineError
+from host_client.machines.folder import check_name, read_state
+from host_client.machines.plan import MachineState
+
+__all__ = ["main"]
+
+
+def main(options: argparse.Namespace) -> int:
+    """Write the picture, or with --json the steps, to a file or to stdout."""
+    state = state_of(options.name)
+    if options.json:
+        steps = [step.to_map() for step in state.timeline]
+        text = json.dumps({"machine": state.name, "kind": state.machine, "steps": steps}, indent=1)
+        return put(options.output, text + "\n")
+    last = max(step.end_ms for step in state.timeline)
+    subtitle = f"{state.machine}, {state.image}: {last:.0f} ms after the launch"
+    chart = boot_chart(state.timeline, title=f"Boot of {state.name}", subtitle=subtitle)
+    return put(options.output, chart)
+
+
+def state_of(name: str) -> MachineState:
+    """Of a machine that runs or whose state was kept. MachineError where nothing is known."""
+    state = read_state(check_name(name))
+    if state is None:
+        raise MachineError(f"no machine named {name}: see microguest ls -a")
+    if not state.timeline:
+        raise MachineError(f"machine {name} has no boot to show yet: it is {state.phase}")
+    return state
+
+
+def put(path: str | None, text: str) -> int:
+    """Write it whole, or leave an earlier file as it is."""
+    if path is None:
+        sys.stdout.flush()
+        write_all(1, text.encode("ascii", "xmlcharrefreplace"))
+        return 0
+    temporary = f"{path}.{os.getpid()}"
+    try:
+        with open(temporary, "x", encoding="ascii", errors="xmlcharrefreplace") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise MachineError(f"cannot write {path}: {error.strerror}") from error
+    return 0
