@@ -195,7 +195,7 @@ def test_image_that_is_missing(tmp_path: Path, elf: Path) -> None:
         ({"env": {"A=B": "x"}}, "environment variable"),
         ({"bundle": "/no/bundle"}, "make guest"),
         ({"machine": "namespaces", "hostname": "x" * 65}, "hostname"),
-        ({"machine": "namespaces", "upper_size": "much"}, "upper_size"),
+        ({"machine": "namespaces", "upper_size": "much"}, "upper_size: .* is not a size"),
     ],
 )
 def test_bad_settings(image: str, options: dict[str, object], message: str) -> None:

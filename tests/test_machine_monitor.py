@@ -22,6 +22,7 @@ from host_client.errors import BootFailed, MachineError
 from host_client.machines.console import HALF_MAX, RotatingLog, printable, read_log
 from host_client.machines.folder import claim, is_alive, names, read_state
 from host_client.machines.machine import Machine
+from host_client.machines.plan import AGENT_EXITS_MAX, EVENTS_MAX
 
 GUEST = """#!{python}
 import hashlib, json, os, signal, socket, sys, time
@@ -205,7 +206,8 @@ time.sleep(60)
 """
     with booted(tmp_path, root, script) as machine:
         machinekit.wait_until("the monitor has had enough", lambda: "enough" in machine.console())
-        assert len(machine.state.agent_exits) == 32
+        assert len(machine.state.agent_exits) == AGENT_EXITS_MAX
+        assert len(machine.state.events) == EVENTS_MAX
         assert machine.state.phase == "running"
         machine.kill()
 

@@ -66,11 +66,11 @@ class Machine:
 
     def timeline(self) -> list[Step]:
         """When what happened, in milliseconds since the launch: VMM, kernel, each step of PID 1,
-        ready, and the first result of a command."""
+        its process's start, ready, the agent's first start of a command, and that one's result."""
         steps = list(self.state.timeline)
         if self.agent.first_exec_at is not None:
             at = round((self.agent.first_exec_at - self.state.launched) * 1000, 3)
-            steps.append(Step(name="first-exec", start_ms=at, end_ms=at))
+            steps.append(Step(name="first-result", start_ms=at, end_ms=at))
         return steps
 
     def console(self) -> str:

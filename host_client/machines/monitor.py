@@ -25,19 +25,15 @@ from guest.record import Record, RecordError
 from guest.report import (
     CONSOLE_MARK,
     REPORTS,
-    AgentExited,
     BootFailed,
     Ready,
-    Step,
     Stopping,
-    WorkloadExited,
-    WorkloadFailed,
-    WorkloadStarted,
 )
+from host_client.machines.boottime import BootTimeline
 from host_client.machines.console import RotatingLog, printable
 from host_client.machines.folder import write_file
+from host_client.machines.history import changes
 from host_client.machines.plan import (
-    AGENT_EXITS_MAX,
     COMMANDS,
     CONSOLE_SHOWN,
     PACKET_MAX,
@@ -121,6 +117,7 @@ class Monitor:
         self._unsent = False
         self._attached = True
         self._over = False
+        self._timeline = BootTimeline(shared_clock=plan.machine == "namespaces")
         self._reports = ReportReader(self.loop, self._on_report, self._on_bad_report)
         self._console = RotatingLog(os.path.join(folder, "console.log"))
         self._messages = RotatingLog(os.path.join(folder, "vmm.log"), 64 * 1024)
@@ -168,8 +165,8 @@ class Monitor:
             self._never_started(f"cannot start {self.plan.argv[0]}: {error.strerror}")
             return
         self._vmm.watch(self._on_console, self._messages.write, self._on_vmm_exit)
-        step = Step(name="launch", start_ms=0.0, end_ms=ms_since(launched))
-        self._change(launched=launched, vmm=self._vmm.pid, timeline=(step,))
+        self._timeline.launched(launched)
+        self._change(launched=launched, vmm=self._vmm.pid, timeline=self._timeline.steps)
         self.loop.call_later(self.plan.boot_timeout, self._boot_timeout)
 
     def _never_started(self, error: str) -> None:
@@ -259,26 +256,22 @@ class Monitor:
 
     def _on_report(self, report: Record) -> None:
         report = clipped(report)
+        moved = self._timeline.take(report)
         match report:
             case Ready():
                 self._on_ready(report)
             case BootFailed():
                 self._on_boot_failed(report)
-            case WorkloadStarted():
-                self._change(workload_pid=report.pid)
-            case WorkloadFailed():
-                self._change(workload_failed=report)
-            case WorkloadExited():
-                self._change(workload_exited=report)
-            case AgentExited():
-                latest = (*self.state.agent_exits, report)[-AGENT_EXITS_MAX:]
-                self._change(agent_exits=latest)
             case Stopping():
                 if not self.state.status:
                     self._change(phase="stopping", status=report.status)
                 self._end_after(STOPPING_WAIT, "it did not power off")
             case _:
-                pass
+                fields = changes(self.state, report, self._timeline.now())
+                if moved:
+                    fields["timeline"] = self._timeline.steps
+                if fields:
+                    self._change(**fields)
 
     def _on_ready(self, report: Ready) -> None:
         if self.state.phase != "starting":
@@ -286,28 +279,9 @@ class Monitor:
         if report.token_proof != self.plan.token_proof:
             self._end("boot-failed", "what came up has another token than this machine was given")
             return
-        steps = (*self.state.timeline, *self._on_our_clock(report.steps))
         for name in self.plan.boot_files:
             os.unlink(name)
-        self._change(phase="running", timeline=steps)
-
-    def _on_our_clock(self, steps: tuple[Step, ...]) -> list[Step]:
-        """The guest's steps in milliseconds since the launch, the kernel's before them.
-
-        The report left the guest when its last step ended and is here now: that ties the clocks.
-        """
-        now = ms_since(self.state.launched)
-        ready = Step(name="ready", start_ms=now, end_ms=now)
-        if not steps:
-            return [ready]
-        offset = now - steps[-1].end_ms
-        shifted = [
-            Step(name=s.name, start_ms=s.start_ms + offset, end_ms=s.end_ms + offset) for s in steps
-        ]
-        if self.plan.machine != "namespaces":  # there CLOCK_BOOTTIME is the host's
-            start = max(0.0, offset)
-            shifted.insert(0, Step(name="kernel", start_ms=start, end_ms=shifted[0].start_ms))
-        return [*shifted, ready]
+        self._change(phase="running", agent="serving", timeline=self._timeline.steps)
 
     def _on_boot_failed(self, report: BootFailed) -> None:
         self._change(boot_failed=report)
@@ -424,8 +398,3 @@ def listening_at(path: str) -> socket.socket:
         listener.close()
         raise
     return listener
-
-
-def ms_since(moment: float) -> float:
-    """Milliseconds from a moment of the monotonic clock until now."""
-    return round((time.monotonic() - moment) * 1000, 3)

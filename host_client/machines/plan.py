@@ -19,8 +19,10 @@ __all__ = [
     "TEXT_MAX",
     "Detach",
     "End",
+    "Event",
     "MachineState",
     "Plan",
+    "Share",
     "clipped",
     "cut",
 ]
@@ -32,7 +34,17 @@ STATE_MAX: Final = 120 * 1024
 CONSOLE_SHOWN: Final = 16 * 1024  # bytes of JSON
 TEXT_MAX: Final = 2048  # bytes of JSON of any text that comes from the guest
 STEPS_MAX: Final = 64  # steps of a boot that are kept; the guest makes a dozen
-AGENT_EXITS_MAX: Final = 32  # the latest ones are kept
+AGENT_EXITS_MAX: Final = 16  # the latest ones are kept
+EVENTS_MAX: Final = 64  # so are these
+EVENT_MAX: Final = 256  # bytes of JSON of what one says
+
+
+class Share(Record):
+    """A directory of the host that a program beside the VMM serves as virtiofs."""
+
+    source: str  # absolute path
+    argv: tuple[str, ...]  # {listener} becomes the descriptor that it accepts the VMM on
+    socket: str  # where that listens, below `run`
 
 
 class Plan(Record):
@@ -51,6 +63,7 @@ class Plan(Record):
     guest_cid: int = 3
     daemon_argv: tuple[str, ...] = ()  # for "daemon": runs beside the VMM
     daemon_socket: str = ""  # exists as soon as the daemon can be connected to
+    shares: tuple[Share, ...] = ()
     report_socket: str = ""  # Unix socket that the guest's reports come to
     report_port: int = 0  # the vsock port that they come to, where there is no such socket
     lease: str = ""  # a directory of the image cache to keep locked
@@ -71,6 +84,18 @@ class End(Record):
 COMMANDS = Catalogue({"plan": Plan, "detach": Detach, "end": End}, maximum=PACKET_MAX)
 
 
+class Event(Record):
+    """Something that happened to a machine after its start.
+
+    kind: "agent-exited", "agent-serves", "workload-restarts" (it ended and is started again),
+    "oom-killed", "handed-off".
+    """
+
+    kind: str
+    at_ms: float  # since the launch
+    message: str  # a sentence
+
+
 class MachineState(Record):
     """All that is known of a machine. Times are milliseconds since its launch where not said."""
 
@@ -86,12 +111,20 @@ class MachineState(Record):
     created: float = 0.0  # seconds since the epoch
     launched: float = 0.0  # CLOCK_MONOTONIC in seconds
     kept: bool = False
+    # The boot: "launch", "kernel", each step of PID 1, and the moments "workload" (it runs),
+    # "ready" and "first-exec" (the agent has started a process for a host).
     timeline: tuple[Step, ...] = ()
-    workload_pid: int | None = None
-    workload_exited: WorkloadExited | None = None
+    # "starting"; "serving"; "restarting" (it died, another one is on its way); "down" (it died too
+    # often and stays down)
+    agent: str = "starting"
+    handed_off: bool = False  # the image's own init is PID 1
+    workload_pid: int | None = None  # of the last start
+    workload_starts: int = 0
+    workload_exited: WorkloadExited | None = None  # None: it runs, or never ran
     workload_failed: WorkloadFailed | None = None
     boot_failed: BootFailed | None = None
-    agent_exits: tuple[AgentExited, ...] = ()
+    agent_exits: tuple[AgentExited, ...] = ()  # the latest AGENT_EXITS_MAX
+    events: tuple[Event, ...] = ()  # the latest EVENTS_MAX
     # Why it ended: as in guest.report.Stopping, or "killed" (by its caller), "lost" (its caller
     # died), "crashed" (the VMM ended by itself), "boot-failed".
     status: str = ""
@@ -111,6 +144,7 @@ class MachineState(Record):
         reason = {
             "done": "its workload ended",
             "shutdown": "it was shut down",
+            "reboot": "it asked to be started again",
             "killed": "it was killed",
             "lost": "the program that started it is gone",
         }.get(self.status, self.status)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from select import EPOLLIN
 from typing import Final
@@ -13,7 +14,8 @@ from host_client.vhost_vsock.loop import EventLoop
 
 __all__ = ["ReportReader"]
 
-REPORTS_MAX: Final = 1000  # of one machine; then its connection is closed
+REPORTS_MAX: Final = 1000  # at once; a guest that says more loses its connection
+REPORTS_PER_SECOND: Final = 10.0  # that it may say for as long as it lives
 CHUNK: Final = 64 * 1024
 
 
@@ -33,7 +35,8 @@ class ReportReader:
         self._listener: socket.socket | None = None
         self._taken = False
         self._line = bytearray()
-        self._count = 0
+        self._allowed = float(REPORTS_MAX)
+        self._counted = time.monotonic()
 
     def listen(self, listener: socket.socket) -> None:
         """Wait for the guest on a listening socket, which is closed after it came."""
@@ -106,9 +109,12 @@ class ReportReader:
             self._refuse(f"a report of more than {limits.REPORT_LINE} bytes")
 
     def _take_line(self, line: bytes) -> bool:
-        self._count += 1
-        if self._count > REPORTS_MAX:
-            self._refuse(f"more than {REPORTS_MAX} reports")
+        now = time.monotonic()
+        earned = (now - self._counted) * REPORTS_PER_SECOND
+        self._allowed = min(self._allowed + earned, REPORTS_MAX) - 1
+        self._counted = now
+        if self._allowed < 0:
+            self._refuse(f"more than {REPORTS_MAX} reports at once")
             return False
         try:
             report = REPORTS.decode(line)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from guest.record import RecordError
+from guest.rootplan import Upper
 from host_client.errors import MachineError
 
 __all__ = ["Settings", "mebibytes"]
@@ -38,6 +40,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         mebibytes(self.memory)
+        try:
+            Upper(size=self.upper_size)
+        except RecordError as error:
+            raise MachineError(f"upper_size: {error}") from None
         if not 1 <= self.cpus <= CPUS_MAX:
             raise MachineError(f"cpus must be 1 to {CPUS_MAX}, not {self.cpus}")
         for name, value in self.env.items():
