@@ -1,7 +1,7 @@
 """The workload, which PID 1 started and waits for, as the kept process "main".
 
-PID 1 hands over its pipes once, and from then on holds what the agent deposits, as for every kept
-process.
+PID 1 hands over its pipes or its terminal once, and from then on holds what the agent deposits, as
+for every kept process.
 """
 
 import os
@@ -11,6 +11,7 @@ import trio
 
 from agent.adopted import Adopted
 from agent.kept import MAIN_ID, KeptProcess, Notes, new_rings
+from agent.processes import Channels
 from agent.state import Agent, listed_argv
 from guest import limits
 from guest.errors import OperationError
@@ -38,19 +39,22 @@ async def take_main(agent: Agent, message: MainStarted, descriptors: list[int]) 
     else:
         for fd in descriptors:
             os.set_blocking(fd, False)
-        stdin, stdout, stderr = descriptors
-        child = Adopted(
-            MAIN_ID,
-            message.pid,
-            exit_descriptor(message.pid),
-            (stdin, {1: stdout, 2: stderr}),
-        )
+        child = Adopted(MAIN_ID, message.pid, exit_descriptor(message.pid), streams(descriptors))
+        child.tty = message.terminal
         argv = listed_argv(command_line(message.pid))
-        notes = Notes(keep=Keep(), started=time.monotonic(), argv=argv)
+        notes = Notes(keep=Keep(), started=time.monotonic(), argv=argv, tty=message.terminal)
         main = KeptProcess(agent, child, notes, new_rings(child, notes))
         await main.begin()
     agent.main = agent.processes[MAIN_ID]
     agent.main_started.set()
+
+
+def streams(descriptors: list[int]) -> Channels:
+    """Three pipes, or a terminal, of which the output is the same as the input. Raises OSError."""
+    if len(descriptors) == 1:
+        return descriptors[0], {1: os.dup(descriptors[0])}  # each stream is closed by itself
+    stdin, stdout, stderr = descriptors
+    return stdin, {1: stdout, 2: stderr}
 
 
 def command_line(pid: int) -> tuple[str, ...]:

@@ -1,12 +1,21 @@
-"""Capabilities and resource limits by name, as a request or an image gives them.
+"""Capabilities, resource limits and filters, as a request or an image gives them.
 
 Pure tables and checks; PID 1 and the agent both use them, so it imports nothing but the contract's
 cheap parts. The numbers are the kernel's and the same on every architecture that is supported.
 """
 
+from guest import limits
 from guest.errors import operation_error
+from guest.workload import Capabilities
 
-__all__ = ["CAPABILITIES", "RESOURCES", "capability_mask", "resource_limits"]
+__all__ = [
+    "CAPABILITIES",
+    "RESOURCES",
+    "capability_mask",
+    "capability_sets",
+    "resource_limits",
+    "seccomp_program",
+]
 
 # include/uapi/linux/capability.h, in the order of their numbers
 CAPABILITIES = (
@@ -40,13 +49,48 @@ def capability_mask(names: tuple[str, ...]) -> int:
     return mask
 
 
-def resource_limits(limits: dict[str, tuple[int, ...]]) -> tuple[tuple[int, int, int], ...]:
+def capability_sets(wanted: Capabilities) -> tuple[int, int, int, int, int]:
+    """The masks in the order in which they are declared. Raises OperationError bad_request."""
+    bounding, permitted, effective, inheritable, ambient = (
+        capability_mask(getattr(wanted, name)) for name in Capabilities._fields
+    )
+    for name, inner, outer in (
+        ("effective: one is not permitted", effective, permitted),
+        ("ambient: one is not permitted", ambient, permitted),
+        ("ambient: one is not inheritable", ambient, inheritable),
+    ):
+        if inner & ~outer:
+            raise operation_error(
+                "bad_request", f"capabilities: {name} (capabilities(7))", {"field": "capabilities"}
+            )
+    return bounding, permitted, effective, inheritable, ambient
+
+
+def seccomp_program(text: str) -> bytes:
+    """A filter that is given as base64. Raises OperationError bad_request."""
+    import binascii  # the agent is given bytes
+
+    try:
+        program = binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        program = b""
+    if not 0 < len(program) <= limits.SECCOMP_FILTER or len(program) % 8:
+        raise operation_error(
+            "bad_request",
+            "seccomp: must be an array of struct sock_filter as base64, "
+            f"at most {limits.SECCOMP_FILTER} bytes",
+            {"field": "seccomp"},
+        )
+    return program
+
+
+def resource_limits(wanted: dict[str, tuple[int, ...]]) -> tuple[tuple[int, int, int], ...]:
     """(number, soft, hard) for each name, where -1 is unlimited. Raises OperationError bad_request.
 
     Whether the process may have them is the kernel's affair.
     """
     found = []
-    for name, pair in limits.items():
+    for name, pair in wanted.items():
         if name not in RESOURCES:
             raise _bad_limit(f"no resource limit is called {name!r:.100}; they are as nofile")
         if any(not -1 <= value <= UNLIMITED for value in pair):

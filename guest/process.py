@@ -137,6 +137,7 @@ _RESOURCE_CODES = {
 }
 _STEP_CODES = {
     "chdir": "bad_cwd",
+    "mkdir": "bad_cwd",  # of a working directory that was missing
     "setgroups": "bad_user",
     "setgid": "bad_user",
     "setuid": "bad_user",
@@ -169,7 +170,7 @@ def start_failure(
         code = _EXEC_CODES.get(error, "setup_failed") if step == "exec" else "setup_failed"
     if code == "not_found" and program_exists:
         code = "bad_interpreter"
-    subject = cwd if step == "chdir" else argv0
+    subject = cwd if step in ("chdir", "mkdir") else argv0
     message = f"{subject!r:.200}: {_ADVICE[code]} ({step}: {os.strerror(error)})"
     fields: dict[str, str | int | None] = {
         "step": step,

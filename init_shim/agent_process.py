@@ -115,7 +115,7 @@ class AgentProcess:
         self._send(RootReady(), [root_fd])
 
     def main_started(self, workload: RunningWorkload) -> None:
-        """The workload runs with pipes; they are handed over."""
+        """The workload runs with pipes or a terminal, which are handed over."""
         self.workload = workload
         self._tell_workload()
 
@@ -151,6 +151,10 @@ class AgentProcess:
 
     def _tell_workload(self) -> None:
         assert self.workload is not None
+        if self.workload.terminal >= 0:
+            terminal = [self.workload.terminal]
+            self._send(MainStarted(pid=self.workload.pid, terminal=True), terminal)
+            return
         stdin = self.workload.stdin
         if stdin < 0:  # it is with the agent's deposit, or at its end
             stdin = self.workload.stdout

@@ -102,6 +102,7 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
         network.configure(config)
     with step("hardening"):
         hardening.harden(config)
+        hide_paths(config)  # which may write-protect what hardening writes to
     with step("workload"):
         refusal = start_main(config, supervisor, agent, reporter)
     with step("agent-ready"):
@@ -166,6 +167,15 @@ def proof(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+def hide_paths(config: BootConfig) -> None:
+    """What nobody shall see or change, processes of hosts included. Raises Failure."""
+    workload = config.workload
+    if workload is not None and (workload.masked or workload.read_only_paths):
+        from init_shim import masks  # few images ask for it
+
+        masks.hide(workload.masked, workload.read_only_paths)
+
+
 def start_main(
     config: BootConfig, supervisor: Supervisor, agent: AgentProcess, reporter: Reporter
 ) -> WorkloadNotStarted | None:
@@ -175,7 +185,7 @@ def start_main(
     """
     if config.workload is None or supervisor.status:
         return None
-    attached = config.workload.stdio == "attached"
+    attached = config.workload.stdio != "console"
     try:
         workload = start_workload(config.workload, config.image)
     except WorkloadNotStarted as error:

@@ -1,7 +1,10 @@
-"""The process that the machine is for: started as the image says, watched, and its end kept.
+"""The process that the machine is for: started as OCI says, watched, and its end kept.
 
-With stdio "attached" PID 1 keeps its own copies of the pipes' reading ends, so that an agent that
-dies does not take the workload with it by SIGPIPE.
+With stdio "attached" PID 1 keeps its own copies of the pipes' reading ends, with "terminal" one of
+the terminal's other end, so that an agent that dies does not take the workload with it.
+
+`start_workload` can be called again after an end: nothing of a life is left but what its own
+processes have left.
 """
 
 import os
@@ -15,6 +18,7 @@ from guest.status import exit_fields
 from guest.workload import ImageDefaults, Workload
 from init_shim import deposits
 from init_shim.failure import call
+from init_shim.workload_cgroup import LimitsUnavailable, WorkloadCgroup, open_cgroup
 
 __all__ = ["RunningWorkload", "WorkloadNotStarted", "start_workload"]
 
@@ -30,16 +34,48 @@ class WorkloadNotStarted(Exception):
         self.errno = errno
 
 
-class RunningWorkload:
-    """A workload that was started. `exit` is None while it runs, then the fields of its end."""
+def start_workload(workload: Workload, image: ImageDefaults) -> "RunningWorkload":
+    """Start it in the root that PID 1 is in. Raises WorkloadNotStarted, or Failure.
 
-    def __init__(self, pid: int, stdin: int, stdout: int, stderr: int) -> None:
+    Then nothing of it is left. The image's files are read anew each time.
+    """
+    plan = make_plan(workload, image)
+    privileges = Privileges(workload)
+    make_directory(plan)
+    cgroup = own_cgroup(workload)
+    try:
+        streams = Streams(workload, plan.identity.uid)
+        try:
+            pid = spawn(plan, workload, privileges, streams, cgroup)
+        except BaseException:
+            streams.close()
+            raise
+        finally:
+            streams.close_lent()
+    except BaseException:
+        if cgroup is not None:
+            cgroup.close()
+        raise
+    return RunningWorkload(pid, streams, cgroup)
+
+
+class RunningWorkload:
+    """A workload that was started. `exit` is None while it runs, then the fields of its end.
+
+    -1 stands for what it does not have: with pipes `terminal`, with a terminal the pipes, with the
+    console all of them.
+    """
+
+    def __init__(self, pid: int, streams: "Streams", cgroup: WorkloadCgroup | None) -> None:
         self.pid = pid
-        self.stdin = stdin  # the writing end, until the agent has made its deposit
-        self.stdout = stdout  # reading ends; -1 where it has the console
-        self.stderr = stderr
+        self.stdin = streams.stdin  # the writing end, until the agent has made its deposit
+        self.stdout = streams.stdout  # reading ends
+        self.stderr = streams.stderr
+        self.terminal = streams.terminal  # the master
         self.exit: dict[str, int | bool] | None = None
         self.duration = 0.0  # seconds
+        self._cgroup = cgroup
+        self._oom_killed = False
         self._started = time.monotonic()
 
     def close_stdin(self) -> None:
@@ -52,30 +88,36 @@ class RunningWorkload:
         """It was reaped with this wait status. Returns the fields of its ExitStatus."""
         self.exit = exit_fields(status)
         self.duration = time.monotonic() - self._started
+        if self._cgroup is not None:
+            self._oom_killed = self._cgroup.oom_killed()
+            self._cgroup.close()
+            self._cgroup = None
         return self.exit
 
+    def oom_killed(self) -> bool:
+        """Whether the kernel has killed of it, or of what descends from it, for want of memory."""
+        return self._oom_killed if self._cgroup is None else self._cgroup.oom_killed()
 
-def start_workload(workload: Workload, image: ImageDefaults) -> RunningWorkload:
-    """Start it in the root that PID 1 is in. Raises WorkloadNotStarted, or Failure."""
-    plan = make_plan(workload, image)
-    if workload.stdio == "attached":
-        return spawn_attached(plan)
-    with call("open", "/dev/null"):
-        nothing = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return RunningWorkload(spawn(plan, (nothing, 1, 2)), -1, -1, -1)
-    finally:
-        os.close(nothing)
+
+# ── what it is to be, worked out before anything is made ─────────────────────────────────────────
 
 
 def make_plan(workload: Workload, image: ImageDefaults) -> process.Plan:
     """Who it runs as, where, with which environment: the image's rules and files."""
     try:
         identity = users.resolve(
-            workload.user, account_file(users.USERS_FILE), account_file(users.GROUPS_FILE)
+            workload.user,
+            account_file(users.USERS_FILE),
+            account_file(users.GROUPS_FILE),
+            more_groups=workload.groups,
         )
         return process.plan(
-            workload.argv, identity, env=workload.env, cwd=workload.cwd, image=image
+            workload.argv,
+            identity,
+            env=workload.env,
+            cwd=workload.cwd,
+            image=image,
+            tty=workload.stdio == "terminal",
         )
     except OperationError as error:
         raise WorkloadNotStarted(error.code, error.message) from None
@@ -95,25 +137,111 @@ def account_file(path: str) -> bytes:
         return b""
 
 
-def spawn_attached(plan: process.Plan) -> RunningWorkload:
-    """With a pipe for each standard stream."""
-    opened: list[int] = []
+class Privileges:
+    """What it may do and use, as numbers. Raises WorkloadNotStarted for names that are none.
+
+    Modules that only some workloads need are imported here, to keep PID 1 small.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        self.resources: tuple[tuple[int, int, int], ...] = (deposits.given_descriptor_limit(),)
+        self.sets: tuple[int, int, int, int, int] | None = None
+        self.filter = b""
+        try:
+            if workload.rlimits:
+                from guest.privileges import resource_limits
+
+                self.resources += resource_limits(workload.rlimits)
+            if workload.capabilities is not None:
+                from guest.privileges import capability_sets
+
+                self.sets = capability_sets(workload.capabilities)
+            if workload.seccomp:
+                from guest.privileges import seccomp_program
+
+                self.filter = seccomp_program(workload.seccomp)
+        except OperationError as error:
+            raise WorkloadNotStarted(error.code, error.message) from None
+
+
+def make_directory(plan: process.Plan) -> None:
+    """A working directory that is missing, owned by root, as docker does. WorkloadNotStarted.
+
+    What is there but is no directory is left for the start to find.
+    """
     try:
-        with call("pipe2"):
-            for _ in range(3):
-                opened += os.pipe2(os.O_CLOEXEC)
-        in_read, in_write, out_read, out_write, err_read, err_write = opened
-        pid = spawn(plan, (in_read, out_write, err_write))
-    except BaseException:
-        for fd in opened:
+        if not os.path.lexists(plan.cwd):
+            os.makedirs(plan.cwd, 0o755)
+    except OSError as error:
+        raise not_started(plan, "mkdir", error.errno or 0) from None
+
+
+def own_cgroup(workload: Workload) -> WorkloadCgroup | None:
+    """Where there can be one. Raises WorkloadNotStarted where its limits need it."""
+    try:
+        return open_cgroup(workload)
+    except LimitsUnavailable as error:
+        raise WorkloadNotStarted("cgroup_unavailable", str(error), step="cgroup") from None
+
+
+# ── making it ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Streams:
+    """What the workload gets as 0, 1 and 2 (`theirs`), and the ends that stay here.
+
+    Raises Failure, and then nothing is open.
+    """
+
+    def __init__(self, workload: Workload, uid: int) -> None:
+        self.stdin = self.stdout = self.stderr = self.terminal = -1
+        self.theirs = (-1, -1, -1)
+        self.lent: tuple[int, ...] = ()  # of `theirs`, those that are not PID 1's own as well
+        if workload.stdio == "terminal":
+            from init_shim.terminal import open_terminal
+
+            self.terminal, slave = open_terminal(workload.rows, workload.columns, uid)
+            self.theirs, self.lent = (slave, slave, slave), (slave,)
+        elif workload.stdio == "attached":
+            self._open_pipes()
+        else:
+            with call("open", os.devnull):
+                nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            self.theirs, self.lent = (nothing, 1, 2), (nothing,)
+
+    def _open_pipes(self) -> None:
+        opened: list[int] = []
+        try:
+            with call("pipe2"):
+                for _ in range(3):
+                    opened += os.pipe2(os.O_CLOEXEC)
+        except BaseException:
+            for fd in opened:
+                os.close(fd)
+            raise
+        in_read, self.stdin, self.stdout, out_write, self.stderr, err_write = opened
+        self.theirs = self.lent = (in_read, out_write, err_write)
+
+    def close_lent(self) -> None:
+        """It has them, or will never have."""
+        for fd in self.lent:
             os.close(fd)
-        raise
-    for fd in (in_read, out_write, err_write):
-        os.close(fd)
-    return RunningWorkload(pid, in_write, out_read, err_read)
+        self.lent = ()
+
+    def close(self) -> None:
+        """The ends that stay here, for want of somebody at the others."""
+        for fd in (self.stdin, self.stdout, self.stderr, self.terminal):
+            if fd >= 0:
+                os.close(fd)
 
 
-def spawn(plan: process.Plan, fds: tuple[int, int, int]) -> int:
+def spawn(
+    plan: process.Plan,
+    workload: Workload,
+    privileges: Privileges,
+    streams: Streams,
+    cgroup: WorkloadCgroup | None,
+) -> int:
     """Its pid. The pidfd is not needed: only PID 1 reaps it, so the pid cannot be reused before."""
     identity = plan.identity
     try:
@@ -122,20 +250,32 @@ def spawn(plan: process.Plan, fds: tuple[int, int, int]) -> int:
             plan.env,
             candidates=plan.candidates,
             cwd=plan.cwd,
-            fds=fds,
+            fds=streams.theirs,
+            tty=streams.theirs[0] if streams.terminal >= 0 else -1,
             uid=identity.uid,
             gid=identity.gid,
             groups=identity.groups,
-            rlimits=(deposits.given_descriptor_limit(),),
+            umask=workload.umask,
+            cgroup_fd=-1 if cgroup is None else cgroup.fd,
+            no_new_privs=workload.no_new_privs,
+            rlimits=privileges.resources,
+            capability_sets=privileges.sets,
+            seccomp=privileges.filter,
+            enter_first=True,
         )
     except _guestsys.SpawnError as error:
-        code, message, _ = process.start_failure(
-            error.step,
-            error.errno or 0,
-            os.fsdecode(plan.argv[0]),
-            os.fsdecode(plan.cwd),
-            program_exists=any(os.path.exists(path) for path in plan.program_paths()),
-        )
-        raise WorkloadNotStarted(code, message, step=error.step, errno=error.errno or 0) from None
+        raise not_started(plan, error.step, error.errno or 0) from None
     os.close(pidfd)
     return pid
+
+
+def not_started(plan: process.Plan, step: str, errno: int) -> WorkloadNotStarted:
+    """For a step of its start that failed."""
+    code, message, _ = process.start_failure(
+        step,
+        errno,
+        os.fsdecode(plan.argv[0]),
+        os.fsdecode(plan.cwd),
+        program_exists=any(os.path.exists(path) for path in plan.program_paths()),
+    )
+    return WorkloadNotStarted(code, message, step=step, errno=errno)

@@ -99,12 +99,12 @@ def test_workload_that_cannot_start(root: Path, argv: list[str], code: str, step
         assert machine.wait() == 0
 
 
-def test_workload_of_an_unknown_user_or_missing_cwd(root: Path) -> None:
+def test_workload_of_an_unknown_user_or_bad_cwd(root: Path) -> None:
     with Machine(root, boot_config(["true"], user="nobody-here")) as machine:
         machine.report("ready")
         assert machine.report("workload_failed")["code"] == "bad_user"
         assert machine.wait() == 0
-    with Machine(root, boot_config(["true"], cwd="/missing")) as machine:
+    with Machine(root, boot_config(["true"], cwd="/bin/sh")) as machine:
         machine.report("ready")
         failed = machine.report("workload_failed")
         assert (failed["code"], failed["step"]) == ("bad_cwd", "chdir")

@@ -46,6 +46,8 @@ def spawn(
     rlimits: Sequence[tuple[int, int, int]] = (),
     capabilities: int = -1,
     seccomp: bytes = b"",
+    capability_sets: tuple[int, int, int, int, int] | None = None,
+    enter_first: bool = False,
 ) -> tuple[int, int]:
     """Start a program and return (pid, pidfd) once it has exec'ed; both are the caller's to reap.
 
@@ -53,7 +55,9 @@ def spawn(
     next; EACCES wins in the end). `fds` become 0, 1 and 2; every other descriptor is closed.
     Signals are unblocked and at their defaults. `capabilities` has a bit for each that may stay in
     the bounding, permitted and effective sets, and empties the inheritable and ambient ones; -1
-    leaves all sets alone. `seccomp` is an array of struct sock_filter, empty for none; it implies
+    leaves all sets alone. `capability_sets` says exactly instead: bounding, permitted, effective,
+    inheritable, ambient, of which exec makes what capabilities(7) says. With `enter_first` a `cwd`
+    that only the caller may enter is no obstacle. `seccomp` is an array of struct sock_filter, empty for none; it implies
     `no_new_privs` and has to allow execve. `oom_score_adj` is not lowered where that is not
     allowed. The calling thread holds the GIL until the child has exec'ed. Raises SpawnError; then
     no child exists any more.

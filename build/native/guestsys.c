@@ -209,6 +209,11 @@ struct limit {
     uint64_t values[2]; /* soft, hard: struct rlimit64 */
 };
 
+/* The five sets of capabilities(7), a bit for each capability. */
+struct capability_sets {
+    unsigned long long bounding, permitted, effective, inheritable, ambient;
+};
+
 /* What the child has to do, and what became of it; it lives in the parent, both see it. */
 struct plan {
     char **argv, **env, **candidates;
@@ -220,8 +225,9 @@ struct plan {
     gid_t gid;
     mode_t umask;
     int fds[FIRST_OWN_FD];
-    int session, tty, cgroup_fd, no_new_privs;
+    int session, tty, cgroup_fd, no_new_privs, enter_first;
     int64_t capabilities; /* a bit for each that it may have; -1: all that there are */
+    const struct capability_sets *sets; /* instead of `capabilities`, or NULL */
     struct sock_fprog filter; /* seccomp(2)'s program; len 0: none */
 
     const char *step; /* the step that the child is at */
@@ -305,6 +311,39 @@ keep_capabilities(uint64_t kept)
         sets[half].inheritable = 0; /* the ambient set follows */
     }
     return syscall(SYS_capset, &header, sets);
+}
+
+/* The ambient set: an exec by who is not root starts with it. What this kernel does not know is left
+ * out, as capset(2) leaves it out. */
+static long
+raise_ambient(uint64_t wanted)
+{
+    if (syscall(SYS_prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0)
+        return -1;
+    for (int capability = 0; capability < 64; capability++) {
+        if (!(wanted >> capability & 1))
+            continue;
+        if (syscall(SYS_prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0) < 0 &&
+            errno != EINVAL)
+            return -1;
+    }
+    return 0;
+}
+
+/* Exactly these sets; the bounding one was made before, while that was allowed. */
+static long
+set_capabilities(const struct capability_sets *sets)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct halves[2];
+    for (int half = 0; half < 2; half++) {
+        halves[half].effective = (uint32_t)(sets->effective >> 32 * half);
+        halves[half].permitted = (uint32_t)(sets->permitted >> 32 * half);
+        halves[half].inheritable = (uint32_t)(sets->inheritable >> 32 * half);
+    }
+    if (syscall(SYS_capset, &header, halves) < 0)
+        return -1;
+    return raise_ambient(sets->ambient);
 }
 
 /* Make fds[i] be descriptor i. The sources may be any numbers, also each other's targets, so those
@@ -398,12 +437,21 @@ prepare_and_execute(struct plan *plan)
     STEP("setgroups", set_groups(plan->group_count, plan->groups, plan->gid));
     if (plan->capabilities >= 0)
         STEP("capabilities", drop_bounding_set((uint64_t)plan->capabilities));
+    if (plan->sets) {
+        STEP("capabilities", drop_bounding_set(plan->sets->bounding));
+        STEP("capabilities", syscall(SYS_prctl, PR_SET_KEEPCAPS, 1, 0, 0, 0)); /* over setresuid */
+    }
+    /* As runc: a working directory that only root may enter is no obstacle. */
+    int inside = plan->enter_first && syscall(SYS_chdir, plan->cwd) == 0;
     STEP("setgid", syscall(SYS_setresgid, plan->gid, plan->gid, plan->gid));
     STEP("setuid", syscall(SYS_setresuid, plan->uid, plan->uid, plan->uid));
     if (plan->capabilities >= 0)
         STEP("capabilities", keep_capabilities((uint64_t)plan->capabilities));
+    if (plan->sets)
+        STEP("capabilities", set_capabilities(plan->sets));
     syscall(SYS_umask, plan->umask);
-    STEP("chdir", syscall(SYS_chdir, plan->cwd));
+    if (!inside)
+        STEP("chdir", syscall(SYS_chdir, plan->cwd));
     if (plan->no_new_privs || plan->filter.len) /* without it a filter is for the privileged */
         STEP("no_new_privs", syscall(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
     STEP("close_range", close_other_fds());
@@ -614,10 +662,12 @@ sys_spawn(PyObject *module, PyObject *args, PyObject *keywords)
     static char *names[] = {"argv",     "env",    "candidates",   "cwd",     "fds",   "uid",
                             "gid",      "groups", "session",      "tty",     "oom_score_adj",
                             "umask",    "cgroup_fd", "no_new_privs", "rlimits", "capabilities",
-                            "seccomp",  NULL};
+                            "seccomp",  "capability_sets", "enter_first", NULL};
     enum { ARGV, ENV, CANDIDATES, GROUPS, LIMITS, SEQUENCES };
     static const char *const what[] = {"argv", "env", "candidates", "groups", "rlimits"};
     PyObject *given[SEQUENCES] = {NULL}, *fast[SEQUENCES] = {NULL}, *fds = NULL, *result = NULL;
+    PyObject *given_sets = Py_None;
+    struct capability_sets sets;
     struct plan plan = {.session = 1, .tty = -1, .cgroup_fd = -1, .capabilities = -1,
                         .step = "clone"};
     struct limit *limits = NULL;
@@ -629,16 +679,23 @@ sys_spawn(PyObject *module, PyObject *args, PyObject *keywords)
     const char *filter = NULL;
     Py_ssize_t filter_size = 0;
 
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$OyO!LLOpiiIipOLy#:spawn", names, &given[ARGV],
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$OyO!LLOpiiIipOLy#Op:spawn", names, &given[ARGV],
                                      &given[ENV], &given[CANDIDATES], &plan.cwd, &PyTuple_Type, &fds,
                                      &uid, &gid, &given[GROUPS], &plan.session, &plan.tty,
                                      &oom_score_adj, &mask, &plan.cgroup_fd, &plan.no_new_privs,
-                                     &given[LIMITS], &capabilities, &filter, &filter_size))
+                                     &given[LIMITS], &capabilities, &filter, &filter_size,
+                                     &given_sets, &plan.enter_first))
         return NULL;
     if (!given[CANDIDATES] || !plan.cwd || !fds)
         return PyErr_SetString(PyExc_TypeError, "spawn needs candidates, cwd and fds"), NULL;
     if (!PyArg_ParseTuple(fds, "iii:fds", &plan.fds[0], &plan.fds[1], &plan.fds[2]))
         return NULL;
+    if (given_sets != Py_None) {
+        if (!PyArg_Parse(given_sets, "(KKKKK):capability_sets", &sets.bounding, &sets.permitted,
+                         &sets.effective, &sets.inheritable, &sets.ambient))
+            return NULL;
+        plan.sets = &sets;
+    }
     if (uid < 0 || uid >= UINT32_MAX || gid < 0 || gid >= UINT32_MAX)
         return PyErr_SetString(PyExc_ValueError, "uid and gid must be 0 to 2**32 - 2"), NULL;
     if ((size_t)filter_size % sizeof(struct sock_filter) ||
