@@ -48,6 +48,7 @@ bench: guest $(DEMO_IMAGE)/index.json
 	$(PYTHON) build/packages.py run
 	$(PYTHON) build/packages.py bench
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/boot.py
 	$(BIN)/python benchmarks/exec.py
 
 clean:

@@ -78,6 +78,9 @@ def bars_of(timeline: list[Step]) -> Iterator[Bar]:
     ends = {step.name: step.end_ms for step in timeline}
     for step in timeline:
         yield Bar(step.name, group_of(step.name), step.start_ms, max(step.start_ms, step.end_ms))
+    for step in timeline:
+        if step.name == "kernel" and "launch" in ends:
+            yield Bar("VMM and firmware", "host", ends["launch"], step.start_ms)
     if "agent-start" in ends and ends.get("agent-ready", 0.0) > ends["agent-start"]:
         yield Bar("agent starts up", "agent", ends["agent-start"], ends["agent-ready"])
 
@@ -104,6 +107,7 @@ def tick_of(end: float) -> float:
 
 def axis(last: float, tick: float, scale: float, height: int) -> Iterator[str]:
     """A line and a number for each tick."""
+    digits = 0 if tick >= 1 else 1
     for number in range(round(last / tick) + 1):
         at = LEFT + number * tick * scale
         yield (
@@ -113,7 +117,7 @@ def axis(last: float, tick: float, scale: float, height: int) -> Iterator[str]:
         for y in (TOP - 10, height - 16):
             yield (
                 f'<text x="{at:.1f}" y="{y}" text-anchor="middle" fill="#777777">'
-                f"{number * tick:g}{' ms' if number == 0 else ''}</text>"
+                f"{number * tick:.{digits}f}{' ms' if number == 0 else ''}</text>"
             )
 
 
