@@ -10,7 +10,7 @@ GUEST := dist/guest/$(ARCH)
 DEMO_IMAGE := dist/demo
 TEST ?= tests
 
-.PHONY: setup demo test check guest bench clean
+.PHONY: setup demo test soak check guest bench clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,11 @@ test: guest $(DEMO_IMAGE)/index.json
 	$(PYTHON) build/packages.py run
 	$(PYTHON) build/packages.py test
 	$(BIN)/pytest $(TEST)
+
+soak: guest $(DEMO_IMAGE)/index.json
+	$(PYTHON) build/packages.py run
+	$(PYTHON) build/packages.py test
+	MICROGUEST_SOAK=5 $(BIN)/pytest -s tests/test_many_boots.py
 
 check: setup
 	$(BIN)/ruff format --check .
