@@ -75,6 +75,7 @@ AGENT_CRASH_LIMIT = 20  # crashes after which the agent stays down and the state
 RESTART_DELAY_MAX = 3600.0  # of the workload
 RESTART_RESET = 10.0  # seconds of life after which a workload counts as healthy
 LAST_WORDS = 4 * 1024  # of what the agent wrote to stderr, beside the report of its end
+OOM_REPORTS = 256  # processes killed for memory that are reported in one boot
 WATCHDOG_INTERVAL = 10.0  # between two questions to the agent whether it is there
 WATCHDOG_WAIT = 60.0  # without an answer and without having run or wanted to: it hangs
 FAILED_GRACE = 0.5  # instead of STOP_GRACE where the boot or the workload's start failed

@@ -10,7 +10,17 @@ from guest import bootconfig, limits
 from guest.bootconfig import BootConfig
 from guest.errors import BootConfigError, raised_at
 from guest.report import BootFailed, Ready, WorkloadFailed, WorkloadStarted
-from init_shim import deposits, hardening, modules, mounts, network, power, root, volumes
+from init_shim import (
+    deposits,
+    hardening,
+    modules,
+    mounts,
+    network,
+    power,
+    protection,
+    root,
+    volumes,
+)
 from init_shim.agent_process import AgentProcess
 from init_shim.failure import Failure, call
 from init_shim.listener import open_listener
@@ -73,10 +83,11 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
         mounts.mount_api()
         power.keyboard_as_signal()
         deposits.make_room()
-        protect_from_oom()
+        protection.unkillable()
     with step("config"):
         config = take_config()
         reporter.endpoint = config.report
+        hardening.forbid_core_dumps(config)
     with step("modules"):
         if config.machine == "vm" and config.modules:
             modules.load_modules()
@@ -88,6 +99,7 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
         agent = AgentProcess(config, listener)
         supervisor = Supervisor(signals, reporter, agent)
         agent.start()
+        protection.watch_oom(config, supervisor, reporter)
     with step("root-lower"):
         root.mount_lowers(config.root)
     with step("root-upper"):
@@ -97,12 +109,13 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
     with step("volumes"):
         volumes.mount_volumes(config.volumes)
     with step("switch-root"):
-        agent.root_ready(root.switch_root(config.machine))
+        new_root = root.switch_root(config.machine)
     with step("network"):
         network.configure(config)
     with step("hardening"):
         hardening.harden(config)
         hide_paths(config)  # which may write-protect what hardening writes to
+        agent.root_ready(new_root)  # nothing of the image runs before this
     with step("workload"):
         refusal = start_main(config, supervisor, agent, reporter)
     with step("agent-ready"):
@@ -121,15 +134,6 @@ def own_session() -> None:
         os.setsid()
     except PermissionError:
         pass  # it leads a session already
-
-
-def protect_from_oom() -> None:
-    """Choose anybody else when memory runs out; the agent inherits it, the workload does not."""
-    try:
-        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-            file.write("-1000")
-    except OSError:
-        pass  # an ordinary user's namespaces may not
 
 
 def take_config() -> BootConfig:

@@ -15,9 +15,10 @@ PINNED = frozenset(
     guest.plainjson guest.process guest.record guest.report guest.rootplan guest.status
     guest.supervision guest.users guest.workload
     init_shim init_shim.agent_process init_shim.deposits init_shim.dispatch init_shim.failure
-    init_shim.hardening init_shim.listener init_shim.main init_shim.modules init_shim.mounts
-    init_shim.network init_shim.power init_shim.reporter init_shim.root init_shim.signals
-    init_shim.supervisor init_shim.timeline init_shim.volumes init_shim.workload
+    init_shim.hardening
+    init_shim.kernel_log init_shim.listener init_shim.main init_shim.modules init_shim.mounts
+    init_shim.network init_shim.power init_shim.protection init_shim.reporter init_shim.root init_shim.signals
+    init_shim.supervisor init_shim.sysctls init_shim.timeline init_shim.volumes init_shim.workload
     init_shim.workload_cgroup io marshal os os.path posix posixpath resource select stat sys time
     types zipimport
     """.split()  # noqa: SIM905

@@ -1,0 +1,82 @@
+"""Memory: PID 1 and the agent go on when a workload uses all of it; the host hears who was killed.
+
+PID 1 stays in the hierarchy's root cgroup: it has no limit there, no swap takes it away, and its
+program is in memory that is never written back, so that there is nothing to reserve for it.
+"""
+
+import os
+
+from guest import limits
+from guest.bootconfig import BootConfig
+from init_shim import power
+from init_shim.kernel_log import KernelLog, OomWatch
+from init_shim.reporter import Reporter
+from init_shim.supervisor import Supervisor
+
+__all__ = ["memory_for_workload", "unkillable", "watch_oom"]
+
+WORKLOAD_CGROUP = "/microguest/workload"
+HOSTS_PROCESSES = "/processes"  # the end of the path under which an agent starts all of its own
+
+
+def unkillable() -> None:
+    """Choose anybody else when memory runs out; the agent inherits it, the workload does not."""
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("-1000")
+    except OSError:
+        pass  # an ordinary user's namespaces may not
+
+
+def memory_for_workload(agent_pid: int) -> int | None:
+    """Bytes that the workload may use at most, asked before it starts: what is free, less what the
+    agent will need and MEMORY_RESERVE. None where there is not enough to divide.
+
+    At this limit the kernel kills in the workload's cgroup. Without it, it would look everywhere
+    for something to free before it kills, and everybody would wait meanwhile.
+    """
+    page = os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * page
+    to_come = max(0, limits.AGENT_MEMORY - resident_pages(agent_pid) * page)
+    left = free - to_come - limits.MEMORY_RESERVE
+    return left if left > limits.MEMORY_RESERVE else None
+
+
+def resident_pages(pid: int) -> int:
+    """Of a process; 0 where there is none."""
+    try:
+        with open(f"/proc/{pid}/statm", encoding="ascii") as file:
+            return int(file.read().split()[1])
+    except (OSError, IndexError):
+        return 0
+
+
+def watch_oom(config: BootConfig, supervisor: Supervisor, reporter: Reporter) -> None:
+    """From now on each process that the kernel kills for memory is reported.
+
+    Not in namespaces, where the kernel's messages are the host's.
+    """
+    if config.machine != "vm" or power.in_namespaces():
+        return
+    try:
+        log = KernelLog()
+    except OSError:
+        return  # a kernel without it
+
+    workload_limited = config.workload is not None and config.workload.memory is not None
+
+    def is_own_limit(cgroup: str) -> bool:
+        if cgroup == WORKLOAD_CGROUP:
+            return workload_limited
+        return not (cgroup.startswith("/microguest/") and cgroup.endswith(HOSTS_PROCESSES))
+
+    watch = OomWatch(log, reporter.send, is_own_limit)
+
+    def look() -> None:
+        try:
+            watch.look()
+        except OSError:
+            supervisor.forget(log.fd)
+            os.close(log.fd)
+
+    supervisor.when_readable(log.fd, look)

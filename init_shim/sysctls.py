@@ -1,0 +1,112 @@
+"""The kernel's settings: which ones a hardening profile has, and how one is written.
+
+A name is as sysctl(8) has it, `kernel.yama.ptrace_scope` or with slashes, and never leads out of
+/proc/sys. The tables say what; docs/security.md says what each prevents, and a test compares.
+"""
+
+import os
+
+from init_shim.failure import Failure, call
+
+__all__ = ["DEFAULT", "LOCKED_MODULES", "STRICT", "is_namespaced", "path_of", "write", "write_each"]
+
+ROOT = "/proc/sys"
+
+# Nothing that images are known to do needs any of these otherwise. `*` stands for every network
+# interface that there is, and for those to come.
+DEFAULT = {
+    "fs.protected_fifos": "1",
+    "fs.protected_hardlinks": "1",
+    "fs.protected_regular": "2",
+    "fs.protected_symlinks": "1",
+    "fs.suid_dumpable": "0",
+    "dev.tty.ldisc_autoload": "0",
+    "dev.tty.legacy_tiocsti": "0",
+    "kernel.dmesg_restrict": "1",
+    "kernel.kexec_load_disabled": "1",
+    "kernel.kptr_restrict": "1",
+    "kernel.perf_event_paranoid": "3",
+    "kernel.randomize_va_space": "2",
+    "kernel.sysrq": "0",
+    "kernel.unprivileged_bpf_disabled": "1",
+    "kernel.yama.ptrace_scope": "1",
+    "net.core.bpf_jit_harden": "1",
+    "net.ipv4.conf.*.accept_redirects": "0",
+    "net.ipv4.conf.*.accept_source_route": "0",
+    "net.ipv4.conf.*.send_redirects": "0",
+    "net.ipv4.icmp_echo_ignore_broadcasts": "1",
+    "net.ipv4.tcp_syncookies": "1",
+    "net.ipv6.conf.*.accept_redirects": "0",
+    "net.ipv6.conf.*.accept_source_route": "0",
+    "vm.mmap_min_addr": "65536",
+    "vm.unprivileged_userfaultfd": "0",
+}
+# Over DEFAULT. Some programs miss what these take away.
+STRICT = {
+    "fs.protected_fifos": "2",
+    "kernel.core_pattern": "",
+    "kernel.core_uses_pid": "0",  # with it, a core without a pattern is still written (core(5))
+    "kernel.io_uring_disabled": "2",
+    "kernel.kptr_restrict": "2",
+    "kernel.panic_on_oops": "1",
+    "kernel.yama.ptrace_scope": "2",
+    "net.core.bpf_jit_harden": "2",
+    "net.ipv4.conf.*.rp_filter": "1",
+    "user.max_user_namespaces": "0",
+}
+# Of both, after everything else, unless modules may be loaded.
+LOCKED_MODULES = {
+    "kernel.modprobe": "",  # which the kernel would run for whoever opens an unknown socket
+    "kernel.modules_disabled": "1",
+}
+
+# What belongs to a network or IPC namespace; everything else is the whole kernel's. In net.core
+# little is, and the kernel is not trusted to say which.
+OWN_NETWORK = ("net/ipv4/", "net/ipv6/", "net/unix/")
+OWN_IPC = frozenset(
+    f"kernel/{name}"
+    for name in ("msgmax", "msgmnb", "msgmni", "sem", "shm_rmid_forced", "shmall", "shmmax")
+) | {"kernel/shmmni"}
+OWN = OWN_IPC | {"net/core/somaxconn"}
+OWN_MESSAGE_QUEUES = "fs/mqueue/"
+
+
+def path_of(name: str) -> str:
+    """Below ROOT. Raises Failure for a name that is none.
+
+    Where a dot comes first, dots separate, and a slash stands for a dot (sysctl(8)).
+    """
+    first = next((character for character in name if character in "./"), "/")
+    path = name if first == "/" else name.translate({ord("."): "/", ord("/"): "."})
+    if not all(part.strip(".") and "\0" not in part for part in path.split("/")):
+        raise Failure(f"sysctl {name!r:.100}: is not the name of a sysctl")
+    return path
+
+
+def is_namespaced(path: str) -> bool:
+    """Whether it is a machine's own in namespaces, and not the host's."""
+    return path in OWN or path.startswith((*OWN_NETWORK, OWN_MESSAGE_QUEUES))
+
+
+def write(path: str, value: str) -> None:
+    """One value. Raises Failure."""
+    target = f"{ROOT}/{path}"
+    with call("open", target, hint="has the kernel this sysctl?"):
+        fd = os.open(target, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        with call("write", target, hint=f"does it take {value!r:.100}?"):
+            os.write(fd, f"{value}\n".encode())  # an empty write would change nothing
+    finally:
+        os.close(fd)
+
+
+def write_each(path: str, value: str) -> None:
+    """As `write`, for each directory that a `*` in it stands for. Raises Failure."""
+    folder, star, rest = path.partition("*")
+    if not star:
+        write(path, value)
+        return
+    with call("listdir", f"{ROOT}/{folder}"):
+        names = os.listdir(f"{ROOT}/{folder}")
+    for name in names:
+        write(folder + name + rest, value)
