@@ -26,6 +26,7 @@ IN_ROOT = 0x10
 AT_FDCWD = -100
 # Absent, or not to be looked at; nothing is there to be hidden then.
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+NEEDED = ("/", "/proc", "/sys", "/dev")  # what is in them may be masked
 KEPT_FLAGS = mounts.NOSUID | mounts.NODEV | mounts.NOEXEC  # statvfs(3) has the same numbers
 
 
@@ -35,8 +36,9 @@ def hide(masked: tuple[str, ...], read_only: tuple[str, ...]) -> None:
     A directory is covered with an empty read-only tmpfs, anything else with /dev/null, as runc
     does. Call it in the image's root.
     """
-    # Inner ones first: with /proc covered no other path could be named any more.
-    for path in sorted(read_only, reverse=True):
+    for path in sorted(
+        read_only, reverse=True
+    ):  # inner ones first: a bind takes along what is in it
         with_target(path, write_protect)
     for path in sorted(masked, reverse=True):
         with_target(path, cover)
@@ -63,6 +65,10 @@ def with_target(path: str, act: "Callable[[str, str], None]") -> None:
 
 def cover(target: str, path: str) -> None:
     """Nothing of it is seen any more."""
+    with call("readlink", path):
+        found = os.readlink(target)
+    if found in NEEDED:
+        raise Failure(f"masked: {path} is {found}, which PID 1 and the agent need", path=path)
     with call("stat", path):
         mode = os.stat(target).st_mode
     if stat.S_ISDIR(mode):

@@ -1,0 +1,315 @@
+"""The workload as OCI says: who it is, what it may do, where it sees what, and how it ends.
+
+What the kernel tells of it is read from /proc/self/status; docs/processes.md has the rules.
+"""
+
+import base64
+import contextlib
+import os
+import signal
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from init_machine import TOKEN, Machine, boot_config, make_root, require_program, wait_for
+from vm_machine import make_erofs, run_vm, vm_config
+
+from guest.privileges import CAPABILITIES
+from host_client import seccomp
+from host_client.agent import connect
+from host_client.process import Process
+
+ALL = {name: 1 << number for number, name in enumerate(CAPABILITIES)}
+NO_MKDIR = seccomp.deny(["mkdir", "mkdirat"], arch=os.uname().machine)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require_program()
+    folder = make_root(tmp_path_factory.mktemp("image"))
+    (folder / "home" / "tester").mkdir(parents=True)
+    (folder / "home" / "tester").chmod(0o700)  # root's: only PID 1 may enter
+    (folder / "secret").mkdir()
+    (folder / "secret" / "inside").write_text("inside\n")
+    (folder / "key").write_text("key\n")
+    (folder / "way-out").symlink_to("../../../../secret")
+    (folder / "open").mkdir()
+    (folder / "open" / "file").write_text("as it was\n")
+    return folder
+
+
+def console(root: Path, script: str, **workload: Any) -> list[str]:
+    """The lines that the script writes as the workload, which has to end well."""
+    with Machine(root, boot_config(["/bin/sh", "-c", script], **workload)) as machine:
+        assert machine.wait() == 0, machine.console
+        return machine.console.splitlines()
+
+
+def status(root: Path, **workload: Any) -> dict[str, str]:
+    lines = console(root, "cat /proc/self/status", **workload)
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return {name: value.strip() for name, value in fields.items()}
+
+
+def mask(*names: str) -> str:
+    return f"{sum(ALL[name] for name in names):016x}"
+
+
+# ── privileges ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_five_sets_are_as_told(root: Path) -> None:
+    sets = {
+        "bounding": ["chown", "kill", "net_raw"],
+        "permitted": ["chown", "kill"],
+        "effective": ["kill"],
+        "inheritable": ["chown", "kill"],
+        "ambient": ["kill"],
+    }
+    found = status(root, user="tester", capabilities=sets)
+    # Over an exec of who is not root the ambient set becomes permitted and effective.
+    assert found["CapBnd"] == mask("chown", "kill", "net_raw")
+    assert found["CapPrm"] == found["CapEff"] == found["CapAmb"] == mask("kill")
+    assert found["CapInh"] == mask("chown", "kill")
+    assert found["NoNewPrivs"] == "0"
+
+
+def test_root_has_what_the_bounding_set_has(root: Path) -> None:
+    names = ["chown", "net_bind_service"]
+    sets = {"bounding": names, "permitted": names, "effective": names}
+    found = status(root, capabilities=sets)
+    assert found["CapPrm"] == found["CapEff"] == found["CapBnd"] == mask(*names)
+    assert found["CapInh"] == found["CapAmb"] == mask()
+    nothing = status(root, capabilities={})
+    assert {nothing[f"Cap{name}"] for name in ("Prm", "Eff", "Bnd", "Inh", "Amb")} == {mask()}
+
+
+def test_nothing_said_leaves_the_sets_alone(root: Path) -> None:
+    found = status(root)
+    assert found["CapPrm"] == found["CapEff"] == found["CapBnd"]
+    assert int(found["CapEff"], 16) & ALL["sys_admin"]
+
+
+@pytest.mark.parametrize(
+    ("workload", "sentence"),
+    [
+        ({"capabilities": {"bounding": ["flight"]}}, "no capability is called 'flight'"),
+        ({"capabilities": {"effective": ["kill"]}}, "effective: one is not permitted"),
+        ({"capabilities": {"permitted": ["kill"], "ambient": ["kill"]}}, "not inheritable"),
+        ({"rlimits": {"files": [1, 1]}}, "no resource limit is called 'files'"),
+        ({"rlimits": {"nofile": [2, 1]}}, "the soft limit is above"),
+        ({"seccomp": "AAAA"}, "seccomp: must be"),
+        ({"seccomp": "not base64"}, "seccomp: must be"),
+    ],
+)
+def test_what_cannot_be_is_said(root: Path, workload: dict[str, Any], sentence: str) -> None:
+    with Machine(root, boot_config(["true"], **workload)) as machine:
+        machine.report("ready")
+        failed = machine.report("workload_failed")
+        assert failed["code"] == "bad_request"
+        assert sentence in failed["message"]
+        assert machine.wait() == 0
+
+
+def test_limits_umask_and_groups(root: Path) -> None:
+    lines = console(
+        root,
+        "ulimit -n; ulimit -Hn; umask; id -u; id -g; id -G; ulimit -c",
+        user="1000:2000",
+        groups=["tester", "4242"],
+        umask=0o077,
+        rlimits={"nofile": [100, 200], "core": [0, -1]},
+    )
+    assert lines == ["100", "200", "0077", "1000", "2000", "2000 1000 4242", "0"]
+
+
+def test_a_filter_is_in_force(root: Path) -> None:
+    lines = console(
+        root,
+        "mkdir /tmp/no 2>&- || echo refused; grep -E 'NoNewPrivs|Seccomp:' /proc/self/status",
+        seccomp=base64.b64encode(NO_MKDIR).decode(),
+    )
+    assert lines == ["refused", "NoNewPrivs:\t1", "Seccomp:\t2"]
+
+
+def test_a_filter_that_kills_is_a_start_that_failed_or_an_end(root: Path) -> None:
+    program = struct.pack("=HBBI", 0x06, 0, 0, 0x80000000)  # SECCOMP_RET_KILL_PROCESS
+    with Machine(
+        root, boot_config(["true"], seccomp=base64.b64encode(program).decode())
+    ) as machine:
+        machine.report("ready")
+        machine.report("workload_started")
+        assert machine.report("workload_exited")["signal"] == signal.SIGSYS
+        assert machine.wait() == 0
+
+
+def test_no_new_privs(root: Path) -> None:
+    assert status(root, no_new_privs=True)["NoNewPrivs"] == "1"
+
+
+# ── where it is ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_missing_working_directory_is_made_by_root(root: Path) -> None:
+    script = "pwd; ls -ldn . | cut -d' ' -f1; ls -ldn . | tr -s ' ' | cut -d' ' -f3,4"
+    lines = console(root, script, user="tester", cwd="/srv/new/place")
+    assert lines == ["/srv/new/place", "drwxr-xr-x", "0 0"]
+
+
+def test_a_working_directory_that_only_root_may_enter(root: Path) -> None:
+    assert console(root, "readlink /proc/self/cwd", user="tester", cwd="/home/tester") == [
+        "/home/tester"
+    ]
+
+
+def test_a_working_directory_below_a_file(root: Path) -> None:
+    with Machine(root, boot_config(["true"], cwd="/key/below")) as machine:
+        machine.report("ready")
+        failed = machine.report("workload_failed")
+        assert (failed["code"], failed["step"]) == ("bad_cwd", "mkdir")
+        assert "/key/below" in failed["message"]
+        assert machine.wait() == 0
+
+
+# ── what it cannot see ───────────────────────────────────────────────────────────────────────────
+
+
+def test_masked_and_read_only_paths(root: Path) -> None:
+    script = """
+        ls -A /secret; cat /key; cat /proc/version; touch /secret/x 2>/dev/null || echo covered
+        echo x 2>/dev/null > /open/file || echo protected; cat /open/file
+        echo x 2>/dev/null > /proc/sys/kernel/hostname || echo protected
+        echo x > /tmp/elsewhere && echo end
+    """
+    config = boot_config(
+        ["/bin/sh", "-c", f"({script}); sleep 1000"],
+        masked=["/secret", "/key", "/proc/version", "/not/there", "/key/below"],
+        read_only_paths=["/open", "/proc/sys", "/not/there"],
+    )
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        wait_for(lambda: "end" in machine.console, "the script")
+        expected = ["covered", "protected", "as it was", "protected", "end"]
+        assert machine.console.splitlines() == expected
+        with connect(f"unix://{machine.host}/agent.sock", token=TOKEN) as agent:
+            assert agent.exec(["sh", "-c", script]).stdout.decode().splitlines() == expected
+
+
+def test_a_masked_link_covers_what_is_in_the_root(root: Path) -> None:
+    lines = console(root, "ls -A /secret; ls -A /way-out; echo end", masked=["/way-out"])
+    assert lines == ["end"]
+
+
+def test_masks_inside_of_read_only_paths(root: Path) -> None:
+    lines = console(
+        root,
+        "cat /open/file; touch /open/x 2>&- || echo protected",
+        masked=["/open/file"],
+        read_only_paths=["/open"],
+    )
+    assert lines == ["protected"]
+
+
+@pytest.mark.parametrize("path", ["/proc", "/sys/", "/dev/./", "/"])
+def test_what_the_guest_lives_on_cannot_be_masked(root: Path, path: str) -> None:
+    with Machine(root, boot_config(["true"], masked=[path])) as machine:
+        failed = machine.report("boot_failed")
+        assert failed["step"] == "hardening"
+        assert machine.wait() == 0
+
+
+# ── its terminal ─────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def attached(machine: Machine) -> Iterator[Process]:
+    with (
+        connect(f"unix://{machine.host}/agent.sock", token=TOKEN) as agent,
+        agent.attach("main") as main,
+    ):
+        yield main
+
+
+def read_until(main: Process, wanted: str) -> str:
+    seen = ""
+    while wanted not in seen:
+        name, data = next(iter(main))
+        assert name == "stdout"
+        seen += data.decode()
+    return seen
+
+
+def test_a_terminal_is_served_resized_left_and_kept_over_the_agents_death(root: Path) -> None:
+    script = """
+        trap 'stty size; echo resized' WINCH
+        tty; stty size; echo $TERM; ls -l $(tty) | tr -s ' ' | cut -d' ' -f1,3
+        set -m; (exec 3</dev/tty && echo controlling)
+        while :; do read line && echo "<$line>"; [ "$line" = end ] && exit 7; done
+    """
+    config = boot_config(
+        ["/bin/sh", "-c", script], stdio="terminal", rows=31, columns=97, user="tester"
+    )
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        with attached(machine) as main:
+            seen = read_until(main, "controlling").split()
+            assert seen == [
+                "/dev/pts/0",
+                "31",
+                "97",
+                "xterm",
+                "crw--w----",
+                "tester",
+                "controlling",
+            ]
+            main.resize(11, 22)
+            read_until(main, "11 22")
+            main.stdin.write(b"one\n")
+            read_until(main, "<one>")
+            main.detach()
+        os.kill(machine.agent_pid(), signal.SIGKILL)
+        machine.report("workload_started")
+        assert machine.report("agent_exited")["signal"] == signal.SIGKILL
+        with attached(machine) as main:
+            main.stdin.write(b"two\n")
+            read_until(main, "<two>")
+            main.resize(5, 6)
+            main.stdin.write(b"end\n")
+            assert main.wait().returncode == 7
+        assert machine.report("workload_exited")["code"] == 7
+        assert machine.wait() == 0
+
+
+# ── its cgroup ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_limits_without_a_hierarchy_are_refused(root: Path) -> None:
+    for limit in ({"memory": 1 << 26}, {"cpu": 0.5}, {"processes": 10}):
+        with Machine(root, boot_config(["true"], **limit)) as machine:
+            machine.report("ready")
+            failed = machine.report("workload_failed")
+            if failed["code"] != "cgroup_unavailable":
+                pytest.skip("namespaces have a writable cgroup v2 here")
+            assert "limits: " in failed["message"]
+            assert machine.wait() == 0
+
+
+@pytest.mark.qemu
+def test_limits_hold_in_a_machine(root: Path, tmp_path: Path) -> None:
+    script = """
+        cat /proc/self/cgroup
+        cd /sys/fs/cgroup/microguest/workload
+        cat memory.max memory.swap.max cpu.max pids.max
+        dd if=/dev/zero of=/dev/null bs=200M count=1; echo dd $?
+        grep oom_kill memory.events
+    """
+    config = vm_config(["/bin/sh", "-c", script], memory=64 << 20, cpu=0.5, processes=20)
+    ended = run_vm(config, disks={"root": make_erofs(root, tmp_path / "root.erofs")})
+    assert ended.code == 0, ended.console[-4000:]
+    lines = ended.lines
+    for wanted in (
+        "0::/microguest/workload", str(64 << 20), "50000 100000", "20", "dd 137", "oom_kill 1"
+    ):  # fmt: skip
+        assert wanted in lines, lines
