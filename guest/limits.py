@@ -79,6 +79,7 @@ OOM_REPORTS = 256  # processes killed for memory that are reported in one boot
 WATCHDOG_INTERVAL = 10.0  # between two questions to the agent whether it is there
 WATCHDOG_WAIT = 60.0  # without an answer and without having run or wanted to: it hangs
 FAILED_GRACE = 0.5  # instead of STOP_GRACE where the boot or the workload's start failed
+INIT_ALLOWANCE = 5.0  # beyond the grace, for an init of the image's own to end everything
 KILL_WAIT = 2.0  # for killed processes to be gone; those that hang in the kernel stay
 SYNC_WAIT = 5.0  # for sync and unmounts; a hung device does not stop the power-off
 FAREWELL_WAIT = 0.5  # for the host to close the report connection after the last report

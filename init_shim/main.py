@@ -79,11 +79,7 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
     step = timeline.step
     signals.start_deadline()
     with step("api-mounts"):
-        own_session()
-        mounts.mount_api()
-        power.keyboard_as_signal()
-        deposits.make_room()
-        protection.unkillable()
+        settle()
     with step("config"):
         config = take_config()
         reporter.endpoint = config.report
@@ -98,8 +94,9 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
     with step("agent-start"):
         agent = AgentProcess(config, listener)
         supervisor = Supervisor(signals, reporter, agent)
-        agent.start()
-        protection.watch_oom(config, supervisor, reporter)
+        if config.mode == "supervise":  # otherwise its parent is not to be this process
+            agent.start()
+            protection.watch_oom(config, supervisor, reporter)
     with step("root-lower"):
         root.mount_lowers(config.root)
     with step("root-upper"):
@@ -116,6 +113,9 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
         hardening.harden(config)
         hide_paths(config)  # which may write-protect what hardening writes to
         agent.root_ready(new_root)  # nothing of the image runs before this
+    if config.mode == "handoff":
+        hand_off(config, supervisor, agent, reporter, signals=signals, timeline=timeline)
+        return supervisor
     with step("workload"):
         refusal = start_main(config, supervisor, agent, reporter)
     with step("agent-ready"):
@@ -126,6 +126,15 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
         raise refusal
     signals.end_deadline()
     return supervisor
+
+
+def settle() -> None:
+    """What PID 1 is to have and to be before it knows anything about its machine."""
+    own_session()
+    mounts.mount_api()
+    power.keyboard_as_signal()
+    deposits.make_room()
+    protection.unkillable()
 
 
 def own_session() -> None:
@@ -146,6 +155,22 @@ def take_config() -> BootConfig:
         return bootconfig.parse(text)
     except BootConfigError as error:
         raise Failure(str(error), path=bootconfig.PATH) from None
+
+
+def hand_off(
+    config: BootConfig,
+    supervisor: Supervisor,
+    agent: AgentProcess,
+    reporter: Reporter,
+    *,
+    signals: Signals,
+    timeline: Timeline,
+) -> None:
+    """Become the image's own init. Returns only where PID 1 was told to end before it had."""
+    from init_shim.handoff import hand_off
+
+    hand_off(config, agent, reporter, signals, timeline)
+    supervisor.status = "shutdown"
 
 
 def await_agent(supervisor: Supervisor, agent: AgentProcess) -> None:

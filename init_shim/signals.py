@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
     import _signal as signal  # `signal` itself makes enums, whose module is larger than PID 1
 
-__all__ = ["CONTINUE", "KILL", "STOP_SIGNALS", "TERMINATE", "Signals"]
+__all__ = ["CONTINUE", "KILL", "STOP_SIGNALS", "TERMINATE", "Signals", "reset_all"]
 
 TERMINATE, KILL, CONTINUE = signal.SIGTERM, signal.SIGKILL, signal.SIGCONT
 
@@ -89,3 +89,14 @@ class Signals:
 
 def _too_late(number: int, frame: "FrameType | None") -> None:
     raise Failure(f"the boot is not done after {limits.BOOT_DEADLINE:g} s", syscall="alarm")
+
+
+def reset_all() -> None:
+    """Every signal's default, none blocked: execve(2) keeps what is ignored or blocked."""
+    for number in range(1, signal.NSIG):
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            try:
+                signal.signal(number, signal.SIG_DFL)
+            except (OSError, ValueError):
+                pass  # those that the C library keeps for itself
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())

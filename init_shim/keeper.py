@@ -1,0 +1,312 @@
+"""The keeper: PID 1's child that stays for the host when PID 1 becomes the image's own init.
+
+It is what PID 1 is in mode supervise, but for being PID 1: it holds the listener, the deposits and
+the report connection, starts the agent again, and reaps what the agent leaves (as a subreaper).
+The machine's end is the init's: the keeper asks it, notices when it comes, and ends the machine
+itself where the init does not. Imported in mode handoff only.
+"""
+
+import _socket
+import os
+import time
+
+import _guestsys
+
+from guest import limits
+from guest.bootconfig import BootConfig
+from guest.errors import raised_at
+from guest.report import HandedOff, Stopping
+from guest.workload import signal_number
+from init_shim import power, protection
+from init_shim.agent_process import AgentProcess
+from init_shim.failure import Failure, call
+from init_shim.main import await_agent, failed_boot
+from init_shim.reporter import Reporter, say
+from init_shim.signals import CONTINUE, KILL, TERMINATE, Signals
+from init_shim.supervisor import Supervisor, reap
+from init_shim.timeline import Timeline, boot_ms
+
+TYPE_CHECKING = False  # typing itself is too heavy for PID 1
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Keeper", "start"]
+
+NAME = "microguest-keeper"
+CGROUPS = "/sys/fs/cgroup/microguest"  # where the agent has its own as well
+PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36  # linux/prctl.h
+SERVES = b"serves"
+CALLED_OFF = b"called off"
+SENTENCE = 4096  # bytes of what the keeper says instead of SERVES
+KEEPER_ALLOWANCE = 5.0  # seconds beyond those that the agent has
+ASK_AGAIN = 1.0  # seconds; an init that has only just started is deaf
+LAST_LOOK = 0.05  # seconds, should a SIGCHLD be missed
+
+# systemd(1), SIGNALS; busybox's init is told what reboot(8) and poweroff(8) tell it.
+SYSTEMD_POWER_OFF, SYSTEMD_REBOOT = signal_number("RTMIN+4"), signal_number("RTMIN+5")
+BUSYBOX_POWER_OFF, BUSYBOX_REBOOT = signal_number("USR2"), signal_number("TERM")
+
+
+# ── as PID 1 sees it ─────────────────────────────────────────────────────────────────────────────
+
+
+class Keeper:
+    """The child and the pair to it, whose end at execve(2) tells it that PID 1 is another."""
+
+    def __init__(self, pid: int, pair: _socket.socket) -> None:
+        self.pid = pid
+        self._pair = pair
+
+    def await_agent(self, signals: Signals) -> bool:
+        """Until the agent serves; False where PID 1 was told to end meanwhile. Raises Failure."""
+        patience = limits.AGENT_READY_TIMEOUT + KEEPER_ALLOWANCE
+        deadline = time.monotonic() + patience
+        while not signals.stop_requested:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Failure(f"{NAME} has not said anything after {patience:g} s")
+            if signals.wait(left, read=[self._pair.fileno()]):
+                said = self._pair.recv(SENTENCE)
+                if said == SERVES:
+                    return True
+                raise Failure(said.decode("utf-8", "replace") or f"{NAME} has died")
+        return False
+
+    def call_off(self) -> None:
+        """PID 1 stays what it is, and ends the machine."""
+        try:
+            self._pair.send(CALLED_OFF, _socket.MSG_NOSIGNAL)
+        except OSError:
+            pass  # it has died
+
+
+def start(
+    config: BootConfig, agent: AgentProcess, reporter: Reporter, timeline: Timeline
+) -> Keeper:
+    """Fork it; in the child this does not return. Raises Failure."""
+    with call("socketpair", NAME):
+        kind = _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC
+        ours, theirs = _socket.socketpair(_socket.AF_UNIX, kind)
+    with call("fork", NAME):
+        pid = os.fork()
+    if pid:
+        theirs.close()
+        return Keeper(pid, ours)
+    try:
+        ours.close()
+        keep(theirs, config, agent, reporter, timeline)
+    except BaseException as error:  # noqa: BLE001  nothing may run on as a second PID 1
+        say(f"{NAME} failed: {raised_at(error)}")
+    finally:
+        os._exit(0)
+
+
+# ── its life ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def keep(
+    pair: _socket.socket,
+    config: BootConfig,
+    agent: AgentProcess,
+    reporter: Reporter,
+    timeline: Timeline,
+) -> None:
+    """From the agent's start to the end of the machine, or until PID 1 calls it off."""
+    leave_pid_1()
+    signals = Signals()  # PID 1 would take bytes out of the pipe of its own
+    supervisor = Supervisor(signals, reporter, agent)
+    try:
+        agent.start()
+        protection.watch_oom(config, supervisor, reporter)
+        await_agent(supervisor, agent)
+    except Failure as failure:
+        pair.send(failure.message.encode()[:SENTENCE], _socket.MSG_NOSIGNAL)
+        return
+    if not agent.ready:
+        return  # told to end, as PID 1 was
+    pair.send(SERVES, _socket.MSG_NOSIGNAL)
+    if not await_handoff(pair, signals):
+        return
+    reporter.send(HandedOff(boot_ms=boot_ms()))
+    try:
+        supervisor.run(lambda: False)
+        status, grace = supervisor.status, supervisor.grace
+    except BaseException as error:  # noqa: BLE001  nobody could reach the machine any more
+        reporter.send(failed_boot(error, timeline))
+        status, grace = "boot-failed", limits.FAILED_GRACE
+    if signals.stop_requested:
+        status = "reboot" if init_reboots() else "done"
+    end(status, grace, config, signals, reporter)
+
+
+def leave_pid_1() -> None:
+    """A session, a name and a cgroup of its own; orphans of the agent's come here."""
+    os.setsid()
+    _guestsys.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    set_title(NAME)
+    try:
+        # An init that takes over the hierarchy moves whatever is in its root; see docs/handoff.md.
+        for folder in (CGROUPS, f"{CGROUPS}/keeper"):
+            if not os.path.isdir(folder):
+                os.mkdir(folder, 0o755)
+        with open(f"{CGROUPS}/keeper/cgroup.procs", "w", encoding="ascii") as file:
+            file.write("0")
+    except OSError:
+        pass  # there is no hierarchy, or none to write to
+
+
+def set_title(title: str) -> None:
+    """What ps(1) shows. Short of a new program only this changes /proc/PID/cmdline: proc(5)."""
+    try:
+        with open("/proc/self/comm", "w", encoding="ascii") as file:
+            file.write(title[:15])
+        with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+        arguments, end_of_environment = int(fields[45]), int(fields[48])
+        text = title.encode()
+        if end_of_environment - arguments > len(text):  # which the environment lies behind
+            with open("/proc/self/mem", "r+b", buffering=0) as memory:
+                memory.seek(arguments)
+                memory.write(text + bytes(end_of_environment - arguments - len(text)))
+    except (OSError, ValueError, IndexError):
+        pass  # only for people
+
+
+def await_handoff(pair: _socket.socket, signals: Signals) -> bool:
+    """Until PID 1 is the init; False where it stays what it was.
+
+    A signal does not end the wait before: it comes from a PID 1 that calls everything off.
+    """
+    while not signals.wait(None, read=[pair.fileno()]):
+        if signals.stop_requested:
+            return False
+    try:
+        handed_off = not pair.recv(SENTENCE)
+    except ConnectionResetError:  # closed with SERVES unread
+        handed_off = False
+    pair.close()
+    return handed_off
+
+
+# ── the end ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def end(
+    status: str, grace: float, config: BootConfig, signals: Signals, reporter: Reporter
+) -> None:
+    """Have the init end the machine; end it here where that takes INIT_ALLOWANCE too long.
+
+    The init's own end begins with a TERM to every process. That is the moment for the last report:
+    what comes next is a KILL. Returns where systemd does the rest: it waits for whom it has told.
+    """
+    deadline = time.monotonic() + grace + limits.INIT_ALLOWANCE
+    stop_signal = config.workload.stop_signal if config.workload is not None else "TERM"
+
+    def ask() -> None:
+        ask_init(stop_signal, reboot=status == "reboot")
+
+    wait_asking(ask, lambda: signals.stop_requested, signals, deadline)
+    if signals.stop_requested:
+        reporter.send(Stopping(status=status, boot_ms=boot_ms()))
+        reporter.farewell()
+        end_children(signals)
+        if systemd_verb():
+            return
+        wait_asking(ask, lambda: False, signals, deadline)
+    for number in (TERMINATE, CONTINUE):
+        kill_all(number)
+    time.sleep(limits.FAILED_GRACE)
+    kill_all(KILL)
+    power.power_off(status, 0.0, signals, reporter)
+
+
+def wait_asking(
+    ask: "Callable[[], None]", done: "Callable[[], bool]", signals: Signals, deadline: float
+) -> None:
+    """`ask` each ASK_AGAIN seconds until `done`, or until the deadline; reaps meanwhile."""
+    ask_at = 0.0
+    while not done() and (now := time.monotonic()) < deadline:
+        if now >= ask_at and not systemd_verb():
+            ask()
+            ask_at = now + ASK_AGAIN
+        signals.wait(min(ASK_AGAIN, deadline - now))
+        while reap():
+            pass
+
+
+def ask_init(stop_signal: str, *, reboot: bool) -> None:
+    """By the signal that this init understands; `stop_signal` where it is an unknown one."""
+    number = signal_number(stop_signal)
+    if os.path.isdir("/run/systemd/system"):  # sd_booted(3)
+        number = SYSTEMD_REBOOT if reboot else SYSTEMD_POWER_OFF
+    elif program_of_init() == "busybox":
+        number = BUSYBOX_REBOOT if reboot else BUSYBOX_POWER_OFF
+    try:
+        os.kill(1, number)
+    except ProcessLookupError:
+        pass
+
+
+def program_of_init() -> str:
+    """The file name of PID 1's program."""
+    try:
+        return os.path.basename(os.readlink("/proc/1/exe"))
+    except OSError:
+        return ""
+
+
+def init_reboots() -> bool:
+    """Whether the init has said that the end is to be another start; busybox's does not say."""
+    return systemd_verb() == "reboot"
+
+
+def systemd_verb() -> str:
+    """What systemd's last program was told to do (systemd-shutdown(8)); "" before PID 1 is that."""
+    try:
+        with open("/proc/1/cmdline", "rb", buffering=0) as file:
+            words = (file.read(4096) or b"").split(b"\0")
+    except OSError:
+        return ""
+    if os.path.basename(words[0]) != b"systemd-shutdown" or len(words) < 2:
+        return ""
+    return words[1].decode("ascii", "replace")
+
+
+def end_children(signals: Signals) -> None:
+    """The agent and what it has started; they were told already, if the init is one that tells."""
+    for number, patience in ((TERMINATE, limits.FAILED_GRACE), (KILL, limits.KILL_WAIT)):
+        deadline = time.monotonic() + patience
+        told: set[int] = set()
+        while children := children_of(os.getpid()):
+            for pid in children - told:  # those that a dead one leaves are new
+                os.kill(pid, number)
+                os.kill(pid, CONTINUE)
+            told |= children
+            if time.monotonic() >= deadline:
+                break
+            signals.wait(LAST_LOOK)
+            while reap():
+                pass
+
+
+def children_of(parent: int) -> set[int]:
+    """Those not reaped yet; only their parent may take the numbers for granted."""
+    found = set()
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
+                    fields = file.read().rpartition(")")[2].split()
+            except OSError:  # it has ended
+                continue
+            if fields[1:2] == [str(parent)]:
+                found.add(int(name))
+    return found
+
+
+def kill_all(number: int) -> None:
+    """To everybody but the init and the keeper, as kill(2) has it for -1."""
+    try:
+        os.kill(-1, number)
+    except ProcessLookupError:
+        pass
