@@ -12,7 +12,7 @@ import time
 
 import trio
 
-from agent import service, supervision
+from agent import clock, service, supervision
 from agent.state import Agent
 from guest.supervision import AgentReady, Configure
 
@@ -49,6 +49,7 @@ async def serve(agent: Agent, listener: socket.socket) -> None:
     async with trio.open_nursery() as nursery:
         agent.nursery = nursery
         nursery.start_soon(supervision.follow, agent)
+        nursery.start_soon(clock.watch, agent)
         agent.ready_ms = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000
         agent.link.send(AgentReady(boot_ms=agent.ready_ms))
         await service.serve(agent, listener)

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from agent import attaching, operations
+from agent import attaching, clock, operations, renewing
 from agent.channel import Channel, ConnectionLost
 from agent.state import Agent, log
 from guest import __version__, limits
@@ -42,6 +42,8 @@ OPERATIONS: dict[str, Handler] = {
     "wait": operations.wait,
     "signal": operations.signal,
     "forget": operations.forget,
+    "clock": clock.clock,
+    "renew": renewing.renew,
 }
 
 
@@ -158,7 +160,8 @@ def admit(agent: Agent, channel: Channel, hello: Event) -> None:
         raise OperationError("unauthorized", "the token is not this machine's")
     if agent.connections >= limits.CONNECTIONS:
         raise OperationError("too_busy", f"{limits.CONNECTIONS} connections are open already")
-    channel.queue(WELCOME)
+    asks = hello.clock and clock.has_own_kernel(agent)
+    channel.queue(WELCOME.replace(clock=clock.clocks()) if asks else WELCOME)
 
 
 async def answer_requests(agent: Agent, channel: Channel, events: list[Event]) -> None:

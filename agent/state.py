@@ -149,6 +149,8 @@ class Agent:
         self._pidfd = -1  # of the agent itself
         self.processes: dict[str, Process] = {}
         self.connections = 0
+        self.pauses = 0  # that `agent.clock` has found out, and how many seconds the last one was
+        self.last_pause = 0.0
         self._last_id = 0
 
     def next_id(self) -> str:

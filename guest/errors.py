@@ -29,7 +29,7 @@ __all__ = [
 # Why a process was not started. Apart from these, an OperationError has one of:
 # bad_request, bad_preface, frame_too_large, unauthorized, unsupported_version, unknown_operation,
 # too_busy, hello_timeout, not_ready, no_such_process, stdin_taken, fell_behind, cannot_keep,
-# still_running, shutting_down, internal.
+# still_running, shutting_down, kernel_shared, not_permitted, internal.
 START_CODES = frozenset(
     {
         "not_found",

@@ -13,6 +13,7 @@ from guest import limits
 from guest.errors import LocalProtocolError, RemoteProtocolError
 from guest.frames import Kind
 from guest.record import Record, RecordError
+from guest.renewal import Clock, ClockResult, Renew, Renewed
 from guest.status import ExitStatus
 from guest.workload import check_limits
 
@@ -60,7 +61,7 @@ PACK_BUFFER = 1024
 
 # What an agent names in its welcome: "engine" once it serves everything in this module, but for
 # what has a name of its own.
-FEATURES = ("engine", "seccomp")
+FEATURES = ("engine", "seccomp", "renew")
 
 # Channel numbers of a process's streams, as its file descriptors.
 STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
@@ -72,6 +73,7 @@ class Hello(Record):
     token: str
     client: str = ""
     features: tuple[str, ...] = ()
+    clock: bool = False  # the welcome shall say what time it is in the guest
 
     def check(self) -> None:
         if not self.token.isascii():  # what hmac.compare_digest takes as str
@@ -83,6 +85,9 @@ class Welcome(Record):
 
     agent: str  # its version
     features: tuple[str, ...] = ()
+    # CLOCK_REALTIME and CLOCK_BOOTTIME in nanoseconds, where the hello asked for them and the
+    # guest's clock can be stepped.
+    clock: tuple[int, ...] = ()
 
 
 class Ping(Record):
@@ -394,6 +399,8 @@ OPERATIONS: dict[str, tuple[type[Record], type[Record]]] = {
     "signal": (SignalProcess, SignalResult),
     "forget": (Forget, ForgetResult),
     "shutdown": (Shutdown, ShutdownResult),
+    "clock": (Clock, ClockResult),
+    "renew": (Renew, Renewed),
 }
 
 # After these, the connection belongs to one process and ends with it.

@@ -5,12 +5,16 @@ from typing import Self, Unpack
 
 from guest import limits
 from guest.messages import Attach, InfoResult, PingResult, ProcessInfo, Start
+from guest.netplan import Interface
+from guest.renewal import Renewed
+from host_client import renewal
 from host_client.address import Address, parse
 from host_client.channel import Obituary
 from host_client.driver import Driver
 from host_client.errors import ConnectError
 from host_client.exchange import Exchange
 from host_client.process import Process, ProcessStream
+from host_client.renewal import GuestClock
 from host_client.request import Argument, Options, attach_record, start_record
 from host_client.result import Result
 from host_client.session import MAX_OUTPUT, MAX_UNREAD
@@ -19,15 +23,19 @@ from host_client.steps import run
 __all__ = ["Agent", "connect"]
 
 
-def connect(url: str, *, token: str | None = None, timeout: float = 10.0) -> "Agent":
+def connect(
+    url: str, *, token: str | None = None, timeout: float = 10.0, step_clock: bool = True
+) -> "Agent":
     """Reach the agent at `url` and check that it takes the token.
 
     `url`: vsock://CID:PORT, hybrid:///PATH[?port=PORT], unix:///PATH, or the name of a machine of
     this user, which needs no token. `timeout`: seconds for this and for every later small request.
+    `step_clock`: set the guest's clock by ours whenever it is found to be more than 0.1 s out.
     A guest that is still booting is waited for; a socket that nobody serves is an error at once.
     Raises ConnectError; OperationError("unauthorized") for a wrong token.
     """
     agent = Agent.at(url, token=token, timeout=timeout)
+    agent.driver.keeps_clock = step_clock
     try:
         agent.ping()
     except BaseException:
@@ -185,6 +193,48 @@ class Agent:
     def info(self) -> InfoResult:
         """Versions, identity and state of the guest."""
         return run(self.driver.info())
+
+    def clock(self) -> GuestClock:
+        """What time it is in the guest, against ours: `offset` is known to `error` seconds."""
+        return run(self.driver.clock())
+
+    def step_clock(self, beyond: float = 0.0) -> GuestClock:
+        """Set the guest's clock by ours where it is more than `beyond` seconds out.
+
+        What was added is in `stepped`. Without being asked that is done for a clock that is more
+        than 0.1 s out when a connection is made. OperationError: kernel_shared for machines without
+        a kernel of their own, not_permitted.
+        """
+        return run(self.driver.step_clock(beyond))
+
+    def renew(
+        self,
+        *,
+        clock: bool = True,
+        random: bool = True,
+        hostname: str | None = None,
+        machine_id: str | None = None,
+        interfaces: Sequence[Interface] = (),
+        check: bool = False,
+    ) -> Renewed:
+        """Make a restored guest one of its own: clock, random numbers, identity, addresses.
+
+        clock: set by ours. random: fresh bytes of ours for its kernel's generator. hostname: a new
+        one. machine_id: 32 hexadecimal digits, or "random". interfaces: each gets the addresses and
+        routes given here and no others. What was not possible is in `failed`, by part; check: that
+        raises OperationError("not_renewed").
+        """
+        renewed = run(
+            renewal.renew(
+                self.driver,
+                clock=clock,
+                random=random,
+                hostname=hostname,
+                machine_id=machine_id,
+                interfaces=interfaces,
+            )
+        )
+        return renewal.checked(renewed) if check else renewed
 
     def shutdown(self, *, grace: float = limits.STOP_GRACE) -> None:
         """Ask for the machine's end: TERM, `grace` seconds, KILL, power off. It is not awaited."""

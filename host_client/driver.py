@@ -10,7 +10,12 @@ from typing import Final, TypeVar
 
 from guest import limits
 from guest.connection import Data, Request, Response
-from guest.errors import OperationError, RemoteProtocolError, operation_error
+from guest.errors import (
+    MicroguestError,
+    OperationError,
+    RemoteProtocolError,
+    operation_error,
+)
 from guest.messages import (
     FEATURES,
     Acknowledge,
@@ -36,11 +41,13 @@ from guest.messages import (
     Welcome,
 )
 from guest.record import Record
+from host_client import renewal
 from host_client.address import Address, NotListening
 from host_client.channel import EXPLAIN_WITHIN, Channel, Obituary, ended
 from host_client.deadline import Deadline
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
 from host_client.exchange import Exchange, Output
+from host_client.renewal import GuestClock
 from host_client.request import signal_number
 from host_client.result import Result
 from host_client.session import command
@@ -54,6 +61,7 @@ REUSED_WAIT: Final = 2.0  # seconds for an answer on a kept one, before a new on
 RETRY_EVERY: Final = 0.01  # seconds between dials of a guest whose listener is not up
 KILL_ALLOWANCE: Final = 5.0  # seconds a timed-out command gets to be killed and reported
 WAIT_SLICE: Final = 2.0  # seconds that the agent is asked to wait at a time
+CLOCK_EVERY: Final = 10.0  # seconds between looks at the guest's clock, each with a new connection
 CLIENT: Final = "microguest-host"
 
 # What agents knew before they named FEATURES; older ones ignore the other fields.
@@ -79,6 +87,7 @@ class Driver:
     ) -> None:
         self.address = address
         self.timeout = timeout
+        self.keeps_clock = True  # a guest's clock that is out is set without being asked
         self.first_exec_at: float | None = None  # monotonic clock, when the first result was here
         self._hello = Hello(token=token, client=CLIENT)
         self._obituary = obituary
@@ -86,6 +95,8 @@ class Driver:
         self._lock = threading.Lock()
         self._idle: list[Channel] = []
         self._closed = False
+        self._clock_looked_at = -CLOCK_EVERY  # monotonic clock
+        self._clock_is_out = False
 
     def close(self) -> None:
         """Close the kept connections."""
@@ -126,18 +137,20 @@ class Driver:
         if acknowledge and self._features is None:
             yield from self.ping()  # only newer agents take acknowledgements
         channel = yield from self._dial(Deadline(self.timeout), lasting=True)
+        began = time.monotonic_ns()
         try:
-            exchange = kind(channel, self._hello, args)
+            exchange = kind(channel, self._greeting(), args)
             if acknowledge and FEATURES[0] in (self._features or ()):
                 channel.queue(_first_acknowledgement(args))
             yield from exchange.answer(
                 Deadline(self.timeout), Deadline(self.timeout + limits.ROOT_WAIT)
             )
+            if exchange.welcome is not None:
+                self._welcomed(exchange.welcome, began)
+            yield from self._correct_clock()
         except BaseException:
             channel.close()
             raise
-        if self._features is None and exchange.welcome is not None:
-            self._features = exchange.welcome.features
         return exchange
 
     def processes(self) -> Steps[list[ProcessInfo]]:
@@ -210,20 +223,23 @@ class Driver:
                 pass
         deadline = Deadline(self.timeout + allowance)
         channel = yield from self._dial(deadline)
-        channel.queue(self._hello)
-        return (yield from self._ask(channel, request, kind, deadline))
+        channel.queue(self._greeting())
+        answer = yield from self._ask(channel, request, kind, deadline)
+        yield from self._correct_clock()
+        return answer
 
     def _ask(
         self, channel: Channel, request: Request, kind: type[R], deadline: Deadline
     ) -> Steps[R]:
         """Send one request and wait for its answer; keep the connection where it stays usable."""
+        began = time.monotonic_ns()
         try:
             channel.queue(request)
             while True:
                 for event in (yield from channel.step(deadline)):
                     match event:
                         case Welcome():
-                            self._features = event.features
+                            self._welcomed(event, began)
                         case Failure():
                             raise operation_error(event.code, event.message, event.fields)
                         case Response(result=result) if isinstance(result, kind):
@@ -252,6 +268,37 @@ class Driver:
                 f"the agent at {self.address} is older than this program and would ignore: {names}",
                 {"field": names},
             )
+
+    # ── the clock ────────────────────────────────────────────────────────────────────────────────
+
+    def clock(self) -> Steps[GuestClock]:
+        """What time is it there?"""
+        return (yield from renewal.measure(self))
+
+    def step_clock(self, beyond: float) -> Steps[GuestClock]:
+        """Set it by ours."""
+        return (yield from renewal.step(self, beyond))
+
+    def _greeting(self) -> Hello:
+        """The hello, which asks for the time now and then: a guest may have stood still."""
+        due = time.monotonic() - self._clock_looked_at >= CLOCK_EVERY
+        return self._hello.replace(clock=True) if due and self.keeps_clock else self._hello
+
+    def _welcomed(self, welcome: Welcome, began: int) -> None:
+        self._features = welcome.features
+        out = renewal.is_out(welcome, began)
+        if out is not None:
+            self._clock_looked_at = time.monotonic()
+            self._clock_is_out = out
+
+    def _correct_clock(self) -> Steps[None]:
+        """Set the guest's clock where its welcome showed that it is out; best effort."""
+        if self._clock_is_out:
+            self._clock_is_out = False
+            try:
+                yield from renewal.step(self, renewal.STEP_BEYOND)
+            except MicroguestError:
+                pass  # nobody asked for it; `step_clock` says what is wrong
 
     # ── connections ──────────────────────────────────────────────────────────────────────────────
 

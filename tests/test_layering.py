@@ -19,7 +19,7 @@ NATIVE = {"_guestsys"}
 MAY_IMPORT = {
     "guest": {"guest", "msgpack"},
     "init_shim": {"guest", "init_shim", *NATIVE, "_guest_build"},
-    "agent": {"guest", "agent", "trio", "msgpack", *NATIVE},
+    "agent": {"guest", "agent", "trio", "msgpack", "pyroute2", *NATIVE},
     "host_client": {"guest", "host_client"},
     "host_client/aio": {"guest", "host_client", "anyio"},
 }

@@ -5,12 +5,16 @@ from typing import Self, Unpack
 
 from guest import limits
 from guest.messages import InfoResult, PingResult, ProcessInfo
+from guest.netplan import Interface
+from guest.renewal import Renewed
 from host_client import agent as blocking
+from host_client import renewal
 from host_client.address import Address
 from host_client.aio.process import Process
 from host_client.aio.waiting import run
 from host_client.driver import Driver
 from host_client.exchange import Exchange
+from host_client.renewal import GuestClock
 from host_client.request import Argument, Options, attach_record, start_record
 from host_client.result import Result
 from host_client.session import MAX_OUTPUT, MAX_UNREAD
@@ -23,9 +27,11 @@ async def connect(
     *,
     token: str | None = None,
     timeout: float = 10.0,  # noqa: ASYNC109  of every later request as well
+    step_clock: bool = True,
 ) -> "Agent":
     """As `host_client.connect`: the same URLs, names, waits and errors."""
     agent = Agent(blocking.Agent.at(url, token=token, timeout=timeout).driver)
+    agent.driver.keeps_clock = step_clock
     try:
         await agent.ping()
     except BaseException:
@@ -132,6 +138,48 @@ class Agent:
     async def info(self) -> InfoResult:
         """Versions, identity and state of the guest."""
         return await run(self.driver.info())
+
+    async def clock(self) -> GuestClock:
+        """What time it is in the guest, against ours: `offset` is known to `error` seconds."""
+        return await run(self.driver.clock())
+
+    async def step_clock(self, beyond: float = 0.0) -> GuestClock:
+        """Set the guest's clock by ours where it is more than `beyond` seconds out.
+
+        What was added is in `stepped`. Without being asked that is done for a clock that is more
+        than 0.1 s out when a connection is made. OperationError: kernel_shared for machines without
+        a kernel of their own, not_permitted.
+        """
+        return await run(self.driver.step_clock(beyond))
+
+    async def renew(
+        self,
+        *,
+        clock: bool = True,
+        random: bool = True,
+        hostname: str | None = None,
+        machine_id: str | None = None,
+        interfaces: Sequence[Interface] = (),
+        check: bool = False,
+    ) -> Renewed:
+        """Make a restored guest one of its own: clock, random numbers, identity, addresses.
+
+        clock: set by ours. random: fresh bytes of ours for its kernel's generator. hostname: a new
+        one. machine_id: 32 hexadecimal digits, or "random". interfaces: each gets the addresses and
+        routes given here and no others. What was not possible is in `failed`, by part; check: that
+        raises OperationError("not_renewed").
+        """
+        renewed = await run(
+            renewal.renew(
+                self.driver,
+                clock=clock,
+                random=random,
+                hostname=hostname,
+                machine_id=machine_id,
+                interfaces=interfaces,
+            )
+        )
+        return renewal.checked(renewed) if check else renewed
 
     async def shutdown(self, *, grace: float = limits.STOP_GRACE) -> None:
         """Ask for the machine's end: TERM, `grace` seconds, KILL, power off. It is not awaited."""

@@ -1,0 +1,169 @@
+"""The guest's clock: the operation `clock`, and the watch that notices when it stood still.
+
+Nothing in a guest notices a pause: CLOCK_MONOTONIC and CLOCK_BOOTTIME stop with its processors and
+CLOCK_REALTIME with them. Only the VMM's real-time clock goes on. `watch` compares, and trusts it
+for nothing but how long the pause was: it may be in local time or set to anything.
+
+A guest without a kernel of its own (`transport` "unix") shares the clock with its host, and nothing
+here touches it.
+"""
+
+import os
+import time
+
+import trio
+
+from agent.channel import Channel
+from agent.entropy import reseed, seed_from_hardware
+from agent.state import Agent, log
+from guest.connection import Event
+from guest.errors import OperationError
+from guest.record import Record
+from guest.renewal import Clock, ClockResult
+
+__all__ = ["clock", "clocks", "has_own_kernel", "step", "watch"]
+
+RTC = "/sys/class/rtc/rtc0/since_epoch"
+WATCH_EVERY = 10.0  # seconds; a look costs 0.2 ms natively
+PAUSE_MIN = 2.0  # seconds; the real-time clock knows whole ones only
+SECOND = 10**9  # nanoseconds
+
+
+async def clock(agent: Agent, _channel: Channel, args: Record, _early: list[Event]) -> Record:
+    """The operation. Raises OperationError kernel_shared, not_permitted."""
+    assert isinstance(args, Clock)
+    stepped = 0.0
+    if args.realtime is not None and args.boottime is not None:
+        stepped = step(agent, args.realtime, args.boottime)
+    realtime, boottime = clocks()
+    return ClockResult(
+        realtime=realtime,
+        boottime=boottime,
+        stepped=stepped,
+        rtc=read_rtc(),
+        pauses=agent.pauses,
+        last_pause=agent.last_pause,
+    )
+
+
+def clocks() -> tuple[int, int]:
+    """CLOCK_REALTIME and CLOCK_BOOTTIME at one moment, nanoseconds."""
+    before = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    realtime = time.clock_gettime_ns(time.CLOCK_REALTIME)
+    return realtime, (before + time.clock_gettime_ns(time.CLOCK_BOOTTIME)) // 2
+
+
+def step(agent: Agent, realtime: int, boottime: int) -> float:
+    """Let CLOCK_REALTIME have been `realtime` when CLOCK_BOOTTIME was `boottime`.
+
+    Returns the seconds that were added. Raises OperationError kernel_shared, not_permitted.
+    """
+    if not has_own_kernel(agent):
+        raise OperationError(
+            "kernel_shared", "this guest has its host's kernel, and with it the host's clock"
+        )
+    now, boottime_now = clocks()
+    wanted = realtime + boottime_now - boottime
+    try:
+        time.clock_settime_ns(time.CLOCK_REALTIME, wanted)
+    except OSError as error:
+        raise OperationError(
+            "not_permitted",
+            f"the clock cannot be set to {wanted} ns: {error.strerror}",
+            {"errno": error.errno},
+        ) from None
+    return (wanted - now) / SECOND
+
+
+def has_own_kernel(agent: Agent) -> bool:
+    """Whether what is changed in the kernel is changed for this guest only.
+
+    A Unix socket cannot leave a kernel: who is reached over one shares it.
+    """
+    return agent.configure.transport == "vsock"
+
+
+async def watch(agent: Agent) -> None:
+    """Mend what a pause leaves that nobody tells us of. For ever; without an RTC not at all."""
+    if not has_own_kernel(agent):
+        return
+    before = Look.now()
+    while before is not None:
+        await trio.sleep(WATCH_EVERY)
+        now = Look.now()
+        if now is not None:
+            lost = now.rtc - before.rtc - (now.boottime - before.boottime) / SECOND
+            if lost >= PAUSE_MIN:
+                await mend(agent, lost, agrees=now.agrees, others=now.ahead(before))
+                now = Look.now()
+        before = now
+
+
+class Look:
+    """All clocks at one moment."""
+
+    __slots__ = ("boottime", "realtime", "rtc")
+
+    def __init__(self, rtc: int) -> None:
+        self.rtc = rtc  # seconds
+        self.realtime, self.boottime = clocks()
+
+    @classmethod
+    def now(cls) -> "Look | None":
+        """None where the machine has no real-time clock that can be read."""
+        rtc = read_rtc()
+        return None if rtc is None else cls(rtc)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the system's clock and the real-time clock say the same."""
+        return abs(self.rtc - self.realtime / SECOND) < PAUSE_MIN
+
+    def ahead(self, before: "Look") -> float:
+        """Seconds by which somebody has set the system's clock since."""
+        return (self.realtime - before.realtime - self.boottime + before.boottime) / SECOND
+
+
+async def mend(agent: Agent, lost: float, *, agrees: bool, others: float) -> None:
+    """The real-time clock went on by `lost` seconds more than the system did.
+
+    `agrees`: with the system's clock, by now. `others`: seconds by which somebody has set that one.
+    """
+    untouched = abs(others) < PAUSE_MIN
+    if agrees and untouched:
+        return  # no pause: the real-time clock was wrong, and somebody has set it
+    agent.pauses += 1
+    agent.last_pause = lost
+    done = []
+    if untouched:
+        realtime, boottime = clocks()
+        step(agent, realtime + int(lost * SECOND), boottime)
+        done.append("set the clock")
+    if await trio.to_thread.run_sync(renew_random_numbers, abandon_on_cancel=True):
+        done.append("reseeded the random numbers")
+    log(f"the machine stood still for {lost:.0f} s: {' and '.join(done) or 'nothing to do'}")
+
+
+def renew_random_numbers() -> bool:
+    """Also where the pause was a restore: a copy must not share them with its original."""
+    seed_from_hardware()
+    try:
+        reseed()
+    except OSError as error:
+        log(f"random numbers cannot be reseeded: {error}")
+        return False
+    return True
+
+
+def read_rtc() -> int | None:
+    """Seconds since the epoch by the machine's real-time clock; None where it has none."""
+    try:
+        fd = os.open(RTC, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return int(os.read(fd, 32))
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(fd)

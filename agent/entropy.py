@@ -1,0 +1,79 @@
+"""Random numbers that nobody else has: seed the kernel's generator and let it forget its past.
+
+Copies of one machine give the same random numbers until their kernels collect enough of their own,
+up to a minute later. RNDADDENTROPY mixes bytes into the pool, RNDRESEEDCRNG makes a new key out of
+the pool at once: random(4). Both need CAP_SYS_ADMIN.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+
+__all__ = ["reseed", "seed", "seed_from_hardware"]
+
+RNDADDENTROPY = 0x40085203  # linux/random.h
+RNDRESEEDCRNG = 0x5207
+DEVICES = ("/dev/urandom", "/dev/random")
+DEVICE_NUMBERS = (os.makedev(1, 8), os.makedev(1, 9))
+HARDWARE = "/dev/hwrng"
+HARDWARE_BYTES = 64
+
+
+def seed(data: bytes) -> None:
+    """Mix bytes into the kernel's pool, each counted as 8 bits. Raises OSError."""
+    # struct rand_pool_info: entropy in bits, size in bytes, the bytes in whole words
+    padded = data + bytes(-len(data) % 4)
+    request = struct.pack("ii", len(data) * 8, len(padded)) + padded
+    fd = open_device()
+    try:
+        fcntl.ioctl(fd, RNDADDENTROPY, request)
+    finally:
+        os.close(fd)
+
+
+def reseed() -> None:
+    """Let random numbers depend on all that is in the pool from now on. Raises OSError."""
+    fd = open_device()
+    try:
+        fcntl.ioctl(fd, RNDRESEEDCRNG)
+    finally:
+        os.close(fd)
+
+
+def seed_from_hardware() -> bool:
+    """The same from the machine's own source, as virtio-rng, which is its host's. May block.
+
+    False where there is none.
+    """
+    try:
+        fd = os.open(HARDWARE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        seed(os.read(fd, HARDWARE_BYTES))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def open_device() -> int:
+    """The image's /dev may have anything under these names. Raises OSError."""
+    for path in DEVICES:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue
+        if is_generator(fd):
+            return fd
+        os.close(fd)
+    raise FileNotFoundError(errno.ENOENT, "the root has no such device", DEVICES[0])
+
+
+def is_generator(fd: int) -> bool:
+    """Whether it is the kernel's random number generator."""
+    status = os.fstat(fd)
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev in DEVICE_NUMBERS

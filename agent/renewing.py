@@ -1,0 +1,100 @@
+"""The operation `renew`: what a paused or restored machine needs, part by part.
+
+Clock, random numbers, identity, network, in this order: a new machine-id is to come out of new
+random numbers. A part that fails is named in the answer, and the others are done all the same.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from agent import entropy, identity
+from agent.channel import Channel
+from agent.clock import has_own_kernel, step
+from agent.state import Agent
+from guest.connection import Event
+from guest.errors import OperationError
+from guest.record import Record
+from guest.renewal import Renew, Renewed
+
+__all__ = ["renew"]
+
+
+async def renew(agent: Agent, _channel: Channel, args: Record, _early: list[Event]) -> Record:
+    """Do what is asked. Raises OperationError not_ready where the root is not in place."""
+    assert isinstance(args, Renew)
+    await agent.wait_root()
+    renewal = Renewal(agent, args)
+    renewal.set_clock()
+    # In a thread, as a file system of the image may hang.
+    await trio.to_thread.run_sync(renewal.in_thread, abandon_on_cancel=True)
+    await renewal.readdress()
+    return Renewed(**renewal.done, failed=renewal.failed)
+
+
+class Renewal:
+    """One request. `done`: fields of `Renewed`; `failed`: why others are missing."""
+
+    def __init__(self, agent: Agent, asked: Renew) -> None:
+        self.agent = agent
+        self.asked = asked
+        self.done: dict[str, Any] = {}
+        self.failed: dict[str, str] = {}
+
+    def set_clock(self) -> None:
+        """First, so that nothing that follows is stamped with the old time."""
+        realtime, boottime = self.asked.realtime, self.asked.boottime
+        if realtime is not None and boottime is not None:
+            self._attempt("clock", "stepped", lambda: step(self.agent, realtime, boottime))
+
+    def in_thread(self) -> None:
+        """Random numbers and identity."""
+        if self.asked.seed:
+            self._attempt("random", "seeded", self._seed)
+            self._attempt("random", "reseeded", self._reseed)
+        hostname, machine_id = self.asked.hostname, self.asked.machine_id
+        if hostname is not None:
+            self._attempt("hostname", "hostname", lambda: identity.set_hostname(hostname))
+        if machine_id is not None:
+            self._attempt("machine_id", "machine_id", lambda: identity.set_machine_id(machine_id))
+
+    async def readdress(self) -> None:
+        """Interface by interface, as the request names them."""
+        if not self.asked.interfaces:
+            return
+        from agent.network import readdress  # only here, for what it imports
+
+        renewed: list[str] = []
+        for interface in self.asked.interfaces:
+            try:
+                await readdress(interface)
+            except (OSError, ValueError) as error:
+                self.failed.setdefault("network", f"{interface.name}: {error}")
+            else:
+                renewed.append(interface.name)
+        self.done["interfaces"] = tuple(renewed)
+
+    def _attempt(self, part: str, field: str, work: Callable[[], object]) -> None:
+        try:
+            self.done[field] = work()
+        except OperationError as error:
+            self.failed.setdefault(part, error.message)
+        except OSError as error:
+            self.failed.setdefault(part, str(error))
+
+    def _seed(self) -> bool:
+        self._own_kernel()
+        entropy.seed(self.asked.seed)
+        return True
+
+    def _reseed(self) -> bool:
+        self._own_kernel()
+        entropy.reseed()
+        return True
+
+    def _own_kernel(self) -> None:
+        if not has_own_kernel(self.agent):
+            raise OperationError(
+                "kernel_shared", "this guest has its host's kernel, whose random numbers it shares"
+            )

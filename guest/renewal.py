@@ -1,0 +1,100 @@
+"""What a machine needs after a pause or a restore: the operations `clock` and `renew`. Records.
+
+A machine that stood still has a clock that is behind. A machine that was restored from a saved one
+shares its random numbers, its identity and its addresses with every other copy. Times here are
+nanoseconds: CLOCK_REALTIME since the epoch, CLOCK_BOOTTIME since the guest's kernel started, which
+no step of the clock changes. A pair of both says what time it was at a moment of the guest.
+"""
+
+from guest import limits
+from guest.netplan import Interface
+from guest.record import Record, RecordError
+
+__all__ = ["Clock", "ClockResult", "Renew", "Renewed"]
+
+HEXADECIMAL = frozenset("0123456789abcdef")
+
+
+class Clock(Record):
+    """What time is it in the guest? With `realtime` and `boottime`, set it first.
+
+    CLOCK_REALTIME becomes what it has to be so that it was `realtime` when CLOCK_BOOTTIME was
+    `boottime`. So it does not matter how long the request took, nor whether it is made twice.
+    """
+
+    realtime: int | None = None  # nanoseconds
+    boottime: int | None = None  # nanoseconds
+
+    def check(self) -> None:
+        check_pair(self.realtime, self.boottime)
+
+
+class ClockResult(Record):
+    """The guest's clocks, read at one moment, after the step if one was asked for."""
+
+    realtime: int  # nanoseconds
+    boottime: int  # nanoseconds
+    stepped: float = 0.0  # seconds that were added by this request
+    rtc: int | None = None  # seconds since the epoch by the machine's real-time clock, if any
+    # Pauses that the agent has found out and mended by itself, and the seconds of the last one.
+    pauses: int = 0
+    last_pause: float = 0.0
+
+
+class Renew(Record):
+    """Make good what a pause or a restore left behind; what is not said is left alone.
+
+    In this order: clock, random numbers, identity, network. A part that fails leaves the others.
+    """
+
+    realtime: int | None = None  # with boottime, as in Clock
+    boottime: int | None = None
+    seed: bytes = b""  # fresh random bytes of the host, for the kernel's random numbers
+    hostname: str | None = None
+    machine_id: str | None = None  # 32 hexadecimal digits in lower case, or "random"
+    interfaces: tuple[Interface, ...] = ()  # each gets these addresses and routes and no others
+
+    def check(self) -> None:
+        check_pair(self.realtime, self.boottime)
+        if len(self.seed) > limits.SEED:
+            raise RecordError(f"seed: at most {limits.SEED} bytes")
+        if self.hostname is not None and not _is_hostname(self.hostname):
+            raise RecordError("hostname: must be 1 to 64 letters, digits, '-' and '.'")
+        if self.machine_id not in (None, "random") and not _is_machine_id(self.machine_id or ""):
+            raise RecordError("machine_id: must be 32 hexadecimal digits in lower case, or random")
+        if len(self.interfaces) > limits.INTERFACES:
+            raise RecordError(f"interfaces: at most {limits.INTERFACES}")
+        if any(interface.dhcp for interface in self.interfaces):
+            raise RecordError("interfaces: dhcp is for the boot; give addresses")
+
+
+class Renewed(Record):
+    """What was done. `failed` has a sentence for each part that was asked for and was not."""
+
+    stepped: float | None = None  # seconds that were added to CLOCK_REALTIME
+    seeded: bool = False  # RNDADDENTROPY: the seed is in the kernel's pool
+    reseeded: bool = False  # RNDRESEEDCRNG: what it gives from now on depends on that
+    hostname: str | None = None
+    machine_id: str | None = None
+    interfaces: tuple[str, ...] = ()  # names of those that have their new addresses
+    failed: dict[str, str] = {}  # noqa: RUF012  by clock, random, hostname, machine_id, network
+
+
+def check_pair(realtime: int | None, boottime: int | None) -> None:
+    """RecordError unless both or neither are given, within what clock_settime(2) takes."""
+    if (realtime is None) != (boottime is None):
+        raise RecordError("realtime, boottime: each needs the other")
+    for name, value in (("realtime", realtime), ("boottime", boottime)):
+        if value is not None and not 0 <= value < limits.NANOSECONDS_MAX:
+            raise RecordError(f"{name}: must be 0 to {limits.NANOSECONDS_MAX} nanoseconds")
+
+
+def _is_hostname(name: str) -> bool:
+    """As Linux and RFC 1123 take it."""
+    letters = name.replace("-", "").replace(".", "")
+    return name.isascii() and letters.isalnum() and len(name) <= 64 and name[0] not in "-."
+
+
+def _is_machine_id(text: str) -> bool:
+    """As machine-id(5) says; all zeros is none."""
+    return len(text) == 32 and HEXADECIMAL.issuperset(text) and text != "0" * 32
