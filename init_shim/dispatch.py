@@ -29,6 +29,10 @@ def run() -> int:
     name = os.path.basename(sys.argv[0]) if sys.argv else ""
     if name == "agent" or arguments[:1] == ["agent"]:
         return run_agent()
+    if name == "dhcp" and len(arguments) == 1:
+        from init_shim.dhcp_client import run as keep_lease
+
+        return keep_lease(arguments[0])
     if os.getpid() == 1 or name == "init":
         from init_shim.main import run as boot
 

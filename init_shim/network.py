@@ -1,10 +1,15 @@
-"""What the guest's network has without being asked: loopback and a host name."""
+"""What the guest's network has before the workload starts: loopback, names, and what is asked for.
+
+Loopback and the host's name are all that most machines have, and all that is imported here. The
+modules behind interfaces, DHCP and the files in /etc are loaded where the config needs them.
+"""
 
 import _socket
 import fcntl
 import sys
 
 from guest.bootconfig import BootConfig
+from guest.netplan import Network
 from init_shim.failure import call
 
 __all__ = ["configure"]
@@ -15,12 +20,34 @@ SIOCSIFFLAGS = 0x8914
 IFF_UP = 0x1
 IFREQ_NAME = 16  # bytes; the flags follow
 IFREQ = 40
+KERNEL_LINE = "/proc/cmdline"
+LONGEST_LINE = 4096  # bytes; COMMAND_LINE_SIZE is at most that
 
 
 def configure(config: BootConfig) -> None:
-    """Loopback, host name, and what the config asks for. Raises Failure."""
+    """Everything about the network, in place when this returns. Raises Failure.
+
+    The files in /etc are complete before DHCP is waited for, and its name servers are there when it
+    is done.
+    """
     loopback_up()
-    set_hostname(config.hostname)
+    plan, hostname = config.network, config.hostname
+    named = hostname != BootConfig.hostname
+    if config.machine == "vm" and not plan.interfaces:  # a namespace's command line is its host's
+        plan, given = with_kernel_line(plan)
+        if given and not named:
+            hostname, named = given, True
+    set_hostname(hostname)
+    if plan.interfaces:
+        from init_shim.interfaces import set_up
+
+        set_up(plan)
+    if named or config.machine_id or plan.nameservers or plan.search or plan.options or plan.hosts:
+        write_files(plan, hostname if named else "", hostname, config.machine_id)
+    if any(interface.dhcp for interface in plan.interfaces):
+        from init_shim.dhcp import start_clients
+
+        start_clients(plan, hostname if named else "")
 
 
 def loopback_up() -> None:
@@ -43,3 +70,34 @@ def set_hostname(name: str) -> None:
     """sethostname(2)."""
     with call("sethostname", name):
         _socket.sethostname(name)
+
+
+def with_kernel_line(plan: Network) -> tuple[Network, str]:
+    """`plan` with what `ip=` on the kernel's command line adds, and the host name there."""
+    with call("open", KERNEL_LINE), open(KERNEL_LINE, "rb", buffering=0) as file:
+        line = (file.read(LONGEST_LINE) or b"").decode("utf-8", "replace")
+    words = [word[3:] for word in line.split() if word.startswith("ip=")]
+    if not words:
+        return plan, ""
+    from init_shim.kernel_line import planned
+
+    return planned(words[-1], plan)  # the last one counts, as for the kernel
+
+
+def write_files(plan: Network, given_name: str, hostname: str, machine_id: str) -> None:
+    """The files of /etc that the config has something for. `given_name`: "" if nobody chose it."""
+    from init_shim import etcfiles
+
+    if given_name:
+        etcfiles.write("hostname", f"{given_name}\n")
+    if machine_id:
+        etcfiles.write("machine-id", f"{machine_id}\n", 0o444)
+    if plan.nameservers or plan.search or plan.options:
+        text = etcfiles.resolv_conf_text(plan.nameservers, plan.search, plan.options)
+        etcfiles.write("resolv.conf", text)
+    addresses = [a.partition("/")[0] for i in plan.interfaces for a in i.addresses]
+    own = next((address for address in addresses if ":" not in address), "")
+    if plan.hosts:
+        etcfiles.write("hosts", etcfiles.hosts_text(hostname, own, plan.hosts))
+    elif given_name:
+        etcfiles.name_host(given_name, own)
