@@ -2,10 +2,11 @@
 
 import os
 
+from disk_template import make_template
 from kernel import Kernel
 from stages import read_bytes
 
-from guest import cpio
+from guest import cpio, disk_template
 from guest.manifest import MODULES_FOLDER, MODULES_ORDER
 
 
@@ -14,7 +15,8 @@ def initramfs(program: str, kernel: Kernel) -> bytes:
 
     The layout: empty mount points for PID 1, /dev/console and /dev/null for the time before
     devtmpfs (the kernel opens the former as PID 1's standard streams), /init, /microguest (0700:
-    the host appends the boot config with the token there) with the modules in load order.
+    the host appends the boot config with the token there) with the modules in load order, and the
+    empty ext4 for blank disks.
     """
     folder = MODULES_FOLDER.lstrip("/")
     names = "".join(f"{module.file}\n" for module in kernel.modules)
@@ -36,6 +38,7 @@ def initramfs(program: str, kernel: Kernel) -> bytes:
                 )
                 for module in kernel.modules
             ),
+            cpio.regular(disk_template.PATH.lstrip("/"), make_template(), 0o600),
             cpio.regular("init", read_bytes(program), 0o755),
         ]
     )

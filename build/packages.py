@@ -18,6 +18,7 @@ APT_PACKAGES = {
     "setup": {"python3-venv": "the virtual environment"},
     "guest": {
         "binutils": "readelf, which CPython's configure asks for",
+        "e2fsprogs": "mke2fs: the empty ext4 for blank disks",
         "gcc": "native Python of the guest's version, which freezes the modules",
         "libc6-dev": "the same",
         "libffi-dev": "its ctypes, which PyInstaller imports",
@@ -50,6 +51,7 @@ APT_PACKAGES = {
         "attr": "setfattr: layers with extended attributes",
         "busybox-static": "the smallest roots",
         "cpio": "reads what our cpio writer wrote",
+        "e2fsprogs": "mke2fs and e2fsck: disks that the guest writes to",
         "mmdebstrap": "a Debian root to boot",
     },
 }

@@ -104,13 +104,14 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
     with step("root-overlay"):
         root.mount_root(config.root)
     with step("volumes"):
-        volumes.mount_volumes(config.volumes)
+        volumes.mount_volumes(config.root, config.volumes)
     with step("switch-root"):
-        new_root = root.switch_root(config.machine)
+        new_root = root.switch_root(config.root, config.volumes)
     with step("network"):
         network.configure(config)
     with step("hardening"):
         hardening.harden(config)
+        root.make_read_only(config.root)
         hide_paths(config)  # which may write-protect what hardening writes to
         agent.root_ready(new_root)  # nothing of the image runs before this
     if config.mode == "handoff":

@@ -1,7 +1,8 @@
-"""The API file systems that every Linux program expects, and the flags of mount(2).
+"""mount(2) with its flags, shares of the host, and the API file systems that every Linux program
+expects.
 
-What is mounted already stays as it is: in namespaces the launcher has prepared /proc, /sys and /dev
-because only it may.
+API file systems that are mounted already stay as they are: in namespaces the launcher has prepared
+/proc, /sys and /dev because only it may.
 """
 
 import errno
@@ -28,6 +29,8 @@ __all__ = [
     "is_mount_point",
     "mount",
     "mount_api",
+    "mount_share",
+    "restrict",
 ]
 
 # linux/mount.h
@@ -36,10 +39,17 @@ NOSUID = 0x2
 NODEV = 0x4
 NOEXEC = 0x8
 REMOUNT = 0x20
+NOATIME = 0x400
+NODIRATIME = 0x800
 BIND = 0x1000
 MOVE = 0x2000
 RECURSIVE = 0x4000
 PRIVATE = 0x40000
+RELATIME = 0x200000
+
+# What statvfs(3) tells of a mount with the same numbers as mount(2); RELATIME has another there.
+TOLD_FLAGS = READ_ONLY | NOSUID | NODEV | NOEXEC | NOATIME | NODIRATIME
+TOLD_RELATIME = 0x1000
 
 DETACH = 0x2  # umount2(2): MNT_DETACH
 
@@ -81,6 +91,37 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, options
     """mount(2), failing with a sentence that says what was to be mounted."""
     with call("mount", target, hint=f"type {kind}, source {source}" if kind else f"from {source}"):
         _guestsys.mount(source, target, kind, flags, options or None)
+
+
+def mount_share(kind: str, tag: str, target: str, flags: int, cache: str) -> None:
+    """Mount what the host shares under `tag`. Raises Failure.
+
+    kind: "virtiofs" or "9p". cache: 9p's "loose" for what does not change meanwhile, or "mmap",
+    which keeps no more than shared memory maps need (kernel: filesystems/9p.rst).
+    """
+    options = ""
+    if kind == "9p":
+        # 512 KiB is what the virtio transport can carry in one request.
+        options = f"trans=virtio,version=9p2000.L,msize=524288,cache={cache}"
+    try:
+        mount(tag, target, kind, flags, options)
+    except Failure as failure:
+        if failure.errno == errno.ENODEV:
+            failure.message += f"; the kernel has no {kind}"
+        elif failure.errno in (errno.EINVAL, errno.ENOENT):
+            failure.message += f"; is there a {kind} share with the tag {tag!r}?"
+        raise
+
+
+def restrict(path: str, flags: int) -> None:
+    """Add flags to the mount at `path`, not to its file system. Raises Failure.
+
+    Those that it has stay: a user namespace may not take them off (mount_namespaces(7)).
+    """
+    with call("statvfs", path):
+        told = os.statvfs(path).f_flag
+    kept = told & TOLD_FLAGS | (RELATIME if told & TOLD_RELATIME else 0)
+    mount(None, path, None, REMOUNT | BIND | kept | flags)
 
 
 def is_mount_point(path: str) -> bool:

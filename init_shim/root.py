@@ -1,108 +1,149 @@
-"""The image's root: read-only layers, a tmpfs over them, and the move into it.
+"""The image's root: read-only layers under what takes the writes, or one file system as it is, and
+the move into it.
 
 Paths here are fixed and in the initial root, so that overlayfs options need no escaping whatever an
-endpoint or layer is called.
+endpoint or layer is called. docs/roots.md has the reason of each option.
 """
 
 import errno
 import os
 import stat
-import time
 
 import _guestsys
 
-from guest import limits
-from guest.rootplan import Root
-from init_shim import mounts
+from guest.rootplan import Lower, Root, Volume
+from init_shim import disks, mounts
+from init_shim.confined import RootFolder
 from init_shim.failure import Failure, call
 from init_shim.mounts import ensure_directory, mount
 
-__all__ = ["NEW_ROOT", "mount_lowers", "mount_root", "mount_upper", "switch_root"]
+__all__ = ["NEW_ROOT", "make_read_only", "mount_lowers", "mount_root", "mount_upper", "switch_root"]
 
 LAYERS = "/microguest/layers"
 UPPER = "/microguest/upper"
 NEW_ROOT = "/newroot"
-SERIAL_SIZE = 20  # bytes of a virtio-blk serial number (virtio 1.2, 5.2.4); the rest is cut off
-DISK_POLL = 0.005  # seconds between looks for a disk that the kernel has not found yet
+OVERLAY_ABILITIES = "/sys/module/overlay/parameters"
+# Extended attributes that overlayfs itself keeps in its layers.
+OVERLAY_ATTRIBUTES = ("trusted.overlay.", "user.overlay.")
 
 
 def mount_lowers(plan: Root) -> None:
-    """Each layer read-only at LAYERS/<its index>. Raises Failure."""
+    """Each layer read-only at LAYERS/<its index>; without an upper, the layer is the new root.
+
+    Raises Failure.
+    """
+    if plan.upper is None:
+        ensure_directory(NEW_ROOT)
+        mount_plain(plan.lower[0], plan.read_only)
+        return
     ensure_directory(LAYERS)
     for index, lower in enumerate(plan.lower):
         target = f"{LAYERS}/{index}"
         ensure_directory(target)
-        if lower.kind == "disk":
-            device = find_disk(lower.serial)
-            # Read-only disks refuse a mount that does not say so itself.
-            flags = mounts.READ_ONLY | mounts.NODEV
-            mount(device, target, lower.fstype, flags)
-        else:
-            with call("open", lower.path, hint="a lower layer must be a directory"):
-                os.close(os.open(lower.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-            mount(lower.path, target, None, mounts.BIND | mounts.RECURSIVE)
+        mount_lower(lower, target, mounts.READ_ONLY | mounts.NODEV)
 
 
-def find_disk(serial: str) -> str:
-    """The device with this serial number; waits DISK_WAIT seconds for it to appear."""
-    deadline = time.monotonic() + limits.DISK_WAIT
-    while True:
-        disks = disk_serials()
-        for name, found in disks.items():
-            device = f"/dev/{name}"
-            if found == serial[:SERIAL_SIZE] and os.path.exists(device):
-                return device
-        if time.monotonic() > deadline:
-            there = ", ".join(f"{name} ({found!r})" for name, found in disks.items()) or "none"
-            raise Failure(
-                f"no disk with serial {serial!r} after {limits.DISK_WAIT:g} s; disks: {there}",
-                syscall="open",
-                path="/sys/block",
-                errno=errno.ENODEV,
-            )
-        time.sleep(DISK_POLL)
+def mount_plain(lower: Lower, read_only: bool) -> None:
+    """The one lower as the root, writable where it can be and is not meant to be read-only.
+
+    A root that is read_only with exceptions is mounted writable too: it is one file system, and
+    `make_read_only` makes the difference.
+    """
+    flags = 0
+    if lower.kind == "disk" and disks.is_read_only(disks.find_disk(lower.serial)):
+        flags = mounts.READ_ONLY
+    mount_lower(lower, NEW_ROOT, flags)
 
 
-def disk_serials() -> dict[str, str]:
-    """virtio-blk disks and their serial numbers, "" where one has none."""
-    found = {}
-    with call("open", "/sys/block"):
-        names = sorted(name for name in os.listdir("/sys/block") if name.startswith("vd"))
-    for name in names:
-        try:
-            with open(f"/sys/block/{name}/serial", encoding="utf-8", errors="replace") as file:
-                found[name] = file.read(64).strip("\n\0")
-        except OSError:
-            found[name] = ""
-    return found
+def mount_lower(lower: Lower, target: str, flags: int) -> None:
+    if lower.kind == "disk":
+        disks.mount_disk(lower.serial, lower.fstype, target, flags)
+    elif lower.kind == "directory":
+        with call("open", lower.path, hint="a lower layer must be a directory"):
+            os.close(os.open(lower.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        mount(lower.path, target, None, mounts.BIND | mounts.RECURSIVE)
+    else:
+        mounts.mount_share(lower.kind, lower.tag, target, flags, cache="loose")
 
 
 def mount_upper(plan: Root) -> None:
-    """The tmpfs that takes all writes, with its two directories."""
-    assert plan.upper is not None
+    """What takes all writes: a tmpfs, or a disk that keeps them for the next boot."""
+    if plan.upper is None:
+        return
     ensure_directory(UPPER)
-    mount("tmpfs", UPPER, "tmpfs", mounts.NODEV, f"mode=0755,size={plan.upper.size}")
-    for name in ("upper", "work"):
-        ensure_directory(f"{UPPER}/{name}")
+    if plan.upper.kind == "tmpfs":
+        mount("tmpfs", UPPER, "tmpfs", mounts.NODEV, f"mode=0755,size={plan.upper.size}")
+    else:
+        disks.mount_disk(plan.upper.serial, "ext4", UPPER, mounts.NODEV, plan.upper.format)
 
 
 def mount_root(plan: Root) -> None:
-    """The layers under the upper, at NEW_ROOT."""
-    layers = len(plan.lower)
-    # The merged root directory has the upper's owner and mode; it should have the image's.
-    top = os.stat(f"{LAYERS}/0")
-    unprivileged = in_user_namespace()  # the owner is then somebody who has no number here
-    if not unprivileged:
-        with call("chown", f"{UPPER}/upper"):
-            os.chown(f"{UPPER}/upper", top.st_uid, top.st_gid)
-    with call("chmod", f"{UPPER}/upper"):
-        os.chmod(f"{UPPER}/upper", stat.S_IMODE(top.st_mode))
-    lower = ":".join(f"{LAYERS}/{index}" for index in range(layers))
-    options = f"lowerdir={lower},upperdir={UPPER}/upper,workdir={UPPER}/work"
-    if unprivileged:
-        options += ",userxattr"  # trusted.* attributes are not for us (kernel: overlayfs.rst)
-    ensure_directory(NEW_ROOT)
-    mount("overlay", NEW_ROOT, "overlay", 0, options)
+    """The root at NEW_ROOT: of the layers and the upper, if there is one, with the API mounts."""
+    if plan.upper is not None:
+        make_upper_folders()
+        lower = ":".join(f"{LAYERS}/{index}" for index in range(len(plan.lower)))
+        options = [f"lowerdir={lower},upperdir={UPPER}/upper,workdir={UPPER}/work"]
+        options += overlay_options(kept=plan.upper.kind == "disk")
+        ensure_directory(NEW_ROOT)
+        mount("overlay", NEW_ROOT, "overlay", 0, ",".join(options))
+    share_api()
+
+
+def make_upper_folders() -> None:
+    """The upper's directories; the root's owner, mode and attributes are the topmost layer's.
+
+    Those of an upper that was kept are the workload's own by now, and stay.
+    """
+    ensure_directory(f"{UPPER}/work")
+    if os.path.isdir(f"{UPPER}/upper"):
+        return
+    new = f"{UPPER}/work/new-upper"  # half-made, it must not count as kept
+    ensure_directory(new)
+    top = f"{LAYERS}/0"
+    info = os.stat(top)
+    if not in_user_namespace():  # the owner is then somebody who has no number here
+        with call("chown", new):
+            os.chown(new, info.st_uid, info.st_gid)
+    with call("chmod", new):
+        os.chmod(new, stat.S_IMODE(info.st_mode))
+    copy_attributes(top, new)
+    with call("rename", new):
+        os.rename(new, f"{UPPER}/upper")
+
+
+def copy_attributes(source: str, target: str) -> None:
+    """Extended attributes, as far as `target` takes them; overlayfs merges those of no root."""
+    try:
+        names = os.listxattr(source)
+    except OSError:
+        return
+    for name in names:
+        if not name.startswith(OVERLAY_ATTRIBUTES):
+            try:
+                os.setxattr(target, name, os.getxattr(source, name))
+            except OSError:
+                continue  # a tmpfs before Linux 6.6 has no user.*
+
+
+def overlay_options(kept: bool) -> list[str]:
+    """What this kernel's overlayfs can and this root needs. kept: the upper outlives the boot."""
+    if in_user_namespace():
+        return ["userxattr"]  # trusted.* is not for us; redirects and metacopy need it
+    wanted = {
+        # Renaming a directory of a layer, which is EXDEV otherwise; and chmod without copying data.
+        # Both tie the upper to the very layers below it: not where the image may change meanwhile.
+        "redirect_dir": "off" if kept else "on",
+        "metacopy": "off" if kept else "on",
+        "index": "off",
+    }
+    try:
+        able = os.listdir(OVERLAY_ABILITIES)
+    except OSError:
+        return []
+    options = [f"{name}={value}" for name, value in wanted.items() if name in able]
+    if "xino_auto" in able:
+        options.append("xino=on")  # one st_dev for the whole root, and inode numbers that stay
+    return options
 
 
 def in_user_namespace() -> bool:
@@ -111,26 +152,47 @@ def in_user_namespace() -> bool:
         return file.read().split() != ["0", "0", str(2**32 - 1)]
 
 
-def switch_root(machine: str) -> int:
-    """Make NEW_ROOT the root, with the API file systems in it. Returns an O_PATH fd of it.
+def share_api() -> None:
+    """The API file systems seen in the new root as well: volumes may go below them, as to /run/x.
 
-    A virtual machine's initramfs cannot be pivoted away: it is covered and emptied, which frees its
-    memory. Afterwards nothing of the initial root can be reached by name.
+    An image that has something else than a directory there gets a directory instead.
     """
     for target in mounts.API_MOVED:
-        ensure_directory(NEW_ROOT + target)
-        mount(target, NEW_ROOT + target, None, mounts.MOVE)
+        try:
+            ensure_directory(NEW_ROOT + target)
+        except Failure as failure:
+            if failure.errno == errno.EROFS:
+                failure.message += f"; a root without an upper needs a directory at {target}"
+            raise
+        mount(target, NEW_ROOT + target, None, mounts.BIND | mounts.RECURSIVE)
+
+
+def switch_root(plan: Root, volumes: tuple[Volume, ...]) -> int:
+    """Make NEW_ROOT the root. Returns an O_PATH fd of it.
+
+    A real root is exchanged by pivot_root(2) and unmounted. An initramfs cannot be (the call's
+    EINVAL): it is covered and emptied, which frees its memory, but for directories that are layers
+    or volumes. Afterwards nothing of the initial root can be reached by name.
+    """
+    kept = inodes_in_use(plan, volumes)
+    initial = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     with call("chdir", NEW_ROOT):
         os.chdir(NEW_ROOT)
-    if machine == "vm":
-        initramfs = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _guestsys.pivot_root(".", ".")
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            with call("pivot_root", NEW_ROOT):
+                raise
+        for target in mounts.API_MOVED:
+            with call("umount2", target):
+                _guestsys.umount2(target, mounts.DETACH)
         mount(".", "/", None, mounts.MOVE)
         with call("chroot", NEW_ROOT):
             os.chroot(".")
-        delete_tree(initramfs, os.fstat(initramfs).st_dev)
+        delete_tree(initial, os.fstat(initial).st_dev, kept)
     else:
-        with call("pivot_root", NEW_ROOT):
-            _guestsys.pivot_root(".", ".")
+        os.close(initial)
         with call("umount2", "the initial root"):
             _guestsys.umount2(".", mounts.DETACH)
     with call("chdir", "/"):
@@ -139,17 +201,41 @@ def switch_root(machine: str) -> int:
         return os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def delete_tree(folder: int, device: int) -> None:
-    """Delete what is in `folder`, on `device` only, and close it. A failure costs memory only."""
+def make_read_only(plan: Root) -> None:
+    """Take the right to write from the root's mount, if that is wanted. Raises Failure.
+
+    After the last step that writes into the image. Paths in `writable` are mounts of their own by
+    then (init_shim/volumes.py), and so are volumes: both stay as they are.
+    """
+    if not plan.read_only:
+        return
+    mounts.restrict("/", mounts.READ_ONLY)
+    with RootFolder("/") as root:
+        if not root.flags & mounts.READ_ONLY:
+            raise Failure("the root was made read-only and can still be written to", path="/")
+
+
+def inodes_in_use(plan: Root, volumes: tuple[Volume, ...]) -> frozenset[int]:
+    """Inode numbers of what the plan uses of the initial root itself."""
+    sources = [lower.path for lower in plan.lower if lower.kind == "directory"]
+    sources += [volume.path for volume in volumes if volume.kind == "directory"]
+    return frozenset(os.stat(path).st_ino for path in sources)
+
+
+def delete_tree(folder: int, device: int, kept: frozenset[int]) -> None:
+    """Delete what is in `folder`, on `device` only and not `kept`, and close it.
+
+    A failure costs memory only.
+    """
     try:
         for name in os.listdir(folder):
             try:
                 info = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                if info.st_dev != device:
+                if info.st_dev != device or info.st_ino in kept:
                     continue
                 if stat.S_ISDIR(info.st_mode):
                     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                    delete_tree(os.open(name, flags, dir_fd=folder), device)
+                    delete_tree(os.open(name, flags, dir_fd=folder), device, kept)
                     os.rmdir(name, dir_fd=folder)
                 else:
                     os.unlink(name, dir_fd=folder)

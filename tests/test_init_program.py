@@ -14,7 +14,8 @@ PINNED = frozenset(
     genericpath guest guest.bootconfig guest.errors guest.limits guest.netplan
     guest.plainjson guest.process guest.record guest.report guest.rootplan guest.status
     guest.supervision guest.users guest.workload
-    init_shim init_shim.agent_process init_shim.deposits init_shim.dispatch init_shim.failure
+    init_shim init_shim.agent_process init_shim.confined init_shim.deposits init_shim.disks
+    init_shim.dispatch init_shim.failure
     init_shim.hardening
     init_shim.kernel_log init_shim.listener init_shim.main init_shim.modules init_shim.mounts
     init_shim.network init_shim.power init_shim.protection init_shim.reporter init_shim.root init_shim.signals

@@ -1,0 +1,145 @@
+"""Paths of the image, opened and made so that no symbolic link leads out of its root.
+
+What a path leads to is handed on as a descriptor, never as a path again: mount(2) takes it through
+/proc/self/fd, which follows nothing that an image could have put there. openat2(2) does the
+resolving: `..` and absolute links stay inside, /proc's magic links are refused.
+"""
+
+import errno
+import os
+import stat
+
+import _guestsys
+
+from init_shim.failure import Failure, call
+
+TYPE_CHECKING = False  # typing itself is too heavy for PID 1
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["Opened", "RootFolder"]
+
+# linux/openat2.h
+NO_MAGICLINKS = 0x02
+NO_SYMLINKS = 0x04
+BENEATH = 0x08
+IN_ROOT = 0x10
+
+
+class Opened:
+    """`with Opened(fd) as it:` closes the descriptor in the end."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+    @property
+    def path(self) -> str:
+        """Leads to exactly what was opened, also when it is no longer reachable by a name."""
+        return f"/proc/self/fd/{self.fd}"
+
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(os.fstat(self.fd).st_mode)
+
+    @property
+    def flags(self) -> int:
+        """ST_ flags of its mount and file system together, as statvfs(3)."""
+        return os.fstatvfs(self.fd).f_flag
+
+    def is_same(self, other: "Opened") -> bool:
+        """Whether both are one file (of one file system)."""
+        mine, others = os.fstat(self.fd), os.fstat(other.fd)
+        return (mine.st_dev, mine.st_ino) == (others.st_dev, others.st_ino)
+
+
+class RootFolder(Opened):
+    """The directory that paths are resolved in, as if it were `/`."""
+
+    def __init__(self, path: str) -> None:
+        with call("open", path):
+            super().__init__(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+
+    def open(self, path: str) -> Opened:
+        """What `path` leads to, as an O_PATH descriptor. Raises Failure."""
+        with call("openat2", path, hint=hint_for(path)):
+            return self.resolve(path)
+
+    def open_target(self, path: str, *, directory: bool, create: bool) -> Opened:
+        """Where something is to be mounted: `path`, made where it is missing and `create` says so.
+
+        A missing one is made as a directory, or as an empty file. What is there must be of the kind
+        that is asked for. Raises Failure.
+        """
+        try:
+            found = self.resolve(path)
+        except OSError as error:
+            if error.errno != errno.ENOENT or not create:
+                hint = "" if error.errno != errno.ENOENT else "it is missing and not to be made"
+                with call("openat2", path, hint=hint or hint_for(path)):
+                    raise
+            found = self.make(path, directory=directory)
+        if found.is_directory != directory:
+            os.close(found.fd)
+            is_there, wanted = ("file", "directory") if directory else ("directory", "file")
+            raise Failure(
+                f"{path} is a {is_there} and a {wanted} is to be mounted there",
+                syscall="openat2",
+                path=path,
+                errno=errno.ENOTDIR if directory else errno.EISDIR,
+            )
+        return found
+
+    def make(self, path: str, *, directory: bool) -> Opened:
+        """Make what is missing of `path`, one name after the other.
+
+        Each is made in the directory that the names before it lead to, where a link that dangles
+        counts as there: nothing is ever made through one.
+        """
+        names = [name for name in path.split("/") if name]
+        parent: Opened = self.resolve("/")
+        for count, name in enumerate(names, start=1):
+            so_far = "/" + "/".join(names[:count])
+            with parent:
+                try:
+                    found = self.resolve(so_far)
+                except FileNotFoundError:
+                    found = make_entry(parent, name, so_far, directory or count < len(names))
+            parent = found
+        return parent
+
+    def resolve(self, path: str) -> Opened:
+        """As `open`, with a bare OSError."""
+        flags = os.O_PATH | os.O_CLOEXEC
+        return Opened(_guestsys.openat2(self.fd, path, flags, 0, IN_ROOT | NO_MAGICLINKS))
+
+
+def make_entry(parent: Opened, name: str, path: str, directory: bool) -> Opened:
+    """Make `name`, which `path` stands for in messages, in `parent` and open it."""
+    hint = hint_for(path)
+    with call("mkdir" if directory else "open", path, hint=hint):
+        try:
+            if directory:
+                os.mkdir(name, 0o755, dir_fd=parent.fd)
+            else:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                os.close(os.open(name, flags, 0o644, dir_fd=parent.fd))
+        except FileExistsError:
+            raise Failure(
+                f"{path} is a symbolic link that leads nowhere; nothing is made through a link",
+                syscall="openat2",
+                path=path,
+                errno=errno.ENOENT,
+            ) from None
+    with call("openat2", path):
+        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+        return Opened(_guestsys.openat2(parent.fd, name, flags, 0, BENEATH | NO_SYMLINKS))
+
+
+def hint_for(path: str) -> str:
+    return f"{path} is a path of the image; its links stay in the image"

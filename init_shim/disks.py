@@ -1,0 +1,91 @@
+"""Block devices of the machine: found by serial number, mounted as what they are said to hold.
+
+Order of devices means nothing: a serial number is the only name that host and guest agree on.
+"""
+
+import errno
+import os
+import time
+
+from guest import limits
+from init_shim import mounts
+from init_shim.failure import Failure, call
+from init_shim.mounts import mount
+
+__all__ = ["find_disk", "is_read_only", "mount_disk"]
+
+SERIAL_SIZE = 20  # bytes of a virtio-blk serial number (virtio 1.2, 5.2.4); the rest is cut off
+POLL = 0.005  # seconds between looks for a disk that the kernel has not found yet
+NEVER_WRITABLE = ("erofs", "squashfs")
+
+
+def mount_disk(serial: str, fstype: str, target: str, flags: int, policy: str = "never") -> None:
+    """Mount the disk with this serial number at `target`. Raises Failure.
+
+    flags: MS_ of mount(2); without READ_ONLY the disk must be one that can be written to. policy:
+    "if-blank" makes an ext4 where there is nothing but zeros, and lets one that was made so grow
+    with its device.
+    """
+    device = find_disk(serial)
+    if fstype in NEVER_WRITABLE:
+        flags |= mounts.READ_ONLY  # the kernel refuses to mount a read-only device without it
+    locked = is_read_only(device)
+    writable = not flags & mounts.READ_ONLY
+    if writable and locked:
+        raise Failure(
+            f"disk {serial!r} ({device}) is read-only, and {target} is to be written to; "
+            "give the disk to the machine as writable",
+            syscall="mount",
+            path=target,
+            errno=errno.EROFS,
+        )
+    # Without its journal replayed, what a crash left is seen as it is: nothing can be written here.
+    options = "noload" if fstype == "ext4" and locked else ""
+    if policy == "if-blank" and not locked:
+        from init_shim import blank_disk
+
+        blank_disk.format_if_blank(device, serial)
+    mount(device, target, fstype, flags, options)
+    if writable and policy == "if-blank":
+        blank_disk.grow(device, target)
+
+
+def find_disk(serial: str) -> str:
+    """The device with this serial number; waits DISK_WAIT seconds for it to appear."""
+    deadline = time.monotonic() + limits.DISK_WAIT
+    while True:
+        disks = disk_serials()
+        for name, found in disks.items():
+            device = f"/dev/{name}"
+            if found == serial[:SERIAL_SIZE] and os.path.exists(device):
+                return device
+        if time.monotonic() > deadline:
+            there = ", ".join(f"{name} ({found!r})" for name, found in disks.items()) or "none"
+            raise Failure(
+                f"no disk with serial {serial!r} after {limits.DISK_WAIT:g} s; disks: {there}",
+                syscall="open",
+                path="/sys/block",
+                errno=errno.ENODEV,
+            )
+        time.sleep(POLL)
+
+
+def disk_serials() -> dict[str, str]:
+    """virtio-blk disks and their serial numbers, "" where one has none."""
+    found = {}
+    with call("open", "/sys/block"):
+        names = sorted(name for name in os.listdir("/sys/block") if name.startswith("vd"))
+    for name in names:
+        try:
+            with open(f"/sys/block/{name}/serial", encoding="utf-8", errors="replace") as file:
+                found[name] = file.read(64).strip("\n\0")
+        except OSError:
+            found[name] = ""
+    return found
+
+
+def is_read_only(device: str) -> bool:
+    """Whether the machine was given the disk without the right to write to it."""
+    path = f"/sys/block/{os.path.basename(device)}/ro"
+    with call("open", path), open(path, encoding="ascii") as file:
+        return file.read(2).strip() == "1"
