@@ -206,6 +206,7 @@ class Starting:
             label=self.args.label,
         )
         process.tty = self.args.tty is not None
+        self.agent.link.exec_started()
         return process
 
     def _spawn(self, leaf: Leaf | None, mark: bytes) -> tuple[int, int, Channels]:

@@ -6,6 +6,7 @@ understood, the agent ends: there is nobody left who would reap for it or power 
 
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 
 import trio
@@ -18,6 +19,9 @@ from guest import limits
 from guest.supervision import (
     AGENT_FD,
     MESSAGES,
+    AreYouThere,
+    ExecStarted,
+    Here,
     KeptExited,
     MainExited,
     MainStarted,
@@ -37,6 +41,7 @@ class Link:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self._turn = trio.Lock()
+        self._exec_told = False
 
     @classmethod
     def inherited(cls) -> "Link":
@@ -77,6 +82,16 @@ class Link:
     def send(self, message: Message) -> None:
         """Tell PID 1 one of the few short things that the queue of the pair always has room for."""
         self.sock.send(MESSAGES.encode(message))
+
+    def exec_started(self) -> None:
+        """A process was started for a host. PID 1 is told of the first."""
+        if self._exec_told:
+            return
+        try:
+            self.send(ExecStarted(boot_ms=time.clock_gettime(time.CLOCK_BOOTTIME) * 1000))
+        except OSError:
+            return  # there is no room, and later there may be; a PID 1 that is gone, `follow` sees
+        self._exec_told = True
 
     async def deliver(self, build: Callable[[], Packet | None]) -> None:
         """Tell PID 1, in the order of the calls, as soon as it has room.
@@ -119,9 +134,17 @@ async def follow(agent: Agent) -> None:
                 process = agent.processes.get(process_id)
                 if isinstance(process, KeptProcess):
                     process.reaped(message)
+            case AreYouThere():
+                answer(agent, message)
             case _:
                 agent.kill_everything()
                 os._exit(0)
+
+
+def answer(agent: Agent, question: AreYouThere) -> None:
+    """Say that the event loop turns; not in `follow` itself, which goes on hearing meanwhile."""
+    assert agent.nursery is not None  # since before PID 1's messages are followed
+    agent.nursery.start_soon(agent.link.deliver, lambda: (Here(number=question.number), ()))
 
 
 def enter_root(directory: int) -> None:

@@ -50,12 +50,17 @@ class Endpoint(Record):
 
 
 class AgentSettings(Record):
-    """The agent's listener and the secret that its callers must know."""
+    """The agent's listener, the secret that its callers must know, and how it is looked after."""
 
     listen: Endpoint
     token: str
+    # Seconds between two questions to it whether it is there; 0 asks none. One that neither answers
+    # nor runs for WATCHDOG_MISSES of them is replaced.
+    watchdog: float = limits.WATCHDOG_INTERVAL
 
     def check(self) -> None:
+        if self.watchdog and not limits.WATCHDOG_MIN <= self.watchdog <= limits.SECONDS_MAX:
+            raise RecordError(f"watchdog: must be 0, or at least {limits.WATCHDOG_MIN:g} seconds")
         if not self.token.isascii():
             raise RecordError("token: must be ASCII")
         if not limits.TOKEN_MIN <= len(self.token) <= limits.TOKEN_MAX:

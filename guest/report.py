@@ -64,12 +64,16 @@ class WorkloadStarted(Record):
 
 
 class WorkloadFailed(Record):
-    """The image's process could not be started; fields as in an error frame's."""
+    """The image's process could not be started; fields as in an error frame's.
+
+    `restart_in`: as of `WorkloadExited`, where it had run before.
+    """
 
     code: str
     message: str
     step: str = ""
     errno: int = 0
+    restart_in: float | None = None
 
 
 class WorkloadExited(ExitStatus):

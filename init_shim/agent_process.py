@@ -13,12 +13,15 @@ import time
 from guest import limits, supervision
 from guest.bootconfig import BootConfig
 from guest.record import RecordError
+from guest.report import AgentExited
 from guest.status import exit_fields
 from guest.supervision import (
     AGENT_FD,
     AgentReady,
+    AreYouThere,
     Configure,
     Deposit,
+    Here,
     KeptExited,
     MainExited,
     MainStarted,
@@ -28,7 +31,10 @@ from guest.supervision import (
 from init_shim import deposits
 from init_shim.deposits import Deposits
 from init_shim.failure import Failure, call
+from init_shim.last_words import LastWords
 from init_shim.reporter import say
+from init_shim.signals import KILL
+from init_shim.watchdog import Watchdog
 from init_shim.workload import RunningWorkload
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
@@ -58,14 +64,18 @@ class AgentProcess:
         self.reaped = False  # its pid is nobody's, or another's
         self.ready = False
         self.starts = 0
-        self.crashes = 0
+        self.crashes = 0  # in a row, without AGENT_HEALTHY seconds of service between them
         self.restart_at: float | None = None  # time.monotonic()
+        self.words: LastWords | None = None
+        self.watchdog = Watchdog(config.agent.watchdog, self._ask)
         self.root_fd = -1
         self.deposits = Deposits()
         self.workload: RunningWorkload | None = None
         self._config = config
         self._listener = listener
         self._pair: _socket.socket | None = None
+        self._served_since: float | None = None  # time.monotonic()
+        self._hung = False
         # What the pair had no room for: a message with its descriptors, or the id of a deposit.
         self._unsaid: list[tuple[Record, list[int]] | str] = []
         with call("open", "/proc/self/exe"):
@@ -81,31 +91,70 @@ class AgentProcess:
             kind = _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC
             ours, theirs = _socket.socketpair(_socket.AF_UNIX, kind)
         ours.setblocking(False)
+        with call("pipe2", NAME):
+            words = LastWords()
         with call("fork", NAME):
             pid = os.fork()
         if pid == 0:
-            become_agent(self._program, theirs.fileno())
+            become_agent(self._program, theirs.fileno(), words.writer)
         theirs.close()
-        self.pid, self._pair = pid, ours
+        words.close_writer()
+        self.pid, self._pair, self.words = pid, ours, words
         self.reaped = False
-        self.ready = False
+        self.ready = self._hung = False
+        self._served_since = None
         self.restart_at = None
         self.starts += 1
+        self.watchdog.start(pid)
         self._introduce()
 
-    def ended(self, status: int) -> dict[str, int | bool]:
-        """It was reaped with this wait status. Returns the fields of its ExitStatus.
+    def ended(self, status: int) -> AgentExited:
+        """It was reaped with this wait status.
 
-        `restart_at` is set unless it has crashed AGENT_CRASH_LIMIT times.
+        `restart_at` is set unless it has crashed AGENT_CRASH_LIMIT times in a row. Then it stays
+        down, and who dials is refused instead of waiting for nobody.
         """
+        now = time.monotonic()
         self.pid, self.ready = 0, False
         self._close()
+        self.watchdog.stop()
+        if self._served_since is not None and now - self._served_since >= limits.AGENT_HEALTHY:
+            self.crashes = 0
         self.crashes += 1
+        delay = None
         if self.crashes < limits.AGENT_CRASH_LIMIT:
             delays = limits.AGENT_RESTART_DELAYS
             delay = delays[min(self.crashes, len(delays)) - 1]
-            self.restart_at = time.monotonic() + delay
-        return exit_fields(status)
+            self.restart_at = now + delay
+        else:
+            self._listener.close()
+        return AgentExited.from_map(
+            {
+                **exit_fields(status),
+                "crashes": self.crashes,
+                "restart_in": delay,
+                "hung": self._hung,
+                "last_words": self._take_words(),
+            }
+        )
+
+    def _take_words(self) -> str:
+        if self.words is None:
+            return ""
+        words, self.words = self.words, None
+        words.read()
+        words.close()
+        return words.text()
+
+    def watch(self) -> None:
+        """Look after it when its watchdog's time has come."""
+        if self.watchdog.look() and not self.reaped:
+            say(f"agent {self.pid} hangs; it is replaced")
+            self._hung = True
+            os.kill(self.pid, KILL)
+
+    def _ask(self, number: int) -> None:
+        self._send(AreYouThere(number=number))
 
     # ── what it is told ──────────────────────────────────────────────────────────────────────────
 
@@ -242,6 +291,9 @@ class AgentProcess:
     def _note(self, message: "Record") -> None:
         if isinstance(message, AgentReady):
             self.ready = True
+            self._served_since = time.monotonic()
+        elif isinstance(message, Here):
+            self.watchdog.answer(message.number)
         elif isinstance(message, Withdraw):
             self.deposits.withdraw(message.id)
         elif isinstance(message, KeptExited):
@@ -251,7 +303,7 @@ class AgentProcess:
         say(f"agent {self.pid} {why}")
         self._close()
         if self.pid and not self.reaped:
-            os.kill(self.pid, 9)
+            os.kill(self.pid, KILL)
 
     def _close(self) -> None:
         if self._pair is not None:
@@ -260,10 +312,12 @@ class AgentProcess:
             self._unsaid = []
 
 
-def become_agent(program: int, pair: int) -> None:
+def become_agent(program: int, pair: int, words: int) -> None:
     """In the child: a session of its own, the pair as AGENT_FD, no environment. Never returns."""
     try:
         os.setsid()
+        for stream in (1, 2):
+            os.dup2(words, stream)
         resource.setrlimit(*given_limit())
         os.dup2(pair, AGENT_FD)
         os.set_inheritable(AGENT_FD, True)

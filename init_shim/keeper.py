@@ -217,7 +217,9 @@ def end(
         kill_all(number)
     time.sleep(limits.FAILED_GRACE)
     kill_all(KILL)
-    power.power_off(status, 0.0, signals, reporter)
+    last = Supervisor(signals, reporter)
+    last.status, last.grace = status, 0.0
+    power.end_machine(last)
 
 
 def wait_asking(

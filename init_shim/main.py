@@ -9,7 +9,7 @@ import os
 from guest import bootconfig, limits
 from guest.bootconfig import BootConfig
 from guest.errors import BootConfigError, raised_at
-from guest.report import BootFailed, Ready, WorkloadFailed, WorkloadStarted
+from guest.report import BootFailed, Ready
 from init_shim import (
     deposits,
     hardening,
@@ -24,10 +24,11 @@ from init_shim import (
 from init_shim.agent_process import AgentProcess
 from init_shim.failure import Failure, call
 from init_shim.listener import open_listener
+from init_shim.main_process import MainProcess, failed_start
 from init_shim.reporter import Reporter, say
 from init_shim.signals import Signals
 from init_shim.supervisor import Supervisor
-from init_shim.timeline import Timeline, boot_ms
+from init_shim.timeline import Timeline
 from init_shim.workload import WorkloadNotStarted, start_workload
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
@@ -40,43 +41,37 @@ __all__ = ["run"]
 def run() -> "NoReturn":
     """Boot, supervise, power off. Whatever goes wrong on the way ends in the power-off too."""
     try:
-        signals, reporter, timeline = Signals(), Reporter(), Timeline()
-        status, grace = live(signals, reporter, timeline)
-        power.power_off(status, grace, signals, reporter)
+        supervisor = Supervisor(Signals(), Reporter())
+        live(supervisor, Timeline())
+        power.end_machine(supervisor)
     except BaseException as error:  # noqa: BLE001  PID 1 may not die: the kernel would panic
         say(f"PID 1 failed: {raised_at(error)}")
     finally:
         power.switch_off()
 
 
-def live(signals: Signals, reporter: Reporter, timeline: Timeline) -> tuple[str, float]:
-    """The machine's life. Returns the status that it ended with, and seconds of grace."""
+def live(supervisor: Supervisor, timeline: Timeline) -> None:
+    """The machine's life; `supervisor` knows afterwards what it ended with."""
     try:
-        supervisor = bootstrap(signals, reporter, timeline)
+        bootstrap(supervisor, timeline)
         supervisor.run(lambda: False)
     except WorkloadNotStarted as error:
-        reporter.send(
-            WorkloadFailed(
-                code=error.code, message=error.message, step=error.step, errno=error.errno
-            )
-        )
-        return "workload-failed", limits.FAILED_GRACE
+        supervisor.reporter.send(failed_start(error))
+        supervisor.fail("workload-failed")
     except BaseException as error:  # noqa: BLE001  see run()
-        reporter.send(failed_boot(error, timeline))
-        return "boot-failed", limits.FAILED_GRACE
-    else:
-        return supervisor.status, supervisor.grace
+        supervisor.reporter.send(failed_boot(error, timeline))
+        supervisor.fail("boot-failed")
     finally:
-        signals.end_deadline()
+        supervisor.signals.end_deadline()
 
 
-def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Supervisor:
+def bootstrap(supervisor: Supervisor, timeline: Timeline) -> None:
     """From the kernel's hands to a running workload. The steps' names are in docs/boot.md.
 
     Raises Failure, or WorkloadNotStarted. The agent is started before the root is assembled: it
     imports while PID 1 goes on, and the workload does not wait for it.
     """
-    step = timeline.step
+    step, signals, reporter = timeline.step, supervisor.signals, supervisor.reporter
     signals.start_deadline()
     with step("api-mounts"):
         settle()
@@ -92,8 +87,7 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
     with step("report"):
         reporter.connect()
     with step("agent-start"):
-        agent = AgentProcess(config, listener)
-        supervisor = Supervisor(signals, reporter, agent)
+        agent = supervisor.agent = AgentProcess(config, listener)
         if config.mode == "supervise":  # otherwise its parent is not to be this process
             agent.start()
             protection.watch_oom(config, supervisor, reporter)
@@ -115,10 +109,10 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
         hide_paths(config)  # which may write-protect what hardening writes to
         agent.root_ready(new_root)  # nothing of the image runs before this
     if config.mode == "handoff":
-        hand_off(config, supervisor, agent, reporter, signals=signals, timeline=timeline)
-        return supervisor
+        hand_off(config, supervisor, agent, timeline)
+        return
     with step("workload"):
-        refusal = start_main(config, supervisor, agent, reporter)
+        refusal = start_main(config, supervisor)
     with step("agent-ready"):
         await_agent(supervisor, agent)
     if agent.ready:
@@ -126,14 +120,13 @@ def bootstrap(signals: Signals, reporter: Reporter, timeline: Timeline) -> Super
     if refusal is not None:
         raise refusal
     signals.end_deadline()
-    return supervisor
 
 
 def settle() -> None:
     """What PID 1 is to have and to be before it knows anything about its machine."""
     own_session()
     mounts.mount_api()
-    power.keyboard_as_signal()
+    power.prepare()
     deposits.make_room()
     protection.unkillable()
 
@@ -159,18 +152,12 @@ def take_config() -> BootConfig:
 
 
 def hand_off(
-    config: BootConfig,
-    supervisor: Supervisor,
-    agent: AgentProcess,
-    reporter: Reporter,
-    *,
-    signals: Signals,
-    timeline: Timeline,
+    config: BootConfig, supervisor: Supervisor, agent: AgentProcess, timeline: Timeline
 ) -> None:
     """Become the image's own init. Returns only where PID 1 was told to end before it had."""
     from init_shim.handoff import hand_off
 
-    hand_off(config, agent, reporter, signals, timeline)
+    hand_off(config, agent, supervisor.reporter, supervisor.signals, timeline)
     supervisor.status = "shutdown"
 
 
@@ -206,24 +193,18 @@ def hide_paths(config: BootConfig) -> None:
         masks.hide(workload.masked, workload.read_only_paths)
 
 
-def start_main(
-    config: BootConfig, supervisor: Supervisor, agent: AgentProcess, reporter: Reporter
-) -> WorkloadNotStarted | None:
+def start_main(config: BootConfig, supervisor: Supervisor) -> WorkloadNotStarted | None:
     """Start the workload, if there is one and nobody has asked for the end already.
 
     Returns why it could not be started; the host is told when it knows that the machine is up.
     """
-    if config.workload is None or supervisor.status:
+    workload = config.workload
+    if workload is None or supervisor.status:
         return None
-    attached = config.workload.stdio != "console"
     try:
-        workload = start_workload(config.workload, config.image)
+        supervisor.begin(MainProcess(workload, lambda: start_workload(workload, config.image)))
     except WorkloadNotStarted as error:
         return error
-    supervisor.watch(workload, attached=attached)
-    reporter.send(WorkloadStarted(pid=workload.pid, boot_ms=boot_ms()))
-    if attached:
-        agent.main_started(workload)
     return None
 
 

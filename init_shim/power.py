@@ -1,6 +1,6 @@
 """The end: everybody asked to go, made to go, data written out, and the power switched off.
 
-Each wait has a limit, and no step needs the one before to have worked.
+Each wait has a limit, and no step needs the one before to have worked. docs/boot.md has their sum.
 """
 
 import os
@@ -10,114 +10,91 @@ import _guestsys
 
 from guest import limits
 from guest.report import Stopping
-from init_shim.reporter import Reporter, say
-from init_shim.signals import CONTINUE, KILL, TERMINATE, Signals
-from init_shim.supervisor import reap
+from init_shim import write_out
+from init_shim.reporter import say
+from init_shim.signals import CONTINUE, KILL, TERMINATE
+from init_shim.supervisor import Supervisor
 from init_shim.timeline import boot_ms
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import NoReturn
 
-__all__ = ["keyboard_as_signal", "power_off", "switch_off"]
+__all__ = ["end_machine", "prepare", "switch_off"]
 
 # linux/reboot.h
 CAD_OFF = 0x00000000  # Ctrl-Alt-Del sends SIGINT to PID 1 instead of restarting at once
 POWER_OFF = 0x4321FEDC
 RESTART = 0x01234567
 
-LOOK_AGAIN = 0.05  # seconds, should a SIGCHLD be missed
-KEPT_MOUNTS = ("/", "/proc", "/dev")
+
+def end_machine(supervisor: Supervisor) -> "NoReturn":
+    """End everything, then the machine, as the supervisor's `status` and `grace` say."""
+    end_processes(supervisor)
+    if not in_namespaces():
+        write_out.write_out(limits.SYNC_WAIT)
+    supervisor.reporter.send(Stopping(status=supervisor.status, boot_ms=boot_ms()))
+    supervisor.reporter.farewell()
+    switch_off(restart=supervisor.status == "reboot")
 
 
-def power_off(status: str, grace: float, signals: Signals, reporter: Reporter) -> "NoReturn":
-    """End everything, then the machine. `grace`: seconds between TERM and KILL."""
-    machine_is_virtual = not in_namespaces()
-    end_processes(signals, grace)
-    if machine_is_virtual:
-        in_child_with_limit(write_out, limits.SYNC_WAIT)
-    reporter.send(Stopping(status=status, boot_ms=boot_ms()))
-    reporter.farewell()
-    switch_off()
+def end_processes(supervisor: Supervisor) -> None:
+    """The workload by its own stop signal, then TERM to all, then KILL to who is left.
 
-
-def end_processes(signals: Signals, grace: float) -> None:
-    """TERM to all, KILL after `grace` seconds to who is left; no wait where nobody is."""
-    for number, patience in ((TERMINATE, grace), (KILL, limits.KILL_WAIT)):
+    What descends from the workload is the workload's to end, as long as its grace lasts: a server
+    that waits for its workers' last answers must not find them gone.
+    """
+    began = time.monotonic()
+    supervisor.stop_workload()
+    left = supervisor.grace - (time.monotonic() - began)
+    others = max(left, min(supervisor.grace, limits.OTHERS_GRACE))
+    for number, patience in ((TERMINATE, others), (KILL, limits.KILL_WAIT)):
         try:
             os.kill(-1, number)
             os.kill(-1, CONTINUE)  # a stopped process cannot act on TERM
         except ProcessLookupError:
             pass
-        deadline = time.monotonic() + patience
-        while not everybody_is_gone():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                break
-            signals.wait(min(left, LOOK_AGAIN))
-        else:
+        if supervisor.outlive(patience):
             return
     say("processes are left that cannot be killed; they hang in the kernel")
 
 
-def everybody_is_gone() -> bool:
-    """Reaps what ended. Every process but PID 1 descends from a child of PID 1: none, nobody."""
-    while reap():
-        pass
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return True
-    return False
-
-
-def write_out() -> None:
-    """Unmount what can be, latest first, and write everything to the disks."""
-    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as file:
-        targets = [line.split(" ")[1] for line in file]
-    for target in reversed(targets):
-        if target not in KEPT_MOUNTS:
-            try:
-                _guestsys.umount2(target.encode().decode("unicode_escape"))
-            except (OSError, ValueError):
-                pass
-    os.sync()
-
-
-def in_child_with_limit(work: "Callable[[], None]", patience: float) -> None:
-    """Run `work` in a process of its own: PID 1 must not be the one that hangs in the kernel."""
-    try:
-        pid = os.fork()
-    except OSError:
-        return
-    if pid == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        if os.waitpid(pid, os.WNOHANG)[0]:
-            return
-        time.sleep(0.001)
-    say(f"disks are not written out after {patience:g} s; powering off all the same")
-
-
-def switch_off() -> "NoReturn":
+def switch_off(*, restart: bool = False) -> "NoReturn":
     """reboot(2). Where the machine has no way to cut its power, a restart ends it for its VMM."""
-    command = POWER_OFF if in_namespaces() or has_power_switch() else RESTART
+    off = POWER_OFF if in_namespaces() or has_power_switch() else RESTART
     try:
-        _guestsys.reboot(command)
+        _guestsys.reboot(RESTART if restart else off)
         time.sleep(limits.KILL_WAIT)  # another CPU may still be on its way down
     except OSError as error:
         say(f"reboot: {error}")
     os._exit(1)  # in a virtual machine the kernel panics, and does what panic= says
 
 
+def prepare() -> None:
+    """At the boot's start: what later may be hidden, and whose signal Ctrl-Alt-Del is.
+
+    Ctrl-Alt-Del shall ask for a clean end instead of cutting the power.
+    """
+    has_power_switch()
+    try:
+        _guestsys.reboot(CAD_OFF)
+    except OSError:
+        pass  # a PID namespace has no keyboard
+
+
 def has_power_switch() -> bool:
-    """Whether power-off works: ACPI or, on arm64, PSCI. Without, the kernel would only halt."""
-    return os.uname().machine != "x86_64" or os.path.isdir("/sys/firmware/acpi/tables")
+    """Whether power-off works: ACPI or, on arm64, PSCI. Without, the kernel would only halt.
+
+    As it was at the first call: a workload's masks may hide it from later ones.
+    """
+    global _power_switch  # noqa: PLW0603  the machine has one or none
+    if _power_switch is None:
+        acpi = os.path.isdir("/sys/firmware/acpi/tables")
+        _power_switch = os.uname().machine != "x86_64" or acpi
+    return _power_switch
+
+
+_power_switch: bool | None = None
 
 
 def in_namespaces() -> bool:
@@ -126,11 +103,3 @@ def in_namespaces() -> bool:
         return os.readlink("/proc/self/ns/pid") != "pid:[4026531836]"  # linux/proc_ns.h
     except OSError:
         return False
-
-
-def keyboard_as_signal() -> None:
-    """Ctrl-Alt-Del asks for a clean end instead of cutting the power."""
-    try:
-        _guestsys.reboot(CAD_OFF)
-    except OSError:
-        pass  # a PID namespace has no keyboard

@@ -8,6 +8,7 @@ import _socket
 import errno
 import os
 import select
+import stat
 import time
 
 from guest import limits
@@ -16,7 +17,7 @@ from guest.report import CONSOLE_MARK, REPORTS, BootFailed, Report
 from init_shim.failure import Failure, call
 from init_shim.listener import VMADDR_CID_HOST, address_of, socket_for
 
-__all__ = ["Reporter", "say"]
+__all__ = ["Reporter", "copy_to_console", "say"]
 
 CONSOLE_LINE = 4096  # bytes; a pipe takes that many at once or none (pipe(7), PIPE_BUF)
 CONSOLE_WAIT = 0.1  # seconds for a full console to take a line
@@ -116,10 +117,45 @@ def say(line: str) -> None:
     if not line.startswith(CONSOLE_MARK):
         line = f"microguest: {line}"
     data = line.encode("utf-8", "backslashreplace").replace(b"\n", b" ")[: CONSOLE_LINE - 1]
+    console = own_console()
     try:
         poll = select.poll()
-        poll.register(2, select.POLLOUT)
+        poll.register(console, select.POLLOUT)
         if poll.poll(int(CONSOLE_WAIT * 1000)):
-            os.write(2, data + b"\n")
+            os.write(console, data + b"\n")
     except OSError:
         pass
+
+
+def copy_to_console(data: bytes) -> None:
+    """Somebody else's words, as they are; what the console has no room for now is lost."""
+    console = own_console()
+    try:
+        poll = select.poll()
+        poll.register(console, select.POLLOUT)
+        if poll.poll(0):
+            os.write(console, data)
+    except OSError:
+        pass
+
+
+def own_console() -> int:
+    """A descriptor of the console that does not block. Opened once, when /proc is there.
+
+    stderr itself is shared with the workload, which may expect it to block. A file needs none, and
+    a socket cannot be opened again: there, stderr has to do.
+    """
+    global _console  # noqa: PLW0603  PID 1 has one console
+    if _console < 0:
+        try:
+            kind = os.fstat(2).st_mode
+            if not (stat.S_ISCHR(kind) or stat.S_ISFIFO(kind)):
+                return 2
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            _console = os.open("/proc/self/fd/2", flags)
+        except OSError:
+            return 2
+    return _console
+
+
+_console = -1

@@ -6,6 +6,7 @@ anywhere; so handlers only note the number, and a byte in a pipe ends the wait.
 
 import os
 import select
+import time
 
 from guest import limits
 from init_shim.failure import Failure
@@ -25,6 +26,23 @@ TERMINATE, KILL, CONTINUE = signal.SIGTERM, signal.SIGKILL, signal.SIGCONT
 # What asks for the machine's end: from outside, by Ctrl-Alt-Del, by a failing power supply.
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGPWR})
 
+# Not caught. A handler would turn a fault of PID 1 itself into an endless loop, and PID 1's own
+# write to a reader who has left into a signal for the workload.
+FAULTS = frozenset(
+    {
+        signal.SIGSEGV,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGTRAP,
+        signal.SIGSYS,
+        signal.SIGPIPE,
+    }
+)
+UNCATCHABLE = frozenset({signal.SIGKILL, signal.SIGSTOP, 32, 33, 34})  # musl keeps three for itself
+
+NOTED_AT_ONCE = 64 * 1024  # signals: all that the pipe holds
+
 
 class Signals:
     """Install once, first thing: until then a SIGTERM is lost, and SIGINT would be an exception.
@@ -34,10 +52,12 @@ class Signals:
 
     def __init__(self) -> None:
         self.stop_requested = False
+        self._received: list[int] = []
         self._reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGCHLD, *STOP_SIGNALS):
-            signal.signal(number, self._note)
+        for number in range(1, signal.NSIG):
+            if number not in FAULTS and number not in UNCATCHABLE:
+                signal.signal(number, self._note)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def _note(self, number: int, frame: "FrameType | None") -> None:
@@ -50,12 +70,30 @@ class Signals:
         It interrupts every wait that a signal can interrupt; a task stuck in uninterruptible sleep
         inside the kernel is beyond its reach.
         """
-        signal.signal(signal.SIGALRM, _too_late)
+        too_late_at = time.monotonic() + limits.BOOT_DEADLINE
+
+        def too_late(number: int, frame: "FrameType | None") -> None:
+            if time.monotonic() >= too_late_at:  # otherwise anybody's signal
+                raise Failure(
+                    f"the boot is not done after {limits.BOOT_DEADLINE:g} s", syscall="alarm"
+                )
+
+        signal.signal(signal.SIGALRM, too_late)
         signal.setitimer(signal.ITIMER_REAL, limits.BOOT_DEADLINE)
 
     def end_deadline(self) -> None:
         """The boot is over, well or badly."""
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._note)
+
+    def take(self) -> list[int]:
+        """The signals since the last call that are not PID 1's own, in the order of their coming.
+
+        Each as often as the kernel delivered it: real-time signals queue there, others coalesce.
+        What comes faster than the loop turns, NOTED_AT_ONCE in one turn, is dropped.
+        """
+        received, self._received = self._received, []
+        return received
 
     def wait(
         self, timeout: float | None, *, read: "Iterable[int]" = (), write: "Iterable[int]" = ()
@@ -80,15 +118,10 @@ class Signals:
         return ready
 
     def _drain(self) -> None:
-        try:
-            while len(os.read(self._reader, 4096)) == 4096:
-                pass
-        except BlockingIOError:
-            pass
-
-
-def _too_late(number: int, frame: "FrameType | None") -> None:
-    raise Failure(f"the boot is not done after {limits.BOOT_DEADLINE:g} s", syscall="alarm")
+        noted = os.read(self._reader, NOTED_AT_ONCE)
+        room = NOTED_AT_ONCE - len(self._received)
+        theirs = (number for number in noted if number != signal.SIGCHLD)
+        self._received += [number for number in theirs if number not in STOP_SIGNALS][:room]
 
 
 def reset_all() -> None:

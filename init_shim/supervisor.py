@@ -9,41 +9,58 @@ import time
 from resource import struct_rusage
 
 from guest import limits
-from guest.report import AgentExited, WorkloadExited
-from guest.supervision import MainCollected, ShutdownRequest
+from guest.report import AgentServes, FirstExec, WorkloadFailed
+from guest.supervision import AgentReady, ExecStarted, MainCollected, ShutdownRequest
 from init_shim.agent_process import AgentProcess
+from init_shim.main_process import MainProcess
 from init_shim.reporter import Reporter
 from init_shim.signals import Signals
-from init_shim.timeline import boot_ms
-from init_shim.workload import RunningWorkload
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from guest.record import Record
+
 __all__ = ["Supervisor"]
 
 REAPED_AT_ONCE = 1024  # children per turn, so that a flood of orphans cannot starve the rest
 MESSAGES_AT_ONCE = 512  # more than the pair's queue holds, but not without an end
+LOOK_AGAIN = 0.05  # seconds between two looks at who is left, should a SIGCHLD be missed
 
 
 class Supervisor:
     """`status` is "" until the machine's end is decided; then as in `guest.report.Stopping`.
 
-    `grace` is how many seconds everything gets between TERM and KILL.
+    `grace` is how many seconds everything gets between TERM and KILL. `agent` may be set later.
     """
 
-    def __init__(self, signals: Signals, reporter: Reporter, agent: AgentProcess) -> None:
+    def __init__(
+        self, signals: Signals, reporter: Reporter, agent: AgentProcess | None = None
+    ) -> None:
         self.status = ""
         self.grace = limits.STOP_GRACE
-        self.workload: RunningWorkload | None = None
-        self._signals = signals
-        self._reporter = reporter
-        self._agent = agent
-        self._attached = False
+        self.signals = signals
+        self.reporter = reporter
+        self.agent = agent
+        self.main: MainProcess | None = None
         self._collect_until: float | None = None  # time.monotonic()
         self._more_to_reap = False
         self._readers: dict[int, Callable[[], None]] = {}
+        self._first_exec_told = False
+        self._last_phase = False  # everybody is being ended: nobody is started again
+
+    # ── what it looks after ──────────────────────────────────────────────────────────────────────
+
+    def begin(self, main: MainProcess) -> None:
+        """Start the workload; from now on its end is the machine's, unless its policy says more.
+
+        Raises WorkloadNotStarted, or Failure.
+        """
+        self.reporter.send(main.start())
+        self.main = main
+        if main.attached and self.agent is not None and main.running is not None:
+            self.agent.main_started(main.running)
 
     def when_readable(self, fd: int, act: "Callable[[], None]") -> None:
         """Call `act` in each turn in which `fd` can be read or was closed by its peer.
@@ -56,10 +73,12 @@ class Supervisor:
         """No longer look at `fd`; before it is closed."""
         self._readers.pop(fd, None)
 
-    def watch(self, workload: RunningWorkload, *, attached: bool) -> None:
-        """From now on the end of `workload` is the end of the machine."""
-        self.workload = workload
-        self._attached = attached
+    def fail(self, status: str) -> None:
+        """The machine ends because of a failure, whatever else was decided."""
+        self.status = status
+        self.grace = limits.FAILED_GRACE
+
+    # ── going on ─────────────────────────────────────────────────────────────────────────────────
 
     def run(
         self, done: "Callable[[], bool]", *, timeout: float | None = None, despite: str = ""
@@ -68,84 +87,156 @@ class Supervisor:
 
         An end with the status `despite` does not count. Returns False if the time was up.
         """
+        return self._turns(lambda: done() or self.status not in ("", despite), timeout)
+
+    def stop_workload(self) -> None:
+        """Ask it to end, and everything goes on until it has, for at most `grace` seconds."""
+        main = self.main
+        if main is not None and main.running is not None:
+            main.ask_to_end()
+            self._turns(lambda: main.running is None, self.grace)
+
+    def outlive(self, timeout: float) -> bool:
+        """Turn until nobody is left, for at most `timeout` seconds; nobody is started again.
+
+        Returns whether nobody is. Ends are still noted, and the workload's is reported.
+        """
+        self._last_phase = True
+        deadline = time.monotonic() + timeout
+        while not nobody_is_left():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._turn(time.monotonic() + min(left, LOOK_AGAIN))
+        return True
+
+    def _turns(self, done: "Callable[[], bool]", timeout: float | None) -> bool:
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not (done() or self.status not in ("", despite)):
+        while not done():
             if deadline is not None and time.monotonic() >= deadline:
                 return False
             self._turn(deadline)
         return True
 
     def _turn(self, deadline: float | None) -> None:
-        pair = self._agent.fileno()
-        ready = self._signals.wait(
-            self._patience(deadline),
-            read=(*self._readers, *([pair] if pair >= 0 else [])),
-            write=[pair] if pair >= 0 and self._agent.has_more_to_say else [],
-        )
-        if self._signals.stop_requested:
+        ready = self._wait(deadline)
+        if self.signals.stop_requested:
             self._end("shutdown")
-        for fd, act in list(self._readers.items()):
-            if fd in ready:
-                act()
-        if pair in ready:
-            self._agent.say_more()
+        for number in self.signals.take():
+            if self.main is not None:
+                self.main.signal(number)
         ended = reap()
-        self._agent.reaped |= any(pid == self._agent.pid for pid, _, _ in ended)
-        if (
-            pair in ready or ended
-        ):  # a child of the agent is only ours when the agent has said its last
-            self._hear_agent()
+        if self.agent is not None:
+            self._attend(self.agent, ready, ended)
         self._more_to_reap = len(ended) == REAPED_AT_ONCE
         for pid, status, usage in ended:
             self._ended(pid, status, usage)
-        now = time.monotonic()
-        if self._agent.restart_at is not None and now >= self._agent.restart_at:
-            self._agent.start()
-        if self._collect_until is not None and now >= self._collect_until:
-            self._end("done")
+        self._act_in_time()
+
+    def _wait(self, deadline: float | None) -> set[int]:
+        """One wait for all that can happen. Calls who reads; returns what was ready."""
+        readers, reading, writing = dict(self._readers), list(self._readers), []
+        if self.agent is not None:
+            if self.agent.words is not None and self.agent.words.fileno() >= 0:
+                readers[self.agent.words.fileno()] = self.agent.words.read
+            pair = [self.agent.fileno()] if self.agent.fileno() >= 0 else []
+            reading = [*readers, *pair]
+            writing = pair if self.agent.has_more_to_say else []
+        ready = self.signals.wait(self._patience(deadline), read=reading, write=writing)
+        for fd, act in readers.items():
+            if fd in ready:
+                act()
+        return ready
 
     def _patience(self, deadline: float | None) -> float | None:
         """Seconds until the next thing that has to happen by itself."""
         if self._more_to_reap:
             return 0.0
-        moments = (deadline, self._agent.restart_at, self._collect_until)
+        moments = [deadline, self._collect_until]
+        if self.agent is not None and not self._last_phase:
+            moments += [self.agent.restart_at, self.agent.watchdog.look_at]
+        if self.main is not None and not self.status:
+            moments.append(self.main.restart_at)
         known = [moment for moment in moments if moment is not None]
         return max(0.0, min(known) - time.monotonic()) if known else None
 
-    def _hear_agent(self) -> None:
+    # ── what happened ────────────────────────────────────────────────────────────────────────────
+
+    def _attend(
+        self, agent: AgentProcess, ready: set[int], ended: list[tuple[int, int, struct_rusage]]
+    ) -> None:
+        """Hear the agent. A child of it is only PID 1's when the agent has said its last."""
+        pair = agent.fileno()
+        if pair in ready:
+            agent.say_more()
+        agent.reaped |= any(pid == agent.pid for pid, _, _ in ended)
+        if not (pair in ready or ended):
+            return
         for _ in range(MESSAGES_AT_ONCE):
-            message = self._agent.receive()
+            message = agent.receive()
             if message is None:
                 return
-            if isinstance(message, ShutdownRequest):
-                if 0.0 <= message.grace <= limits.STOP_GRACE_MAX:
-                    self.grace = message.grace
-                self._end("shutdown")
-            elif isinstance(message, MainCollected) and self._collect_until is not None:
-                self._end("done")
+            self._heard(message, agent.starts)
+
+    def _heard(self, message: "Record", starts: int) -> None:
+        if isinstance(message, ShutdownRequest):
+            if 0.0 <= message.grace <= limits.STOP_GRACE_MAX:
+                self.grace = message.grace
+            self._end("reboot" if message.reboot else "shutdown")
+        elif isinstance(message, MainCollected) and self._collect_until is not None:
+            self._end("done")
+        elif isinstance(message, AgentReady) and starts > 1:
+            self.reporter.send(AgentServes(starts=starts, boot_ms=message.boot_ms))
+        elif isinstance(message, ExecStarted) and not self._first_exec_told:
+            self._first_exec_told = True
+            self.reporter.send(FirstExec(boot_ms=message.boot_ms))
 
     def _ended(self, pid: int, status: int, usage: struct_rusage) -> None:
-        if pid == self._agent.pid:
-            fields = self._agent.ended(status)
-            delay = None
-            if self._agent.restart_at is not None:
-                delay = max(0.0, round(self._agent.restart_at - time.monotonic(), 3))
-            about = {"crashes": self._agent.crashes, "restart_in": delay}
-            self._reporter.send(AgentExited.from_map({**fields, **about}))
-        elif self.workload is not None and pid == self.workload.pid:
-            fields = self.workload.ended(status)
-            self._reporter.send(WorkloadExited.from_map({**fields, "boot_ms": boot_ms()}))
-            if self._attached:
-                self._agent.main_exited()
-                self._collect_until = time.monotonic() + limits.OUTPUT_GRACE
-            else:
-                self._end("done")
+        main, agent = self.main, self.agent
+        if agent is not None and pid == agent.pid:
+            exited = agent.ended(status)
+            if not self._last_phase:
+                self.reporter.send(exited)
+        elif main is not None and main.running is not None and pid == main.running.pid:
+            self._main_ended(main, status)
+        elif agent is not None:
+            agent.kept_reaped(pid, status, usage)
+
+    def _main_ended(self, main: MainProcess, status: int) -> None:
+        exited = main.ended(status, for_good=self.status != "")
+        self.reporter.send(exited)
+        if exited.restart_in is not None:
+            return
+        if main.attached and self.agent is not None:
+            self.agent.main_exited()
+            self._collect_until = time.monotonic() + limits.OUTPUT_GRACE
         else:
-            self._agent.kept_reaped(pid, status, usage)
+            self._end("done")
+
+    def _act_in_time(self) -> None:
+        """What is due by now."""
+        now = time.monotonic()
+        if self._collect_until is not None and now >= self._collect_until:
+            self._end("done")
+        if self.agent is not None and not self._last_phase:
+            if is_due(self.agent.restart_at, now):
+                self.agent.start()
+            if is_due(self.agent.watchdog.look_at, now):
+                self.agent.watch()
+        if self.main is not None and not self.status and is_due(self.main.restart_at, now):
+            report = self.main.start_again()
+            self.reporter.send(report)
+            if isinstance(report, WorkloadFailed) and report.restart_in is None:
+                self._end("workload-failed")
 
     def _end(self, status: str) -> None:
         if self.status in ("", "done"):
             self.status = status
+
+
+def is_due(moment: float | None, now: float) -> bool:
+    """Whether it has come; None never does."""
+    return moment is not None and now >= moment
 
 
 def reap(most: int = REAPED_AT_ONCE) -> list[tuple[int, int, struct_rusage]]:
@@ -160,3 +251,12 @@ def reap(most: int = REAPED_AT_ONCE) -> list[tuple[int, int, struct_rusage]]:
             break
         ended.append((pid, status, usage))
     return ended
+
+
+def nobody_is_left() -> bool:
+    """Every process but PID 1 descends from a child of PID 1: none, nobody. Reaps nothing."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return True
+    return False

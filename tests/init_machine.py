@@ -192,6 +192,12 @@ class Machine:
         assert found == name, f"{found} {fields}; console: {self.console}"
         return fields
 
+    def next_report(self, timeout: float = 20.0) -> Report:
+        """The next report, whatever it is; ("", {}) after the last."""
+        if self._reports is None:
+            self._reports = self._read_reports(timeout)
+        return next(self._reports, ("", {}))
+
     def no_more_reports(self) -> None:
         """PID 1 closed the connection without another report."""
         assert self._reports is not None

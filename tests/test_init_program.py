@@ -17,10 +17,11 @@ PINNED = frozenset(
     init_shim init_shim.agent_process init_shim.confined init_shim.deposits init_shim.disks
     init_shim.dispatch init_shim.failure
     init_shim.hardening
-    init_shim.kernel_log init_shim.listener init_shim.main init_shim.modules init_shim.mounts
+    init_shim.kernel_log init_shim.last_words init_shim.listener init_shim.main
+    init_shim.main_process init_shim.modules init_shim.mounts
     init_shim.network init_shim.power init_shim.protection init_shim.reporter init_shim.root init_shim.signals
-    init_shim.supervisor init_shim.sysctls init_shim.timeline init_shim.volumes init_shim.workload
-    init_shim.workload_cgroup io marshal os os.path posix posixpath resource select stat sys time
+    init_shim.supervisor init_shim.sysctls init_shim.timeline init_shim.volumes init_shim.watchdog
+    init_shim.workload init_shim.workload_cgroup init_shim.write_out io marshal os os.path posix posixpath resource select stat sys time
     types zipimport
     """.split()  # noqa: SIM905
 )

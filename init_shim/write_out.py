@@ -1,0 +1,149 @@
+"""File systems at the end: unmounted or made read-only, latest first, so that disks are clean.
+
+A file system can hang (a share whose host has gone), and who asks it for anything hangs with it. So
+the work is done by a child: where it makes no headway for STEP_WAIT, it is left behind, and another
+one goes on behind that step. Disks come before everything else.
+"""
+
+import os
+import select
+import time
+
+import _guestsys
+
+from init_shim.mounts import READ_ONLY, REMOUNT
+from init_shim.reporter import say
+
+TYPE_CHECKING = False  # typing itself is too heavy for PID 1
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Step = tuple[str, Callable[[], None]]  # what to say where it hangs
+
+__all__ = ["remember", "write_out"]
+
+NO_FOLLOW = 0x8  # umount2(2): UMOUNT_NOFOLLOW
+
+STEP_WAIT = 1.0  # seconds for one file system, unless all of them have less
+MOUNTS_SIZE = 1024 * 1024  # bytes of /proc/self/mounts; whoever mounts more loses the rest
+
+KEPT = ("/proc", "/dev", "/sys")  # PID 1 itself needs the first two, and /sys has nothing to write
+
+
+def remember(target: str) -> None:
+    """A disk is mounted at `target` for writing, and will have no name in the image's root."""
+    _remembered.append(os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+
+
+_remembered: list[int] = []  # descriptors, in the order of mounting
+
+
+def write_out(patience: float) -> None:
+    """Write everything to the disks, for at most `patience` seconds."""
+    steps = plan()
+    deadline = time.monotonic() + patience
+    at = 0
+    while at < len(steps):
+        if time.monotonic() >= deadline:
+            say(f"not written out after {patience:g} s: {steps[at][0]} and what was to follow")
+            return
+        done = run_in_child(steps[at:], deadline)
+        at += done
+        if at < len(steps):
+            say(f"{steps[at][0]} hangs; going on without it")
+            at += 1
+
+
+def run_in_child(steps: "list[Step]", deadline: float) -> int:
+    """How many of the steps were taken before one that hangs. The child is not waited for then."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    try:
+        pid = os.fork()
+    except OSError:
+        os.close(writer)
+        os.close(reader)
+        return 0
+    if pid == 0:
+        try:
+            for _, take in steps:
+                try:
+                    take()
+                except (OSError, ValueError):
+                    pass  # busy, or not there any more: the next one may be neither
+                os.write(writer, b".")
+        finally:
+            os._exit(0)
+    os.close(writer)
+    poll = select.poll()
+    poll.register(reader, select.POLLIN)
+    done = 0
+    while done < len(steps):
+        left = min(STEP_WAIT, deadline - time.monotonic())
+        if left <= 0 or not poll.poll(int(left * 1000) + 1):
+            break
+        headway = len(os.read(reader, len(steps)))
+        if not headway:
+            break
+        done += headway
+    os.close(reader)
+    return done
+
+
+def plan() -> "list[Step]":
+    """Disks that have a name, the root, disks that have none any more, and then all others."""
+    on_disk: list[str] = []
+    others: list[str] = []
+    for source, target in mounted():
+        if target not in KEPT and target != "/":
+            (on_disk if source.startswith("/dev/") else others).insert(0, target)
+    steps: list[Step] = [(target, Unmount(target)) for target in on_disk]
+    steps.append(("/", lambda: _guestsys.mount(None, "/", None, REMOUNT | READ_ONLY)))
+    steps += [("a disk of the root", Settle(fd)) for fd in reversed(_remembered)]
+    steps += [(target, Unmount(target)) for target in others]
+    steps.append(("sync", os.sync))
+    return steps
+
+
+class Unmount:
+    """Unmount it, or make its file system read-only where somebody still uses it."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def __call__(self) -> None:
+        try:
+            _guestsys.umount2(self.target, NO_FOLLOW)
+        except OSError:
+            _guestsys.mount(None, self.target, None, REMOUNT | READ_ONLY)
+
+
+class Settle:
+    """Make the file system at a descriptor read-only, which leaves it clean on its disk."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __call__(self) -> None:
+        _guestsys.mount(None, f"/proc/self/fd/{self.fd}", None, REMOUNT | READ_ONLY)
+
+
+def mounted() -> list[tuple[str, str]]:
+    """(source, target) of every mount that has a name in this root, in the order of mounting."""
+    try:
+        with open("/proc/self/mounts", "rb", buffering=0) as file:
+            lines = (file.read(MOUNTS_SIZE) or b"").split(b"\n")
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        source, _, rest = line.partition(b" ")
+        target = rest.partition(b" ")[0]
+        if target:
+            found.append((os.fsdecode(source), os.fsdecode(unescaped(target))))
+    return found
+
+
+def unescaped(path: bytes) -> bytes:
+    """A path as /proc has it: a backslash and three octal digits for what separates (proc(5))."""
+    first, *parts = path.split(b"\\")
+    return first + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in parts)
