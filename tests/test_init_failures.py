@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from init_machine import Config, Machine, boot_config, make_root, require_program
+from test_guest_bootconfig import FIELDS, FULL, changed, dotted
 
 BOUND = 5.0  # seconds from the launch to the power-off
 
@@ -88,6 +89,25 @@ def test_a_bad_config_is_told_on_the_console(root: Path, text: str, said: str) -
         assert (name, failed["step"]) == ("boot_failed", "config")
         assert said in failed["message"]
         assert failed["path"] == "/microguest/boot.json"
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, _, name in FIELDS], ids=str)
+def test_a_bad_value_in_any_field_ends_the_boot(
+    root: Path, path: tuple[str | int, ...], name: str
+) -> None:
+    with Machine(root, changed(path, **{name: {"wrong": [1.5]}})) as machine:
+        assert machine.wait(BOUND) == 0
+        kind, fields = machine.console_report()
+    assert (kind, fields["step"]) == ("boot_failed", "config")
+    assert dotted((*path, name)) in fields["message"]
+
+
+@pytest.mark.parametrize("length", range(0, len(json.dumps(FULL)), 61))
+def test_a_config_that_was_cut_ends_the_boot(root: Path, length: int) -> None:
+    with Machine(root, json.dumps(FULL)[:length]) as machine:
+        assert machine.wait(BOUND) == 0
+        kind, fields = machine.console_report()
+    assert (kind, fields["step"]) == ("boot_failed", "config")
 
 
 def test_the_token_of_a_bad_config_is_not_shown(root: Path) -> None:
