@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from host_client.agent import Agent, connect
     from host_client.machines.boot import boot
     from host_client.machines.machine import Machine
+    from host_client.machines.mounts import Mount
     from host_client.process import Process
     from host_client.result import Result
 
@@ -23,6 +24,7 @@ __all__ = [
     "Keep",
     "Limits",
     "Machine",
+    "Mount",
     "Process",
     "Result",
     "StagedFile",
@@ -37,6 +39,7 @@ _HOME = {
     "Keep": "guest.messages",
     "Limits": "guest.messages",
     "Machine": "host_client.machines.machine",
+    "Mount": "host_client.machines.mounts",
     "Process": "host_client.process",
     "Result": "host_client.result",
     "StagedFile": "guest.messages",

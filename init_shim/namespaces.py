@@ -4,7 +4,8 @@ For tests and a first look; it isolates nothing that matters. The launcher stays
 its own end, however it comes, ends everything inside. What it mounts is in a mount namespace of its
 own, so the host never sees a mount of it.
 
-    --root DIR    the image's tree, read-only inside as /microguest/lower
+    --root DIR    a tree, read-only inside as /microguest/lower; more of them: lower.1, lower.2…
+    --volume DIR  another one, as it is, inside as /microguest/volumes/0, /1…
     --run DIR     has boot.json, and host/, which the initial root sees as /microguest/host
     --parent PID  give up if this process is not the parent any more
 
@@ -44,7 +45,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POWERED_OFF, FAILED, USAGE, RESTARTED = 0, 1, 2, 3
 CHILD_FAILED = 125  # the child has said why already
 
-FOLDERS = ("dev", "proc", "sys", "run", "newroot", "microguest/host", "microguest/lower")
+FOLDERS = ("dev", "proc", "sys", "run", "newroot", "microguest/host", "microguest/volumes")
+LOWER = "microguest/lower"
+VOLUMES = "microguest/volumes"
 DEVICES = ("full", "null", "random", "tty", "urandom", "zero")
 FORWARDED = (signal.SIGTERM, signal.SIGINT)
 # Flags that a bind mount keeps and that an ordinary user's namespace must state again.
@@ -54,25 +57,26 @@ KEPT_FLAGS = NOSUID | NODEV | NOEXEC
 class Plan:
     """What was asked for, checked as far as it can be before there is a child."""
 
-    def __init__(self, root: str, run: str) -> None:
-        self.root = root
+    def __init__(self, roots: list[str], volumes: list[str], run: str) -> None:
         self.run = run
         self.host = os.path.join(run, "host")
         self.config = read_config(os.path.join(run, "boot.json"))
-        for folder in (self.root, self.host):
+        self.lowers = {LOWER + (f".{n}" if n else ""): roots[n] for n in range(len(roots))}
+        self.volumes = {f"{VOLUMES}/{n}": volumes[n] for n in range(len(volumes))}
+        for folder in (*roots, *volumes, self.host):
             os.close(open_path(folder, os.O_DIRECTORY))
 
 
 def launch(arguments: list[str]) -> int:
     """Run a machine to its end. Returns an exit code."""
     try:
-        root, run, parent = parse(arguments)
+        roots, volumes, run, parent = parse(arguments)
     except ValueError as error:
         print(f"microguest namespaces: {error}", file=sys.stderr)
         return USAGE
     try:
         die_with(parent)
-        plan = Plan(root, run)
+        plan = Plan(roots, volumes, run)
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         enter_outer_namespaces()
         alive, lifeline = os.pipe2(os.O_CLOEXEC)
@@ -87,18 +91,19 @@ def launch(arguments: list[str]) -> int:
         return FAILED
 
 
-def parse(arguments: list[str]) -> tuple[str, str, int]:
-    """(root, run, parent's pid). Raises ValueError."""
-    values = {"--root": "", "--run": "", "--parent": str(os.getppid())}
+def parse(arguments: list[str]) -> tuple[list[str], list[str], str, int]:
+    """(roots, volumes, run, parent's pid). Raises ValueError."""
+    values: dict[str, list[str]] = {"--root": [], "--volume": [], "--run": [], "--parent": []}
     for name, value in zip(arguments[::2], arguments[1::2], strict=False):
         if name not in values:
             raise ValueError(f"unknown option {name}")
-        values[name] = value
-    if len(arguments) % 2 or not (values["--root"] and values["--run"]):
+        values[name].append(value)
+    if len(arguments) % 2 or not (values["--root"] and len(values["--run"]) == 1):
         raise ValueError("needs --root DIR and --run DIR")
-    if not values["--parent"].isdecimal():
+    parent = (values["--parent"] or [str(os.getppid())])[-1]
+    if not parent.isdecimal():
         raise ValueError("--parent needs a process id")
-    return values["--root"], values["--run"], int(values["--parent"])
+    return values["--root"], values["--volume"], values["--run"][0], int(parent)
 
 
 def die_with(parent: int) -> None:
@@ -202,17 +207,22 @@ def make_initial_root(plan: Plan) -> None:
     # By name: the link itself leads into the host's mount namespace, which cannot be bound from.
     with call("readlink", "/proc/self/exe"):
         program_path = os.readlink("/proc/self/exe")
-    program, host, root = map(open_path, (program_path, plan.host, plan.root))
+    program, host = map(open_path, (program_path, plan.host))
+    lowers = {target: open_path(source) for target, source in plan.lowers.items()}
+    volumes = {target: open_path(source) for target, source in plan.volumes.items()}
     mount("tmpfs", run, "tmpfs", NOSUID | NODEV, "mode=0755,size=16m")
-    for folder in FOLDERS:
+    for folder in (*FOLDERS, *lowers, *volumes):
         with call("mkdir", f"{run}/{folder}"):
             os.makedirs(f"{run}/{folder}")
     write_new(f"{run}/init", b"", 0o755)
     bind(program, f"{run}/init")
     write_new(run + bootconfig.PATH, plan.config, 0o600)
     bind(host, f"{run}/microguest/host")
-    bind(root, f"{run}/microguest/lower")
-    make_read_only(f"{run}/microguest/lower")
+    for target, fd in lowers.items():
+        bind(fd, f"{run}/{target}")
+        make_read_only(f"{run}/{target}")
+    for target, fd in volumes.items():
+        bind(fd, f"{run}/{target}")
     make_devices(f"{run}/dev")
     mount("proc", f"{run}/proc", "proc", NOSUID | NODEV | NOEXEC)
     make_sys(f"{run}/sys")

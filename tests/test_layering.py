@@ -85,7 +85,7 @@ PUBLIC = {
         "Capabilities", "ImageDefaults", "Restart", "Workload", "check_limits", "signal_number",
     ],
     "host_client": [
-        "Agent", "Keep", "Limits", "Machine", "Process", "Result", "StagedFile", "aio", "boot",
+        "Agent", "Keep", "Limits", "Machine", "Mount", "Process", "Result", "StagedFile", "aio", "boot",
         "connect", "errors",
     ],
     "host_client.aio": ["Agent", "Process", "connect"],

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final, NoReturn
 
 from guest import __version__, limits
+from host_client.cli.runoptions import add_options
 
 __all__ = ["Parser", "parse"]
 
@@ -57,6 +58,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("-d", "--detach", action="store_true", help="print the name and return")
     _add_process_options(parser)
     _add_detach_keys(parser)
+    add_options(parser)
     add("image", metavar="IMAGE", help="oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:ROOTFS")
     add("command", nargs=argparse.REMAINDER, metavar="CMD", help="instead of the image's")
     parser.set_defaults(run=_command("run"))

@@ -11,6 +11,7 @@ from guest.report import WorkloadFailed
 from host_client.cli import INTERRUPTED, complain
 from host_client.cli.detachkeys import parse as parse_keys
 from host_client.cli.foreground import Detached, Interrupted, in_foreground
+from host_client.cli.runoptions import machine_options
 from host_client.cli.stream import passed_signals
 from host_client.cli.terminal import Terminal, size_of
 from host_client.errors import ConnectionLost, DeadlineExceeded, MachineError
@@ -46,21 +47,10 @@ def settings_of(options: argparse.Namespace) -> Settings:
     """What `boot` would be called with."""
     return Settings(
         image=options.image,
-        machine=options.machine,
-        memory=options.memory,
-        cpus=options.cpus,
-        name=options.name,
-        kernel=options.kernel,
-        command=options.command or None,
-        entrypoint=entrypoint_of(options),
         workload=not options.tty,
         stdio="console" if options.detach else "attached",
-        env=dict(options.env),
-        user=options.user,
-        cwd=options.workdir,
-        hostname=options.hostname,
-        timeout=options.timeout,
         keep=not options.rm,
+        **machine_options(options),
     )
 
 

@@ -1,8 +1,7 @@
 """Starting a machine, from the image to an agent that answers."""
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, Unpack
 
 from host_client import images
 from host_client.errors import BootFailed, DeadlineExceeded, MachineError
@@ -14,7 +13,7 @@ from host_client.machines.namespaces import NamespacesBackend
 from host_client.machines.plan import CONSOLE_SHOWN, MachineState, Plan, cut
 from host_client.machines.prepare import Preparation
 from host_client.machines.qemu import QemuBackend
-from host_client.machines.settings import Settings
+from host_client.machines.settings import MachineOptions, Settings
 
 __all__ = ["BACKENDS", "Backend", "boot", "start"]
 
@@ -38,54 +37,17 @@ BACKENDS: Final[dict[str, Backend]] = {
 }
 
 
-def boot(
-    image: str,
-    *,
-    machine: str = "qemu",
-    memory: str = "512M",
-    cpus: int = 1,
-    name: str | None = None,
-    kernel: str | None = None,
-    bundle: str | None = None,
-    command: Sequence[str] | None = None,
-    entrypoint: Sequence[str] | None = None,
-    env: Mapping[str, str] | None = None,
-    user: str | None = None,
-    cwd: str | None = None,
-    hostname: str | None = None,
-    upper_size: str = "50%",
-    timeout: float = 60.0,
-) -> Machine:
+def boot(image: str, *, bundle: str | None = None, **options: Unpack[MachineOptions]) -> Machine:
     """Start a machine from an image and wait until its agent serves. Use it in a `with` block.
 
-    image: oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:ROOTFS. machine: "qemu", or "namespaces",
-    which runs the same PID 1 without a VM and isolates nothing. memory: with M or G; for qemu, as
-    cpus. name: None makes one up. kernel: path, instead of the bundle's. bundle: folder, instead of
-    where it is looked for. command, entrypoint: lists of words, by docker's rules; with neither the
-    machine idles until it is stopped. env, user, cwd: over the image's, for every process.
-    upper_size: of the tmpfs that takes writes, as tmpfs(5) has it. timeout: seconds from the launch
-    to the ready agent; making a disk of an image that is new here is not counted.
+    image: oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:ROOTFS. bundle: folder of kernel and
+    initramfs, instead of where they are looked for. options: MachineOptions says what there is.
+    Making a disk of an image that is new here does not count for the `timeout`.
 
     Raises ImageError, MachineError, and BootFailed where the guest did not come up. Nothing is left
     behind then, nor after the end or death of this program.
     """
-    settings = Settings(
-        image=image,
-        machine=machine,
-        memory=memory,
-        cpus=cpus,
-        name=name,
-        kernel=kernel,
-        command=command,
-        entrypoint=entrypoint,
-        env=dict(env or {}),
-        user=user,
-        cwd=cwd,
-        hostname=hostname,
-        upper_size=upper_size,
-        timeout=timeout,
-    )
-    return start(settings, bundle=bundle)
+    return start(Settings(image=image, **options), bundle=bundle)
 
 
 def start(settings: Settings, *, bundle: str | None = None) -> Machine:

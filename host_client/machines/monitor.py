@@ -45,6 +45,7 @@ from host_client.machines.plan import (
     cut,
 )
 from host_client.machines.reports import ReportReader
+from host_client.machines.shares import Shares
 from host_client.machines.vmm import Device, Vmm
 from host_client.vhost_vsock.loop import EventLoop
 
@@ -123,6 +124,12 @@ class Monitor:
         self._messages = RotatingLog(os.path.join(folder, "vmm.log"), 64 * 1024)
         self._vmm: Vmm | None = None
         self._device: Device | None = None
+        self._shares = Shares(
+            plan.shares,
+            self.loop,
+            self._messages.write,
+            lambda reason: self._end("crashed", reason),
+        )
         self._wakeup = socket.socketpair()
 
     def run(self) -> bool:
@@ -151,6 +158,7 @@ class Monitor:
         try:
             if self.plan.report_socket:
                 self._reports.listen(listening_at(self.plan.report_socket))
+            self._shares.start()
             self._device = Device(self.plan, self.loop, self._reports, self._on_device_failure)
             self._device.start(self._start_vmm)
         except OSError as error:
@@ -331,6 +339,7 @@ class Monitor:
         if not self.state.status:
             self._explain_exit(code)
         self._reports.close()
+        self._shares.close()
         if self._device is not None:
             self._device.close()
         last = cut(printable(self._console.tail()), CONSOLE_SHOWN, tail=True)

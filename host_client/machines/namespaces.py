@@ -7,13 +7,14 @@ import os
 from typing import Final
 
 from guest.bootconfig import Endpoint
-from guest.rootplan import Lower
+from guest.rootplan import Lower, Volume
 from host_client import images
 from host_client.address import SUN_PATH_MAX, UnixAddress
 from host_client.errors import MachineError
 from host_client.machines.folder import write_file
+from host_client.machines.mounts import Mount
 from host_client.machines.plan import Plan
-from host_client.machines.prepare import Preparation, lease_of
+from host_client.machines.prepare import Preparation, directory, lease_of
 from host_client.machines.settings import Settings
 
 __all__ = ["NamespacesBackend"]
@@ -21,6 +22,7 @@ __all__ = ["NamespacesBackend"]
 # Paths of the initial root, where the launcher shows the run folder's `host` and the image's tree.
 HOST_FOLDER: Final = "/microguest/host"
 LOWER: Final = "/microguest/lower"
+VOLUMES: Final = "/microguest/volumes"  # what --volume names, by its number
 AGENT_SOCKET: Final = "agent.sock"
 REPORT_SOCKET: Final = "report.sock"
 BOOT_FILE: Final = "boot.json"
@@ -35,6 +37,10 @@ class NamespacesBackend:
         """MachineError for what this machine cannot do."""
         if settings.kernel is not None:
             raise MachineError("machine namespaces runs on the host's kernel: leave kernel out")
+        if settings.network != "none":
+            raise MachineError("machine namespaces has no network: leave network out, or use qemu")
+        if settings.upper is not None or any(mount.kind == "disk" for mount in settings.mounts):
+            raise MachineError("machine namespaces has no disks: use qemu, or bind a directory")
 
     def plan(self, preparation: Preparation) -> Plan:
         """Write the boot files and say what to start."""
@@ -43,13 +49,17 @@ class NamespacesBackend:
         assert len(HOST_FOLDER) + len(REPORT_SOCKET) < SUN_PATH_MAX
         os.mkdir(host, 0o700)
         root = images.as_directory(preparation.image, folder.run)
+        sources: list[str] = []
+        volumes = [volume_of(preparation, mount, sources) for mount in settings.mounts]
         config = preparation.boot_config(
             "namespaces",
             Lower(kind="directory", path=LOWER),
             Endpoint(transport="unix", path=f"{HOST_FOLDER}/{AGENT_SOCKET}"),
             Endpoint(transport="unix", path=f"{HOST_FOLDER}/{REPORT_SOCKET}"),
+            volumes=volumes,
         )
         write_file(os.path.join(folder.run, BOOT_FILE), config)
+        bound = (word for source in sources for word in ("--volume", source))
         argv = (preparation.bundle.program, "namespaces", "--root", str(root))
         return Plan(
             name=folder.name,
@@ -57,7 +67,7 @@ class NamespacesBackend:
             image=settings.image,
             command=preparation.command,
             url=str(UnixAddress(os.path.join(host, AGENT_SOCKET))),
-            argv=(*argv, "--run", folder.run, "--parent", "{monitor}"),
+            argv=(*argv, *bound, "--run", folder.run, "--parent", "{monitor}"),
             console="stdout",
             report_socket=f"host/{REPORT_SOCKET}",
             lease=lease_of(preparation.image, root),
@@ -66,3 +76,12 @@ class NamespacesBackend:
             boot_files=(BOOT_FILE,),
             keep=settings.keep,
         )
+
+
+def volume_of(preparation: Preparation, mount: Mount, sources: list[str]) -> Volume:
+    """What the guest mounts; a directory that the launcher has to bind is added to `sources`."""
+    if mount.kind == "tmpfs":
+        return preparation.tmpfs(mount)
+    sources.append(directory(mount.source, mount.target))
+    path = f"{VOLUMES}/{len(sources) - 1}"
+    return preparation.volume(mount, source={"kind": "directory", "path": path})

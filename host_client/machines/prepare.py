@@ -2,19 +2,22 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guest.bootconfig import AgentSettings, BootConfig, Endpoint
+from guest.bootconfig import AgentSettings, BootConfig, Endpoint, Hardening
 from guest.record import RecordError
-from guest.rootplan import Lower, Root, Upper
-from guest.workload import ImageDefaults, Workload
+from guest.rootplan import Lower, Root, Upper, Volume
 from host_client.errors import MachineError
-from host_client.images import Image, process_for
+from host_client.images import Image
 from host_client.machines.bundle import Bundle
 from host_client.machines.folder import Folder
-from host_client.machines.settings import Settings
+from host_client.machines.mounts import Mount
+from host_client.machines.networking import network_of
+from host_client.machines.settings import TMPFS_SIZE, Settings
+from host_client.machines.workload import defaults_of, workload_of
 
-__all__ = ["Preparation", "lease_of"]
+__all__ = ["Preparation", "directory", "lease_of"]
 
 COMMAND_SHOWN = 200  # characters of the workload in `ls`
 
@@ -29,31 +32,69 @@ class Preparation:
     image: Image
     token: str
 
-    def boot_config(self, machine: str, lower: Lower, listen: Endpoint, report: Endpoint) -> bytes:
-        """The document for PID 1. MachineError names what does not fit."""
+    def boot_config(
+        self,
+        machine: str,
+        lower: Lower,
+        listen: Endpoint,
+        report: Endpoint,
+        *,
+        upper: Upper | None = None,
+        volumes: Sequence[Volume] = (),
+    ) -> bytes:
+        """The document for PID 1; `upper` None is a tmpfs. MachineError names what does not fit."""
         settings = self.settings
+        hardening = "off" if settings.privileged else settings.hardening
         try:
-            return (
-                BootConfig(
-                    machine=machine,
-                    root=Root(lower=(lower,), upper=Upper(size=settings.upper_size)),
-                    agent=AgentSettings(listen=listen, token=self.token),
-                    report=report,
-                    workload=self._workload(),
-                    image=self._defaults(),
-                    hostname=settings.hostname or self.folder.name,
-                    modules=True,
-                )
-                .to_json()
-                .encode("ascii")
+            root = Root(
+                lower=(lower,),
+                upper=upper or Upper(size=settings.upper_size or TMPFS_SIZE),
+                read_only=settings.read_only,
+                writable=self._writable(),
+            )
+            config = BootConfig(
+                machine=machine,
+                mode="handoff" if settings.handoff else "supervise",
+                root=root,
+                volumes=tuple(volumes),
+                agent=AgentSettings(listen=listen, token=self.token),
+                report=report,
+                workload=workload_of(settings, self.image.config),
+                image=defaults_of(settings, self.image.config),
+                hostname=settings.hostname or self.folder.name,
+                machine_id=settings.machine_id,
+                network=network_of(settings),
+                hardening=Hardening(profile=hardening, sysctls=dict(settings.sysctls)),
+                modules=True,
             )
         except RecordError as error:
             raise MachineError(f"machine {self.folder.name}: {error}") from None
+        return config.to_json().encode("ascii")
+
+    def volume(self, mount: Mount, *, source: dict[str, str]) -> Volume:
+        """The record of a mount. `source`: its kind in the guest, and what it is found by there."""
+        try:
+            return Volume(
+                target=mount.target,
+                mode=mount.mode,
+                read_only=mount.read_only,
+                suid=mount.suid,
+                dev=mount.dev,
+                exec=mount.executable,
+                create=mount.create,
+                **source,
+            )
+        except RecordError as error:
+            raise MachineError(f"mount {mount.target}: {error}") from None
+
+    def tmpfs(self, mount: Mount) -> Volume:
+        """The same for one that needs nothing of the host."""
+        return self.volume(mount, source={"kind": "tmpfs", "size": mount.size or TMPFS_SIZE})
 
     @property
     def command(self) -> str:
         """The workload for people, shortened."""
-        workload = self._workload()
+        workload = workload_of(self.settings, self.image.config)
         text = " ".join(workload.argv) if workload else ""
         printable = "".join(c if c.isprintable() else "?" for c in text)
         return printable[:COMMAND_SHOWN]
@@ -63,23 +104,23 @@ class Preparation:
         """What the guest's `ready` must carry."""
         return hashlib.sha256(self.token.encode()).hexdigest()
 
-    def _workload(self) -> Workload | None:
+    def _writable(self) -> tuple[str, ...]:
+        """The image's volumes are among them, as docker has it, where nothing is mounted there."""
         settings = self.settings
-        if not settings.has_workload:
-            return None
-        argv = process_for(self.image.config, settings.command, settings.entrypoint)
-        defaults = self._defaults()
-        return Workload(argv=argv, cwd=defaults.cwd, user=defaults.user, stdio=settings.stdio)
+        if not settings.read_only:
+            return ()
+        mounted = {mount.target.rstrip("/") for mount in settings.mounts}
+        own = (path for path in self.image.config.volumes if path.rstrip("/") not in mounted)
+        return tuple(dict.fromkeys((*settings.writable, *own)))
 
-    def _defaults(self) -> ImageDefaults:
-        """As `docker exec` has it: what was asked of `run` holds for every process."""
-        settings, config = self.settings, self.image.config
-        env = dict(item.partition("=")[::2] for item in config.env)
-        return ImageDefaults(
-            env={**env, **settings.env},
-            cwd=settings.cwd if settings.cwd is not None else config.working_dir or "/",
-            user=settings.user if settings.user is not None else config.user,
-        )
+
+def directory(path: str, target: str) -> str:
+    """The absolute path of a mount's source. MachineError where it is no directory."""
+    absolute = os.path.abspath(path)
+    if not os.path.isdir(absolute):
+        found = "is no directory" if os.path.lexists(absolute) else "does not exist"
+        raise MachineError(f"mount {target}: {absolute} {found}")
+    return absolute
 
 
 def lease_of(image: Image, path: os.PathLike[str]) -> str:

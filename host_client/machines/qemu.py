@@ -12,20 +12,25 @@ from typing import Final
 
 from guest import cpio
 from guest.bootconfig import AGENT_PORT, PATH, REPORT_PORT, Endpoint
-from guest.rootplan import Lower
+from guest.rootplan import Lower, Upper, Volume
 from host_client import images
 from host_client.address import HybridAddress, VsockAddress
 from host_client.errors import MachineError
+from host_client.machines.disks import GuestDisk, image_disk
 from host_client.machines.host import VsockChoice, accelerator, qemu_command, vsock_choice
-from host_client.machines.plan import HYBRID_SOCKET, Plan
-from host_client.machines.prepare import Preparation, lease_of
-from host_client.machines.settings import Settings, mebibytes
+from host_client.machines.mounts import Mount
+from host_client.machines.networking import MAC
+from host_client.machines.plan import HYBRID_SOCKET, Plan, Share
+from host_client.machines.prepare import Preparation, directory, lease_of
+from host_client.machines.settings import UPPER_SIZE, Settings, mebibytes
+from host_client.machines.shares import share_command, virtiofsd
 
 __all__ = ["QemuBackend"]
 
 INITRAMFS: Final = "initramfs.cpio"
 DAEMON_SOCKET: Final = "vhost.sock"
 DISK_SERIAL: Final = "root"
+UPPER_SERIAL: Final = "upper"
 PRIVATE_CID: Final = 3  # of a device that only this machine has
 KERNEL_CIDS: Final = range(2048, 2**31)  # shared by all machines of the host's kernel; see plan()
 KERNEL_LINE: Final = "console=ttyS0 quiet panic=-1 reboot=t"
@@ -33,6 +38,46 @@ KERNEL_HEAD: Final = 0x206  # bytes that show what a file is
 # Magic numbers: "HdrS" of a bzImage (x86 boot protocol) or "ARM\x64" of an arm64 Image at their
 # offsets, an ELF file, gzip as arm64 kernels may be packed.
 KERNEL_MAGIC: Final = ((0x202, b"HdrS"), (56, b"ARM\x64"), (0, b"\x7fELF"), (0, b"\x1f\x8b"))
+
+
+class Supplies:
+    """What the machine has beside its memory: disks and shares, and how the guest sees them.
+
+    Raises MachineError, and ImageError where the root's disk cannot be made.
+    """
+
+    def __init__(self, preparation: Preparation) -> None:
+        settings, folder = preparation.settings, preparation.folder
+        root = images.as_disk(preparation.image, folder.run)
+        self.root = root.path
+        self.lower = Lower(kind="disk", serial=DISK_SERIAL, fstype=root.fstype)
+        self.disks = [GuestDisk(str(root.path), DISK_SERIAL, read_only=True)]
+        self.shares: list[Share] = []
+        self.upper: Upper | None = None
+        if settings.upper is not None:
+            size = settings.upper_size or UPPER_SIZE
+            self.disks.append(image_disk(settings.upper, UPPER_SERIAL, size=size))
+            self.upper = Upper(kind="disk", serial=UPPER_SERIAL, format="if-blank")
+        self.volumes = [
+            self._volume(preparation, mount, f"volume{index}")
+            for index, mount in enumerate(settings.mounts)
+        ]
+
+    def _volume(self, preparation: Preparation, mount: Mount, name: str) -> Volume:
+        if mount.kind == "tmpfs":
+            return preparation.tmpfs(mount)
+        if mount.kind == "bind":
+            source = directory(mount.source, mount.target)
+            argv = share_command(virtiofsd(), source, read_only=mount.read_only)
+            self.shares.append(Share(source=source, argv=argv, socket=f"{name}.sock"))
+            return preparation.volume(mount, source={"kind": "virtiofs", "tag": name})
+        read_only = mount.read_only or mount.fstype != "ext4"
+        disk = image_disk(mount.source, name, size=mount.size, read_only=read_only)
+        self.disks.append(disk)
+        source_of_disk = {"kind": "disk", "serial": name, "fstype": mount.fstype}
+        if not read_only:
+            source_of_disk["format"] = "if-blank"
+        return preparation.volume(mount, source=source_of_disk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +111,14 @@ class QemuBackend:
         cid = random.SystemRandom().choice(KERNEL_CIDS) if vsock.kind == "kernel" else PRIVATE_CID
         # In the kernel all guests reach the same ports of the host: each gets one of its own.
         report_port = cid if vsock.kind == "kernel" else REPORT_PORT
-        disk = images.as_disk(preparation.image, folder.run)
+        supplies = Supplies(preparation)
         config = preparation.boot_config(
             "vm",
-            Lower(kind="disk", serial=DISK_SERIAL, fstype=disk.fstype),
+            supplies.lower,
             Endpoint(transport="vsock", port=AGENT_PORT),
             Endpoint(transport="vsock", port=report_port),
+            upper=supplies.upper,
+            volumes=supplies.volumes,
         )
         write_initramfs(preparation.bundle.initramfs, os.path.join(folder.run, INITRAMFS), config)
         kernel = os.path.abspath(settings.kernel or preparation.bundle.kernel)
@@ -92,7 +139,7 @@ class QemuBackend:
                 settings,
                 name=folder.name,
                 kernel=kernel,
-                disk=str(disk.path),
+                supplies=supplies,
                 vsock=vsock,
                 cid=cid,
             ),
@@ -103,7 +150,8 @@ class QemuBackend:
             daemon_socket=DAEMON_SOCKET if daemon else "",
             report_socket=f"{HYBRID_SOCKET}_{report_port}" if daemon else "",
             report_port=report_port,
-            lease=lease_of(preparation.image, disk.path),
+            shares=tuple(supplies.shares),
+            lease=lease_of(preparation.image, supplies.root),
             token_proof=preparation.token_proof,
             boot_timeout=settings.timeout,
             boot_files=(INITRAMFS,),
@@ -117,7 +165,7 @@ def command_line(
     *,
     name: str,
     kernel: str,
-    disk: str,
+    supplies: Supplies,
     vsock: VsockChoice,
     cid: int,
 ) -> tuple[str, ...]:
@@ -135,9 +183,9 @@ def command_line(
         *vsock_options(board, vsock, cid),
         # Without it getrandom(2) blocks for seconds: an emulated CPU has no RDRAND.
         *("-device", f"virtio-rng-{board.suffix}"),
-        *("-blockdev", f"driver=file,node-name=file,filename={escaped(disk)},read-only=on"),
-        *("-blockdev", "driver=raw,node-name=disk,file=file,read-only=on"),
-        *("-device", f"virtio-blk-{board.suffix},drive=disk,serial={DISK_SERIAL}"),
+        *(word for disk in supplies.disks for word in disk_options(board, disk)),
+        *(word for share in supplies.shares for word in share_options(board, share)),
+        *(network_options(board) if settings.network == "user" else ()),
         *("-kernel", kernel, "-initrd", INITRAMFS, "-append", board.kernel_line),
     )
 
@@ -150,6 +198,35 @@ def vsock_options(board: Board, vsock: VsockChoice, cid: int) -> tuple[str, ...]
     return (
         *("-chardev", f"socket,id=vs,{where}"),
         *("-device", f"vhost-user-vsock-{board.suffix},chardev=vs"),
+    )
+
+
+def disk_options(board: Board, disk: GuestDisk) -> tuple[str, ...]:
+    """A virtio-blk device; what is written to it is in the file when the guest has flushed it."""
+    how = "read-only=on" if disk.read_only else "read-only=off,discard=unmap"
+    name = disk.serial
+    return (
+        *("-blockdev", f"driver=file,node-name={name}-file,filename={escaped(disk.path)},{how}"),
+        *("-blockdev", f"driver=raw,node-name={name},file={name}-file,{how}"),
+        *("-device", f"virtio-blk-{board.suffix},drive={name},serial={name}"),
+    )
+
+
+def share_options(board: Board, share: Share) -> tuple[str, ...]:
+    """A virtiofs device. Its tag is its socket's name without the ending."""
+    name = share.socket.removesuffix(".sock")
+    return (
+        *("-chardev", f"socket,id={name},path={share.socket}"),
+        *("-device", f"vhost-user-fs-{board.suffix},chardev={name},tag={name}"),
+    )
+
+
+def network_options(board: Board) -> tuple[str, ...]:
+    """QEMU's own little network; see host_client.machines.networking."""
+    no_boot = ",romfile=" if board.suffix == "pci" else ""  # which Debian packs apart
+    return (
+        *("-netdev", "user,id=net0,ipv6=off"),
+        *("-device", f"virtio-net-{board.suffix},netdev=net0,mac={MAC}{no_boot}"),
     )
 
 

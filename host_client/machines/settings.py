@@ -3,22 +3,110 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypedDict
 
 from guest.record import RecordError
 from guest.rootplan import Upper
 from host_client.errors import MachineError
+from host_client.machines.mounts import Mount, byte_size
 
-__all__ = ["Settings", "mebibytes"]
+__all__ = ["MachineOptions", "Settings", "mebibytes"]
 
 MEMORY: Final = re.compile(r"([0-9]{1,9})([kKmMgG]?)")
 MEMORY_MIN: Final = 64  # MiB; the kernel and the initramfs need most of that
 CPUS_MAX: Final = 256
+TMPFS_SIZE: Final = "50%"
+UPPER_SIZE: Final = "8G"
+
+
+class MachineOptions(TypedDict, total=False):
+    """Everything that `boot` takes beside the image; docs/host.md has the details.
+
+    The machine:
+    machine       "qemu", or "namespaces": the same PID 1 without a VM, which isolates nothing
+    memory, cpus  of the virtual machine: 512M or 2G; a number
+    name          None makes one up
+    kernel        path of another one than the bundle's
+    hostname      None: its name
+    machine_id    32 hexadecimal digits for /etc/machine-id
+    network       "none", or "user" (qemu): outgoing connections, IPv4, through this host
+    dns, dns_search, dns_options   of /etc/resolv.conf; with network user QEMU's name server
+    hosts         names and their addresses for /etc/hosts
+    hardening     "default", "strict" or "off": see docs/security.md
+    sysctls       as {"net.core.somaxconn": "1024"}
+    timeout       seconds from the launch to the ready agent
+
+    Its root:
+    read_only     nothing can be written to but the volumes, the `writable` paths and the image's
+                  own volumes
+    writable      paths that can be all the same
+    upper         a file that takes all that is written to the root and keeps it for the next boot;
+                  made where there is none (qemu)
+    upper_size    of the tmpfs that takes the writes otherwise (tmpfs(5): 50%), or of a new `upper`
+                  (8G, sparse)
+    mounts        Mounts
+
+    Its process; env, user and cwd hold for those that the agent starts, too:
+    command, entrypoint   lists of words, by docker's rules; with neither the machine idles
+    env, user, cwd   over the image's
+    groups        names or ids, beside those that the user has
+    umask         0o022
+    rlimits       {"nofile": (soft, hard)}, -1 for no limit
+    processes     how many it may have with its descendants, threads included
+    cap_add, cap_drop   names or "ALL"; it has all of the virtual machine's to begin with
+    privileged    all capabilities, nothing masked, no filter, no hardening
+    no_new_privileges   setuid bits and file capabilities give it nothing
+    seccomp       a filter as host_client.seccomp makes it
+    masked, read_only_paths   paths that nobody can look into, or write to
+    stop_signal   what asks it to end; None: the image's, else TERM
+    restart       "no", "on-failure", "on-failure:N" or "always"
+    handoff       it is an init of its own and becomes PID 1
+    """
+
+    machine: str
+    memory: str
+    cpus: int
+    name: str | None
+    kernel: str | None
+    hostname: str | None
+    machine_id: str
+    network: str
+    dns: Sequence[str]
+    dns_search: Sequence[str]
+    dns_options: Sequence[str]
+    hosts: Mapping[str, str]
+    hardening: str
+    sysctls: Mapping[str, str]
+    timeout: float
+    read_only: bool
+    writable: Sequence[str]
+    upper: str | None
+    upper_size: str | None
+    mounts: Sequence[Mount]
+    command: Sequence[str] | None
+    entrypoint: Sequence[str] | None
+    env: Mapping[str, str] | None
+    user: str | None
+    cwd: str | None
+    groups: Sequence[str]
+    umask: int
+    rlimits: Mapping[str, tuple[int, int]]
+    processes: int | None
+    cap_add: Sequence[str]
+    cap_drop: Sequence[str]
+    privileged: bool
+    no_new_privileges: bool
+    seccomp: bytes
+    masked: Sequence[str]
+    read_only_paths: Sequence[str]
+    stop_signal: str | None
+    restart: str
+    handoff: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """As the parameters of `host_client.boot`, which documents them."""
+    """The options of one machine, and what only the command line chooses."""
 
     image: str
     machine: str = "qemu"
@@ -26,36 +114,79 @@ class Settings:
     cpus: int = 1
     name: str | None = None
     kernel: str | None = None
+    hostname: str | None = None
+    machine_id: str = ""
+    network: str = "none"
+    dns: Sequence[str] = ()
+    dns_search: Sequence[str] = ()
+    dns_options: Sequence[str] = ()
+    hosts: Mapping[str, str] = field(default_factory=dict)
+    hardening: str = "default"
+    sysctls: Mapping[str, str] = field(default_factory=dict)
+    timeout: float = 60.0
+    read_only: bool = False
+    writable: Sequence[str] = ()
+    upper: str | None = None
+    upper_size: str | None = None
+    mounts: Sequence[Mount] = ()
     command: Sequence[str] | None = None
     entrypoint: Sequence[str] | None = None
-    workload: bool | None = None  # None: where a command or an entrypoint is given
-    stdio: str = "console"
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] | None = None
     user: str | None = None
     cwd: str | None = None
-    hostname: str | None = None
-    upper_size: str = "50%"
-    timeout: float = 60.0
-    keep: bool = False
+    groups: Sequence[str] = ()
+    umask: int = 0o022
+    rlimits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    processes: int | None = None
+    cap_add: Sequence[str] = ()
+    cap_drop: Sequence[str] = ()
+    privileged: bool = False
+    no_new_privileges: bool = False
+    seccomp: bytes = b""
+    masked: Sequence[str] = ()
+    read_only_paths: Sequence[str] = ()
+    stop_signal: str | None = None
+    restart: str = "no"
+    handoff: bool = False
+    workload: bool | None = None  # None: where a command, an entrypoint or `handoff` is given
+    stdio: str = "console"
+    terminal: tuple[int, int] = (24, 80)  # rows and columns, for stdio "terminal"
+    keep: bool = False  # state and console stay after the end
 
     def __post_init__(self) -> None:
         mebibytes(self.memory)
-        try:
-            Upper(size=self.upper_size)
-        except RecordError as error:
-            raise MachineError(f"upper_size: {error}") from None
+        self._check_upper()
         if not 1 <= self.cpus <= CPUS_MAX:
             raise MachineError(f"cpus must be 1 to {CPUS_MAX}, not {self.cpus}")
-        for name, value in self.env.items():
+        for name, value in (self.env or {}).items():
             if not name or "=" in name or "\0" in name + value:
                 raise MachineError(f"{name!r:.80} cannot be the name of an environment variable")
+        if self.network not in ("none", "user"):
+            raise MachineError(f"network {self.network!r:.40} is not none or user")
+        if self.writable and not self.read_only:
+            raise MachineError("writable: the root is not read_only, all of it can be written to")
+        if self.restart != "no" and self.stdio != "console":
+            raise MachineError(
+                "restart: only a command that writes to the console can be started again (run -d)"
+            )
+        if self.handoff and self.stdio != "console":
+            raise MachineError("handoff: an init has the console, not our streams (run -d)")
+
+    def _check_upper(self) -> None:
+        if self.upper is not None:
+            byte_size(self.upper_size or UPPER_SIZE)
+            return
+        try:
+            Upper(size=self.upper_size or TMPFS_SIZE)
+        except RecordError as error:
+            raise MachineError(f"upper_size: {error}") from None
 
     @property
     def has_workload(self) -> bool:
         """Whether the image's process (or the given one) runs, or the machine idles."""
         if self.workload is not None:
             return self.workload
-        return self.command is not None or self.entrypoint is not None
+        return self.command is not None or self.entrypoint is not None or self.handoff
 
 
 def mebibytes(memory: str) -> int:

@@ -1,0 +1,167 @@
+"""The options of `microguest run` that say what the machine is like, and what `boot` calls them.
+
+The words are docker's where docker has them. Texts are taken apart when the command runs, so that
+other commands need not import what knows them.
+"""
+
+import argparse
+from typing import Any, Final
+
+from host_client.errors import MachineError
+from host_client.machines.settings import MachineOptions
+
+__all__ = ["add_options", "machine_options"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """In groups, as `--help` shows them."""
+    _add_files(parser.add_argument_group("files"))
+    _add_privileges(parser.add_argument_group("what the command may do"))
+    _add_life(parser.add_argument_group("its life"))
+    _add_network(parser.add_argument_group("network and kernel"))
+
+
+def machine_options(options: argparse.Namespace) -> MachineOptions:
+    """MachineError for what cannot be understood; `Settings` checks what makes no sense."""
+    from host_client.machines.mounts import parse_mount, parse_tmpfs, parse_volume
+
+    mounts = [
+        *map(parse_volume, options.volume),
+        *map(parse_mount, options.mount),
+        *map(parse_tmpfs, options.tmpfs),
+    ]
+    return {
+        "machine": options.machine,
+        "memory": options.memory,
+        "cpus": options.cpus,
+        "name": options.name,
+        "kernel": options.kernel,
+        "hostname": options.hostname,
+        "timeout": options.timeout,
+        "command": options.command or None,
+        "entrypoint": None if options.entrypoint is None else [options.entrypoint],
+        "env": dict(options.env),
+        "user": options.user,
+        "cwd": options.workdir,
+        "mounts": mounts,
+        "read_only": options.read_only,
+        "writable": options.writable,
+        "upper": options.upper,
+        "upper_size": options.upper_size,
+        "groups": options.group_add,
+        "umask": options.umask,
+        "rlimits": dict(map(_rlimit, options.ulimit)),
+        "processes": options.pids_limit if options.pids_limit > 0 else None,
+        "cap_add": options.cap_add,
+        "cap_drop": options.cap_drop,
+        "privileged": options.privileged,
+        **_security(options.security_opt),
+        "stop_signal": options.stop_signal,
+        "restart": options.restart,
+        "handoff": options.handoff,
+        "network": options.network,
+        "dns": options.dns,
+        "dns_search": options.dns_search,
+        "dns_options": options.dns_option,
+        "hosts": dict(_pair(text, "add-host", ":=") for text in options.add_host),
+        "sysctls": dict(_pair(text, "sysctl", "=") for text in options.sysctl),
+        "hardening": options.hardening,
+    }
+
+
+def _add_files(group: Any) -> None:
+    _add_list(group, "-v", "--volume", metavar="SRC:DST[:ro]", help="show a directory of the host")
+    _add_list(group, "--mount", metavar="KEY=VALUE,...", help="type=bind|tmpfs|disk,src=,dst=,...")
+    _add_list(group, "--tmpfs", metavar="DST[:OPTIONS]", help="memory, as /run:size=16m,mode=755")
+    add = group.add_argument
+    add("--read-only", action="store_true", help="the root cannot be written to")
+    _add_list(group, "--writable", metavar="PATH", help="but this path in it can")
+    add("--upper", metavar="FILE", help="keep what is written to the root in this file (qemu)")
+    add("--upper-size", metavar="SIZE", help="of a new one (8G), or of the memory used instead")
+
+
+def _add_privileges(group: Any) -> None:
+    _add_list(group, "--cap-add", metavar="CAP", help="a capability that it keeps, or ALL")
+    _add_list(group, "--cap-drop", metavar="CAP", help="a capability that it loses, or ALL")
+    add = group.add_argument
+    add("--privileged", action="store_true", help="nothing is taken from it")
+    _add_list(
+        group,
+        *("--security-opt",),
+        metavar="OPT",
+        help="no-new-privileges, mask=PATH[:PATH]",
+    )
+    _add_list(group, "--group-add", metavar="GROUP", help="name or id")
+    _add_list(group, "--ulimit", metavar="NAME=SOFT[:HARD]", help="as nofile=1024:4096")
+    add("--umask", type=_octal, default=0o022, metavar="MODE", help="default 022")
+    add("--pids-limit", type=int, default=0, metavar="N", help="processes and threads (-1: any)")
+
+
+def _add_life(group: Any) -> None:
+    add = group.add_argument
+    add("--stop-signal", metavar="SIGNAL", help="instead of the image's")
+    add("--restart", default="no", metavar="POLICY", help="no, on-failure[:N], always")
+    add("--handoff", action="store_true", help="it is an init of its own, and becomes PID 1")
+
+
+def _add_network(group: Any) -> None:
+    add = group.add_argument
+    add("--network", default="none", choices=("none", "user"), help="default none")
+    _add_list(group, "--dns", metavar="ADDRESS", help="a name server")
+    _add_list(group, "--dns-search", metavar="DOMAIN", help="for names without a dot")
+    _add_list(group, "--dns-option", metavar="OPTION", help="of resolv.conf(5)")
+    _add_list(group, "--add-host", metavar="NAME:ADDRESS", help="a line of /etc/hosts")
+    _add_list(group, "--sysctl", metavar="NAME=VALUE", help="a kernel parameter")
+    add("--hardening", default="default", choices=("default", "strict", "off"))
+
+
+def _add_list(group: Any, *names: str, **how: str) -> None:
+    group.add_argument(*names, action="append", default=[], **how)
+
+
+def _octal(text: str) -> int:
+    return int(text, 8)
+
+
+def _rlimit(text: str) -> tuple[str, tuple[int, int]]:
+    """NAME=SOFT[:HARD], as docker has it."""
+    name, _, value = text.partition("=")
+    soft, _, hard = value.partition(":")
+    try:
+        return name, (int(soft), int(hard or soft))
+    except ValueError:
+        raise MachineError(f"ulimit {text!r:.100}: expected NAME=SOFT[:HARD]") from None
+
+
+def _pair(text: str, option: str, separators: str) -> tuple[str, str]:
+    """The words before and behind the first of the separators."""
+    at = min((at for separator in separators if (at := text.find(separator)) > 0), default=0)
+    if not at or not text[at + 1 :]:
+        raise MachineError(f"{option} {text!r:.100}: expected NAME{separators[0]}VALUE")
+    return text[:at], text[at + 1 :]
+
+
+def _security(texts: list[str]) -> MachineOptions:
+    """docker's --security-opt, and podman's mask=."""
+    found: MachineOptions = {}
+    masked: list[str] = []
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name == "no-new-privileges" and value in ("", "true", "false"):
+            found["no_new_privileges"] = value != "false"
+        elif text == f"seccomp={UNCONFINED}":
+            found["seccomp"] = b""
+        elif name == "mask" and value:
+            masked += value.split(":")
+        elif text == f"systempaths={UNCONFINED}":
+            masked.clear()
+        else:
+            raise MachineError(
+                f"security-opt {text!r:.100} is none of: no-new-privileges, "
+                "seccomp=unconfined, mask=PATH[:PATH], systempaths=unconfined"
+            )
+    found["masked"] = masked
+    return found
+
+
+UNCONFINED: Final = "unconfined"

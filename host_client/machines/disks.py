@@ -1,0 +1,53 @@
+"""Files on this host that are disks of a virtual machine, and keep what is written to them."""
+
+import os
+import stat
+from dataclasses import dataclass
+
+from host_client.errors import MachineError
+from host_client.machines.mounts import byte_size
+
+__all__ = ["GuestDisk", "image_disk"]
+
+
+@dataclass(frozen=True, slots=True)
+class GuestDisk:
+    """One virtio-blk device. QEMU locks the file, so that no two machines write to it."""
+
+    path: str
+    serial: str  # at most 20 bytes
+    read_only: bool
+
+
+def image_disk(path: str, serial: str, *, size: str, read_only: bool = False) -> GuestDisk:
+    """A disk whose content is `path`; a missing one is made, sparse, of `size` ("": it is not).
+
+    MachineError where it cannot be used.
+    """
+    absolute = os.path.abspath(path)
+    try:
+        if size and not read_only:
+            make_sparse(absolute, byte_size(size))
+        with open(absolute, "rb" if read_only else "r+b") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise MachineError(f"disk {absolute} is no regular file")
+    except FileNotFoundError:
+        raise MachineError(f"there is no disk {absolute}: give size=2G to have one made") from None
+    except OSError as error:
+        raise MachineError(f"disk {absolute}: {error.strerror}") from error
+    return GuestDisk(absolute, serial, read_only)
+
+
+def make_sparse(path: str, size: int) -> None:
+    """Unless there is something of that name. What could not be made large enough is removed."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return
+    try:
+        os.ftruncate(fd, size)
+    except BaseException:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(fd)

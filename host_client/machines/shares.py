@@ -1,0 +1,165 @@
+"""Directories of the host in a virtual machine: virtiofs, served by one virtiofsd each.
+
+virtiofsd accepts the VMM on a socket that is bound and listens before it is started, so nobody has
+to wait for it. There are two programs of that name: QEMU's own, in C, which came with QEMU until
+version 7.2 and needs root, and its successor in Rust.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from select import EPOLLIN
+from typing import Final
+
+from host_client.errors import MachineError
+from host_client.machines.console import printable
+from host_client.machines.plan import Share
+from host_client.machines.vmm import spawn
+from host_client.vhost_vsock.loop import EventLoop
+
+__all__ = ["Shares", "share_command", "virtiofsd"]
+
+PLACES: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")  # Debian's, of both
+PROBE_SECONDS: Final = 5.0
+CHUNK: Final = 64 * 1024
+END_WAIT: Final = 2.0  # seconds from TERM to KILL
+# virtiofsd ends by itself when the VMM does. Its end is the cause only if the VMM outlives it.
+VMM_FIRST: Final = 0.5
+
+
+def virtiofsd() -> str:
+    """Its path. MachineError where it is not installed."""
+    found = shutil.which("virtiofsd") or next(filter(os.path.exists, PLACES), None)
+    if found is None:
+        raise MachineError(
+            "virtiofsd, which shows a virtual machine directories of the host, is not installed: "
+            "install it (Debian: virtiofsd; on Debian 12 it is in qemu-system-common), or use a "
+            "mount of type disk"
+        )
+    return found
+
+
+def share_command(program: str, source: str, *, read_only: bool) -> tuple[str, ...]:
+    """virtiofsd's words; {listener} stands for the descriptor of its socket. MachineError.
+
+    As root it confines itself by chroot(2): its other way needs a PID namespace, whose processes do
+    not all end with it.
+    """
+    root = os.geteuid() == 0
+    if is_successor(program):
+        return (
+            *(program, "--fd={listener}", f"--shared-dir={source}", "--cache=auto"),
+            f"--sandbox={'chroot' if root else 'namespace'}",
+            *(("--readonly",) if read_only else ()),
+        )
+    if not root:
+        raise MachineError(
+            f"{program} needs root: run as root, or install the virtiofsd that is written in Rust"
+        )
+    escaped = source.replace("\\", "\\\\").replace(",", "\\,")  # fuse_opt_parse
+    return (
+        *(program, "--fd={listener}", "-o", f"source={escaped}", "-o", "sandbox=chroot"),
+        *("-o", "cache=auto", "-o", "xattr", "--rlimit-nofile=0"),
+    )
+
+
+def is_successor(program: str) -> bool:
+    """Whether it is the one in Rust, by its options. MachineError where it does not even start."""
+    try:
+        done = subprocess.run(
+            [program, "--help"], capture_output=True, timeout=PROBE_SECONDS, check=False
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise MachineError(f"{program} --help fails: {error}") from error
+    return b"--shared-dir" in done.stdout + done.stderr
+
+
+class Shares:
+    """The daemons of one machine, as its monitor has them."""
+
+    def __init__(
+        self,
+        shares: tuple[Share, ...],
+        loop: EventLoop,
+        on_message: Callable[[bytes], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
+        self._shares = shares
+        self._loop = loop
+        self._on_message = on_message
+        self._on_failure = on_failure
+        self._output = -1  # what they complain about
+        self._last = b""
+        self._running: dict[int, subprocess.Popen[bytes]] = {}  # by pidfd
+        self._closed = False
+
+    def start(self) -> None:
+        """All of them. OSError; `close` ends those that run."""
+        if not self._shares:
+            return
+        self._output, output = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._loop.add(self._output, lambda _events: self._read(), EPOLLIN)
+        try:
+            for share in self._shares:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+                    listener.bind(share.socket)
+                    listener.listen(1)
+                    self._start(share, listener.fileno(), output)
+        finally:
+            os.close(output)
+
+    def close(self) -> None:
+        """End those that have not ended with the VMM."""
+        self._closed = True
+        for pidfd, process in self._running.items():
+            self._loop.remove(pidfd)
+            os.close(pidfd)
+            process.send_signal(signal.SIGTERM)
+        for process in self._running.values():
+            try:
+                process.wait(END_WAIT)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._running = {}
+        self._close_output()
+
+    def _start(self, share: Share, listener: int, output: int) -> None:
+        argv = [word.replace("{listener}", str(listener)) for word in share.argv]
+        process = spawn(argv, stdout=output, stderr=output, keep=(listener,))
+        pidfd = os.pidfd_open(process.pid)
+        self._running[pidfd] = process
+        self._loop.add(pidfd, lambda _events: self._ended(share, pidfd), EPOLLIN)
+
+    def _ended(self, share: Share, pidfd: int) -> None:
+        self._loop.remove(pidfd)
+        os.close(pidfd)
+        code = self._running.pop(pidfd).wait()
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        reason = f"{share.argv[0]}, which shows it {share.source}, ended ({how})"
+        self._loop.call_later(VMM_FIRST, lambda: self._outlived(reason))
+
+    def _outlived(self, reason: str) -> None:
+        if not self._closed:
+            last = printable(self._last.decode("utf-8", "replace")).strip().splitlines()[-1:]
+            self._on_failure(f"{reason}: {last[0]:.300}" if last else reason)
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._output, CHUNK)
+        except BlockingIOError:
+            return
+        if data:
+            self._last = data
+            self._on_message(data)
+        else:
+            self._close_output()
+
+    def _close_output(self) -> None:
+        if self._output >= 0:
+            self._loop.remove(self._output)
+            os.close(self._output)
+            self._output = -1

@@ -1,0 +1,110 @@
+"""The image's process as the boot config has it: docker's words, the image's defaults. Pure."""
+
+import base64
+from collections.abc import Sequence
+from typing import Final
+
+from guest.errors import OperationError
+from guest.privileges import CAPABILITIES, capability_mask, resource_limits
+from guest.workload import Capabilities, ImageDefaults, Restart, Workload
+from host_client.errors import MachineError
+from host_client.images import ImageConfig, process_for
+from host_client.machines.settings import Settings
+
+__all__ = ["capabilities_of", "defaults_of", "restart_of", "workload_of"]
+
+ALL: Final = "all"
+
+
+def workload_of(settings: Settings, config: ImageConfig) -> Workload | None:
+    """None where the machine idles. ImageError, MachineError, RecordError for what makes no sense.
+
+    Its environment, user and directory are the machine's, as `docker exec` has it: `defaults_of`.
+    """
+    if not settings.has_workload:
+        return None
+    defaults = defaults_of(settings, config)
+    rows, columns = settings.terminal
+    privileged = settings.privileged
+    return Workload(
+        argv=process_for(config, settings.command, settings.entrypoint),
+        cwd=defaults.cwd,
+        user=defaults.user,
+        groups=tuple(settings.groups),
+        stdio=settings.stdio,
+        rows=rows,
+        columns=columns,
+        umask=settings.umask,
+        rlimits=rlimits_of(settings),
+        processes=settings.processes,
+        capabilities=capabilities_of(settings),
+        no_new_privs=settings.no_new_privileges,
+        seccomp="" if privileged else base64.b64encode(settings.seccomp).decode("ascii"),
+        masked=() if privileged else tuple(settings.masked),
+        read_only_paths=() if privileged else tuple(settings.read_only_paths),
+        stop_signal=settings.stop_signal or config.stop_signal or "TERM",
+        restart=restart_of(settings.restart),
+    )
+
+
+def defaults_of(settings: Settings, config: ImageConfig) -> ImageDefaults:
+    """What was asked of `run` holds for every process of the machine, as in docker."""
+    env = dict(item.partition("=")[::2] for item in config.env)
+    return ImageDefaults(
+        env={**env, **(settings.env or {})},
+        cwd=settings.cwd if settings.cwd is not None else config.working_dir or "/",
+        user=settings.user if settings.user is not None else config.user,
+    )
+
+
+def capabilities_of(settings: Settings) -> Capabilities | None:
+    """As docker works them out, but that all capabilities are there to begin with.
+
+    None leaves the sets alone: root has all of them, others none. MachineError for a name that
+    is none.
+    """
+    added, dropped = _names("cap_add", settings.cap_add), _names("cap_drop", settings.cap_drop)
+    if settings.privileged or not dropped:
+        return None
+    if ALL in added:
+        kept = tuple(name for name in CAPABILITIES if name not in dropped)
+    elif ALL in dropped:
+        kept = tuple(name for name in CAPABILITIES if name in added)
+    else:
+        kept = tuple(name for name in CAPABILITIES if name not in dropped or name in added)
+    # Those of a user but root are gone at execve(2), which looks at the bounding set only.
+    return Capabilities(bounding=kept, permitted=kept, effective=kept)
+
+
+def _names(option: str, given: Sequence[str]) -> tuple[str, ...]:
+    """Small letters, without CAP_."""
+    names = tuple(name.lower().removeprefix("cap_") for name in given)
+    try:
+        capability_mask(tuple(name for name in names if name != ALL))
+    except OperationError as error:
+        raise MachineError(f"{option}: {error.message}, or ALL") from None
+    return names
+
+
+def rlimits_of(settings: Settings) -> dict[str, tuple[int, ...]]:
+    """The resource limits by name. MachineError for what is none."""
+    wanted: dict[str, tuple[int, ...]] = {
+        name: (soft, hard) for name, (soft, hard) in settings.rlimits.items()
+    }
+    try:
+        resource_limits(wanted)
+    except OperationError as error:
+        raise MachineError(error.message) from None
+    return wanted
+
+
+def restart_of(text: str) -> Restart:
+    """docker's policies: no, on-failure[:N], always. MachineError."""
+    policy, colon, limit = text.partition(":")
+    if text == "no":
+        return Restart()
+    if policy == "on-failure" and (not colon or (limit.isascii() and limit.isdecimal())):
+        return Restart(policy="on-failure", limit=int(limit or 0))
+    if text in ("always", "unless-stopped"):  # a machine that was stopped is gone
+        return Restart(policy="always")
+    raise MachineError(f"restart {text!r:.40} is none of: no, on-failure, on-failure:N, always")
