@@ -83,6 +83,7 @@ def test_a_killed_agent_is_reported_and_started_again(root: Path) -> None:
             assert machine.report("agent_serves")["starts"] == crashes + 1
             assert machine.agent_pid() != first
         machine.process.terminate()
+        assert machine.report("workload_exited")["signal"] == signal.SIGTERM
         assert machine.report("stopping")["status"] == "shutdown"
         assert machine.wait(10) == 0
 
@@ -104,6 +105,7 @@ def test_an_attached_workload_outlives_the_agent(root: Path) -> None:
         assert machine.agent_pid() == second
         assert _script_runs(machine)
         machine.process.terminate()
+        assert machine.report("workload_exited")["signal"] == signal.SIGTERM
         assert machine.report("stopping")["status"] == "shutdown"
         assert machine.wait(10) == 0
 

@@ -36,6 +36,7 @@ def test_a_signal_to_the_launcher_powers_off(root: Path, number: signal.Signals)
         machine.report("ready")
         machine.report("workload_started")
         machine.process.send_signal(number)
+        machine.report("workload_exited")
         assert machine.report("stopping")["status"] == "shutdown"
         assert machine.wait(5) == 0
 
