@@ -34,7 +34,7 @@ COLOURS: Final = {
     "event": "#d55e00",
 }
 HOST_STEPS: Final = frozenset({"launch"})
-EVENTS: Final = frozenset({"ready", "first-exec", "handed-off"})
+EVENTS: Final = frozenset({"workload-runs", "ready", "first-exec", "first-result", "handed-off"})
 
 
 @dataclass(frozen=True, slots=True)

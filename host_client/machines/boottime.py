@@ -53,7 +53,7 @@ class BootTimeline:
         if isinstance(report, Ready):
             self._guest, self._ready_ms = report.steps[:STEPS_MAX], self.now()
         elif isinstance(report, WorkloadStarted) and report.starts == 1:
-            self._moments.setdefault("workload", report.boot_ms)
+            self._moments.setdefault("workload-runs", report.boot_ms)
         elif isinstance(report, FirstExec):
             self._moments.setdefault("first-exec", report.boot_ms)
         else:
