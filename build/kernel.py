@@ -29,7 +29,6 @@ WANTED_MODULES = (
     "virtio_mmio",  # the bus of microvm and Firecracker
     "virtio_rng",  # before anything waits for entropy
     "vmw_vsock_virtio_transport",  # the way to the host
-    "vsock_loopback",  # dialling oneself: the agent must be seen to refuse it
     "virtio_blk",
     "erofs",
     "squashfs",

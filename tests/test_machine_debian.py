@@ -1,6 +1,7 @@
 """A Debian root on every kind of machine: real programs, and hostile ones that dial the agent."""
 
 import contextlib
+import errno
 import hashlib
 import socket
 import textwrap
@@ -84,10 +85,8 @@ for cid in map(int, sys.argv[1:]):
         dialled.connect((cid, 1024))
         dialled.send(b"\\x89mgst\\n\\0\\1")
         print(cid, dialled.recv(1))
-    except TimeoutError:
-        print(cid, "still open")
     except OSError as error:
-        print(cid, error.errno)
+        print(cid, error.errno or "still open")
 """
 
 
@@ -98,8 +97,9 @@ def test_programs_in_the_guest_cannot_dial_the_agent(emulated: Machine) -> None:
     result = emulated.agent.exec(dial, user="nobody", timeout=60, check=True)
     answers = [line.split(maxsplit=1) for line in result.stdout.decode().splitlines()]
     assert [cid for cid, _ in answers] == dial[3:]
-    # dropped before a byte was sent: end of file, ECONNRESET, EPIPE or ENOTCONN, never an answer
-    assert {answer for _, answer in answers} <= {"b''", "104", "32", "107"}
+    # The kernel has no loopback, and the host drops what is for others than itself.
+    refusals = {str(number) for number in (errno.ENODEV, errno.ECONNRESET, errno.ETIMEDOUT)}
+    assert {answer for _, answer in answers} <= refusals
     assert emulated.agent.ping().root_ready
 
 
