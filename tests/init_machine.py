@@ -106,11 +106,13 @@ class Machine:
         *,
         listen: bool = True,
         user: int | None = None,
+        prepare: Callable[[Path], object] = lambda host: None,
     ) -> None:
         self.root = root
         self.config = config if isinstance(config, str) else json.dumps(config)
         self.listen = listen
         self.user = user
+        self.prepare = prepare  # fills the host's folder before the start
 
     def __enter__(self) -> Self:
         self._cleanup = contextlib.ExitStack()
@@ -132,6 +134,7 @@ class Machine:
         self.run = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mg-")))
         self.host = self.run / "host"
         self.host.mkdir()
+        self.prepare(self.host)
         boot = self.run / "boot.json"
         boot.touch(mode=0o600)
         boot.write_text(self.config)
