@@ -241,7 +241,7 @@ def ask_init(stop_signal: str, *, reboot: bool) -> None:
     number = signal_number(stop_signal)
     if os.path.isdir("/run/systemd/system"):  # sd_booted(3)
         number = SYSTEMD_REBOOT if reboot else SYSTEMD_POWER_OFF
-    elif program_of_init() == "busybox":
+    elif init_is_busybox():
         number = BUSYBOX_REBOOT if reboot else BUSYBOX_POWER_OFF
     try:
         os.kill(1, number)
@@ -249,12 +249,14 @@ def ask_init(stop_signal: str, *, reboot: bool) -> None:
         pass
 
 
-def program_of_init() -> str:
-    """The file name of PID 1's program."""
+def init_is_busybox() -> bool:
+    """Whether PID 1 is busybox, and that its init and not its shell."""
     try:
-        return os.path.basename(os.readlink("/proc/1/exe"))
+        program = os.path.basename(os.readlink("/proc/1/exe"))
+        with open("/proc/1/comm", "rb", buffering=0) as file:
+            return (program, file.read(16)) == ("busybox", b"init\n")
     except OSError:
-        return ""
+        return False
 
 
 def init_reboots() -> bool:

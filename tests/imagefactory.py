@@ -199,8 +199,11 @@ def busybox_layout(path: Path) -> str:
     return f"oci:{path}:{BUSYBOX_TAG}"
 
 
-def debian_layout(path: Path) -> str:
-    """A minimal Debian with python3 as an image at `path`, made if it is not there (about 40 s)."""
+def debian_layout(path: Path, packages: str = "python3-minimal", command: str = "bash") -> str:
+    """A minimal Debian with `packages` (comma-separated) and a `command` as an image at `path`.
+
+    Made if it is not there (about 40 s).
+    """
     require("umoci", "mmdebstrap", root=True)
     reference = f"oci:{path}:{DEBIAN_TAG}"
     if path.exists():
@@ -208,13 +211,13 @@ def debian_layout(path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".debian-", dir=path.parent) as work:
         root, fresh = Path(work, "root"), Path(work, "layout")
-        debian_root(root)
+        debian_root(root, packages)
         image = f"{fresh}:{DEBIAN_TAG}"
         for argv in (
             ["umoci", "init", "--layout", str(fresh)],
             ["umoci", "new", "--image", image],
             ["umoci", "insert", "--image", image, str(root), "/"],
-            ["umoci", "config", "--image", image, "--config.cmd", "bash"],
+            ["umoci", "config", "--image", image, "--config.cmd", command],
             ["umoci", "gc", "--layout", str(fresh)],
         ):
             subprocess.run(argv, check=True, timeout=120, capture_output=True)
@@ -222,8 +225,8 @@ def debian_layout(path: Path) -> str:
     return reference
 
 
-def debian_root(path: Path) -> None:
-    """Make a minimal Debian root with python3 in the new directory `path`; the host's release."""
+def debian_root(path: Path, packages: str = "python3-minimal") -> None:
+    """Make a minimal Debian root with `packages` in the new directory `path`; the host's release."""
     require("mmdebstrap", root=True)
     release = dict(
         line.split("=", 1)
@@ -237,7 +240,7 @@ def debian_root(path: Path) -> None:
         "--quiet",
         "--mode=root",
         "--variant=minbase",
-        "--include=python3-minimal",
+        f"--include={packages}",
     ]
     argv += ["--aptopt=APT::Sandbox::User root", release["VERSION_CODENAME"], str(path), *sources]
     subprocess.run(argv, check=True, timeout=600, capture_output=True)
