@@ -6,6 +6,7 @@ Making and removing a directory there costs more than an exec, so leaves without
 again once they are empty. Where the hierarchy is not there or not as expected, processes go without
 it, and `agent.tree` looks after their trees.
 
+    …/microguest/workload/       PID 1's, for the process that the machine is for
     …/microguest/SOME-NAME/      of one agent, locked while that agent lives
         agent/                   the agent itself
         processes/               with less memory than there is, so that the agent never waits for
@@ -27,6 +28,7 @@ __all__ = ["Cgroups", "Leaf", "open_cgroups"]
 # Where systems mount it; the second one beside a hierarchy of version 1.
 MOUNTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 OURS = "microguest"
+WORKLOAD = "workload"  # in it, what PID 1 has started; not ours to look at
 WANTED = ("memory", "cpu", "pids")
 ENDED = 0o700  # mode of a leaf that only has what its ended process has left behind
 CPU_PERIOD = 100_000  # microseconds, the kernel's default
@@ -355,6 +357,8 @@ def enable_controllers(folder: str) -> None:
 def remove_abandoned(parent: str) -> None:
     """Clear away what agents left that do not live any more, as far as it is empty."""
     for name in os.listdir(parent):
+        if name == WORKLOAD:
+            continue
         path = f"{parent}/{name}"
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

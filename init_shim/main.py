@@ -202,7 +202,9 @@ def start_main(config: BootConfig, supervisor: Supervisor) -> WorkloadNotStarted
     if workload is None or supervisor.status:
         return None
     try:
-        supervisor.begin(MainProcess(workload, lambda: start_workload(workload, config.image)))
+        memory = protection.memory_for_workload(supervisor.agent.pid if supervisor.agent else 0)
+        main = MainProcess(workload, lambda: start_workload(workload, config.image, memory))
+        supervisor.begin(main)
     except WorkloadNotStarted as error:
         return error
     return None

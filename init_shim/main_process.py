@@ -60,7 +60,8 @@ class MainProcess:
         if life.duration >= limits.RESTART_RESET:
             self._restarts = 0
         delay = None if for_good else self._plan_restart(failed=fields.get("code") != 0)
-        return WorkloadExited.from_map({**fields, "boot_ms": boot_ms(), "restart_in": delay})
+        about = {"boot_ms": boot_ms(), "restart_in": delay, "oom_killed": life.oom_killed()}
+        return WorkloadExited.from_map({**fields, **about})
 
     def _plan_restart(self, *, failed: bool) -> float | None:
         """Seconds until the next life, doubled each time; None where the policy has no other."""

@@ -34,15 +34,18 @@ class WorkloadNotStarted(Exception):
         self.errno = errno
 
 
-def start_workload(workload: Workload, image: ImageDefaults) -> "RunningWorkload":
+def start_workload(
+    workload: Workload, image: ImageDefaults, memory: int | None
+) -> "RunningWorkload":
     """Start it in the root that PID 1 is in. Raises WorkloadNotStarted, or Failure.
 
-    Then nothing of it is left. The image's files are read anew each time.
+    Then nothing of it is left. The image's files are read anew each time. `memory`: bytes that it
+    may use, whatever its own limit is; None for as many as there are.
     """
     plan = make_plan(workload, image)
     privileges = Privileges(workload)
     make_directory(plan)
-    cgroup = own_cgroup(workload)
+    cgroup = own_cgroup(workload, memory)
     try:
         streams = Streams(workload, plan.identity.uid)
         try:
@@ -176,10 +179,10 @@ def make_directory(plan: process.Plan) -> None:
         raise not_started(plan, "mkdir", error.errno or 0) from None
 
 
-def own_cgroup(workload: Workload) -> WorkloadCgroup | None:
+def own_cgroup(workload: Workload, most: int | None) -> WorkloadCgroup | None:
     """Where there can be one. Raises WorkloadNotStarted where its limits need it."""
     try:
-        return open_cgroup(workload)
+        return open_cgroup(workload, most)
     except LimitsUnavailable as error:
         raise WorkloadNotStarted("cgroup_unavailable", str(error), step="cgroup") from None
 

@@ -26,11 +26,12 @@ class LimitsUnavailable(Exception):
     """The workload's limits cannot be set; the text is a sentence."""
 
 
-def open_cgroup(workload: Workload) -> "WorkloadCgroup | None":
+def open_cgroup(workload: Workload, most: int | None) -> "WorkloadCgroup | None":
     """A new one with the workload's limits. Raises LimitsUnavailable.
 
-    None where there is no hierarchy to write to and no limit asked for. What an earlier start has
-    left running there is killed, as it would be with a container.
+    `most`: bytes that it may use in any case, where the kernel can limit it. None where there is no
+    hierarchy to write to and no limit asked for. What an earlier start has left running there is
+    killed, as it would be with a container.
     """
     settings = limit_files(workload)
     if not os.path.exists(f"{HIERARCHY}/cgroup.controllers"):
@@ -38,7 +39,7 @@ def open_cgroup(workload: Workload) -> "WorkloadCgroup | None":
             raise LimitsUnavailable(f"limits: the guest has no cgroup v2 at {HIERARCHY}")
         return None
     try:
-        return WorkloadCgroup(settings)
+        return WorkloadCgroup(settings, most)
     except OSError as error:
         if not settings:
             return None
@@ -64,7 +65,7 @@ class WorkloadCgroup:
     Raises OSError with the file's name.
     """
 
-    def __init__(self, settings: dict[str, str]) -> None:
+    def __init__(self, settings: dict[str, str], most: int | None) -> None:
         make_parent()
         make_empty()
         self.fd = os.open(PATH, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -72,6 +73,8 @@ class WorkloadCgroup:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name, text in settings.items():
                 write(f"{PATH}/{name}", text)
+            if most is not None and int(settings.get("memory.max", most)) >= most:
+                write_if_there(f"{PATH}/memory.max", str(most))
             if "memory.max" in settings:
                 write_if_there(f"{PATH}/memory.swap.max", "0")
         except BaseException:

@@ -187,5 +187,5 @@ def test_own_sysctls_win_and_modules_may_be_loaded(look: Look) -> None:
     assert seen["sysctl:kernel/kptr_restrict"] == "0"
     assert (seen["sysctl:kernel/modules_disabled"], seen["root:init_module"]) == ("0", "ENOEXEC")
     assert (seen["user:ptrace"], seen["root:kexec_load"]) == ("0", "EPERM")
-    # With a way from the guest to itself, which it does not have otherwise, the agent still hangs up.
+    # Even with a way from the guest to itself, the agent hangs up.
     assert (seen["insmod"], seen["user:dial"]) in {("", "0"), ("", "ECONNRESET")}
