@@ -43,7 +43,7 @@ class Adopted(ChildProcess):
         self._reaped = True
         status = Exited(code=message.code, signal=message.signal, core_dumped=message.core_dumped)
         if isinstance(message, MainExited):
-            self._status = status.replace(duration=message.duration)
+            self._status = status.replace(duration=message.duration, oom_killed=message.oom_killed)
         else:
             ago = time.clock_gettime(time.CLOCK_BOOTTIME) - message.ended_ms / 1000
             self._status = status.replace(

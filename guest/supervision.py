@@ -66,6 +66,7 @@ class MainExited(ExitStatus):
     """The workload ended."""
 
     duration: float = 0.0
+    oom_killed: bool = False  # as in `guest.report.WorkloadExited`
 
 
 class AgentReady(Record):

@@ -171,8 +171,11 @@ class AgentProcess:
     def main_exited(self) -> None:
         """The workload that it was told about ended."""
         if self.workload is not None and self.workload.exit is not None:
-            fields = {**self.workload.exit, "duration": self.workload.duration}
-            self._send(MainExited.from_map(fields))
+            about = {
+                "duration": self.workload.duration,
+                "oom_killed": self.workload.oom_killed(),
+            }
+            self._send(MainExited.from_map({**self.workload.exit, **about}))
 
     def _introduce(self) -> None:
         listen = self._config.agent.listen
