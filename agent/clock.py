@@ -24,7 +24,7 @@ from guest.renewal import Clock, ClockResult
 __all__ = ["clock", "clocks", "has_own_kernel", "step", "watch"]
 
 RTC = "/sys/class/rtc/rtc0/since_epoch"
-WATCH_EVERY = 10.0  # seconds; a look costs 0.2 ms natively
+WATCH_EVERY = 10.0  # seconds; a look costs 0.8 ms of an emulated processor
 PAUSE_MIN = 2.0  # seconds; the real-time clock knows whole ones only
 SECOND = 10**9  # nanoseconds
 
@@ -87,6 +87,7 @@ async def watch(agent: Agent) -> None:
     """Mend what a pause leaves that nobody tells us of. For ever; without an RTC not at all."""
     if not has_own_kernel(agent):
         return
+    await agent.root_ready.wait()  # until then /sys may be on its way there
     before = Look.now()
     while before is not None:
         await trio.sleep(WATCH_EVERY)
@@ -127,21 +128,25 @@ class Look:
 async def mend(agent: Agent, lost: float, *, agrees: bool, others: float) -> None:
     """The real-time clock went on by `lost` seconds more than the system did.
 
-    `agrees`: with the system's clock, by now. `others`: seconds by which somebody has set that one.
+    `agrees`: with the system's clock, by now. `others`: seconds by which somebody has set that one,
+    as a host does that has resumed us.
     """
-    untouched = abs(others) < PAUSE_MIN
-    if agrees and untouched:
+    if agrees and abs(others) < PAUSE_MIN:
         return  # no pause: the real-time clock was wrong, and somebody has set it
     agent.pauses += 1
     agent.last_pause = lost
     done = []
-    if untouched:
+    rest = lost - max(0.0, others)
+    if rest >= PAUSE_MIN:
         realtime, boottime = clocks()
-        step(agent, realtime + int(lost * SECOND), boottime)
-        done.append("set the clock")
+        try:
+            step(agent, realtime + int(rest * SECOND), boottime)
+            done.append(f"added {rest:.0f} s to the clock")
+        except OperationError as error:
+            log(error.message)
     if await trio.to_thread.run_sync(renew_random_numbers, abandon_on_cancel=True):
         done.append("reseeded the random numbers")
-    log(f"the machine stood still for {lost:.0f} s: {' and '.join(done) or 'nothing to do'}")
+    log(f"the machine stood still for {lost:.0f} s: {' and '.join(done) or 'nothing was done'}")
 
 
 def renew_random_numbers() -> bool:

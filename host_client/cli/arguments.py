@@ -38,6 +38,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     _add_wait(commands.add_parser("wait", help="print the exit codes of processes"))
     _add_ls(commands.add_parser("ls", help="list machines"))
     _add_stop(commands.add_parser("stop", help="end machines"))
+    _add_pause(commands.add_parser("pause", help="let machines stand still"), "pause")
+    _add_pause(
+        commands.add_parser("unpause", help="let machines go on, and set their clocks"), "unpause"
+    )
     _add_logs(commands.add_parser("logs", help="show a machine's console"))
     _add_boot_chart(commands.add_parser("boot-chart", help="where a boot's time went, as SVG"))
     _add_doctor(commands.add_parser("doctor", help="what this host has and what will be used"))
@@ -128,6 +132,11 @@ def _add_stop(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("names", nargs="+", metavar="NAME")
     parser.set_defaults(run=_command("machines", "stop"))
+
+
+def _add_pause(parser: argparse.ArgumentParser, function: str) -> None:
+    parser.add_argument("names", nargs="+", metavar="NAME")
+    parser.set_defaults(run=_command("machines", function))
 
 
 def _add_logs(parser: argparse.ArgumentParser) -> None:

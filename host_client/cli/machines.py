@@ -24,7 +24,7 @@ from host_client.machines.folder import (
 )
 from host_client.machines.plan import MachineState
 
-__all__ = ["list_machines", "logs", "stop"]
+__all__ = ["list_machines", "logs", "pause", "stop", "unpause"]
 
 FOLLOW_EVERY: Final = 0.1  # seconds between looks at a console that is followed
 # What PID 1 says, and the kernel's last words, which `quiet` does not silence.
@@ -56,7 +56,8 @@ def status(state: MachineState, *, alive: bool) -> str:
     if alive:
         if state.phase != "running":
             return state.phase
-        return f"up {time.time() - state.created:.0f} s"
+        paused = " (paused)" if state.paused else ""
+        return f"up {time.time() - state.created:.0f} s{paused}"
     exited = state.workload_exited
     if exited is not None:
         return f"exited ({exited.shell_code})"
@@ -71,6 +72,22 @@ def stop(options: argparse.Namespace) -> int:
         if not is_alive(name) and state is not None and state.ended:
             continue
         find(name).stop(grace=options.time)
+        print(name)
+    return 0
+
+
+def pause(options: argparse.Namespace) -> int:
+    """Let each stand still."""
+    for name in options.names:
+        find(name).pause()
+        print(name)
+    return 0
+
+
+def unpause(options: argparse.Namespace) -> int:
+    """Let each go on, and set its clock."""
+    for name in options.names:
+        find(name).resume()
         print(name)
     return 0
 

@@ -11,6 +11,7 @@ from guest.errors import MicroguestError
 from host_client.address import parse
 from host_client.agent import Agent
 from host_client.errors import MachineError
+from host_client.machines import pausing
 from host_client.machines.folder import (
     check_name,
     is_alive,
@@ -19,12 +20,14 @@ from host_client.machines.folder import (
     remove_dead,
 )
 from host_client.machines.machine import KILL_WAIT, POWER_OFF_WAIT
-from host_client.machines.plan import MachineState
+from host_client.machines.plan import PAUSE_SIGNAL, RESUME_SIGNAL, MachineState
+from host_client.renewal import GuestClock
 
 __all__ = ["FoundMachine", "agent_of", "find"]
 
 TOKEN_MAX: Final = limits.TOKEN_MAX
 TERM_WAIT: Final = KILL_WAIT
+LOOK_EVERY: Final = 0.01  # seconds between looks at the state of a machine that is to change
 
 
 def agent_of(name: str, *, timeout: float = 10.0) -> Agent:
@@ -74,10 +77,27 @@ class FoundMachine:
             raise MachineError(f"cannot read the token of machine {self.name}: {error}") from error
         return Agent(parse(self.started.url), token, timeout=timeout, obituary=self._obituary)
 
+    def pause(self) -> None:
+        """As `Machine.pause`."""
+        with Watch(self) as watch:
+            pausing.set_paused(True, lambda: watch.signal(PAUSE_SIGNAL), self._look)
+
+    def resume(self) -> GuestClock:
+        """As `Machine.resume`."""
+        with Watch(self) as watch, self.agent() as agent:
+            return pausing.resume(lambda: watch.signal(RESUME_SIGNAL), self._look, agent)
+
+    def _look(self, seconds: float) -> MachineState:
+        """The state, after at most that time; the monitor writes it whenever it changes."""
+        time.sleep(min(seconds, LOOK_EVERY))
+        return self.state
+
     def stop(self, grace: float = limits.STOP_GRACE) -> None:
         """End it as `Machine.stop` does, and wait until nothing of it runs."""
         with Watch(self) as watch:
             try:
+                if self.state.paused:
+                    self.resume()
                 with self.agent() as agent:
                     agent.shutdown(grace=grace)
                 ended = watch.wait(grace + POWER_OFF_WAIT)

@@ -11,8 +11,10 @@ from guest.report import Step
 from host_client.address import parse
 from host_client.agent import Agent
 from host_client.errors import DeadlineExceeded
+from host_client.machines import pausing
 from host_client.machines.link import Link
-from host_client.machines.plan import Detach, End, MachineState
+from host_client.machines.plan import Detach, End, MachineState, Pause, Resume
+from host_client.renewal import GuestClock
 
 __all__ = ["Machine"]
 
@@ -81,6 +83,18 @@ class Machine:
         self._link.listen(0.0)
         return self._link.console()
 
+    def pause(self) -> None:
+        """Let it stand still: no instruction of it is executed. Only for "qemu"; else MachineError.
+
+        What waits for an answer of its agent meanwhile ends with an error, and so do processes that
+        are not kept. A machine that is paused already is fine.
+        """
+        pausing.set_paused(True, lambda: self._link.send(Pause()), self._link.listen)
+
+    def resume(self) -> GuestClock:
+        """Let it go on, and set its clock by ours: `stepped` is by how much. Raises as `pause`."""
+        return pausing.resume(lambda: self._link.send(Resume()), self._link.listen, self.agent)
+
     def stop(self, grace: float = limits.STOP_GRACE) -> MachineState:
         """End it: TERM to all processes, `grace` seconds, KILL, power off; then remove all of it.
 
@@ -89,6 +103,8 @@ class Machine:
         """
         if not self._link.over and not self.state.ended:
             try:
+                if self.state.paused:
+                    self.resume()
                 self.agent.shutdown(grace=grace)
                 deadline = time.monotonic() + grace + POWER_OFF_WAIT
                 while not self.state.ended and not self._link.over and time.monotonic() < deadline:

@@ -37,13 +37,18 @@ from host_client.machines.plan import (
     COMMANDS,
     CONSOLE_SHOWN,
     PACKET_MAX,
+    PAUSE_SIGNAL,
+    RESUME_SIGNAL,
     Detach,
     End,
     MachineState,
+    Pause,
     Plan,
+    Resume,
     clipped,
     cut,
 )
+from host_client.machines.qmp import Qmp
 from host_client.machines.reports import ReportReader
 from host_client.machines.shares import Shares
 from host_client.machines.vmm import Device, Vmm
@@ -124,6 +129,7 @@ class Monitor:
         self._messages = RotatingLog(os.path.join(folder, "vmm.log"), 64 * 1024)
         self._vmm: Vmm | None = None
         self._device: Device | None = None
+        self._qmp: Qmp | None = None
         self._shares = Shares(
             plan.shares,
             self.loop,
@@ -173,6 +179,8 @@ class Monitor:
             self._never_started(f"cannot start {self.plan.argv[0]}: {error.strerror}")
             return
         self._vmm.watch(self._on_console, self._messages.write, self._on_vmm_exit)
+        if self._vmm.qmp is not None:
+            self._qmp = Qmp(self.loop, self._vmm.qmp, self._on_vmm_event)
         self._timeline.launched(launched)
         self._change(launched=launched, vmm=self._vmm.pid, timeline=self._timeline.steps)
         self.loop.call_later(self.plan.boot_timeout, self._boot_timeout)
@@ -187,17 +195,23 @@ class Monitor:
             self._end("boot-failed", f"it was not ready {seconds:g} s after its launch")
 
     def _take_signals(self) -> None:
-        """A signal ends the machine; it is taken in the loop, not between two of its lines."""
+        """A signal ends the machine, or pauses or resumes it for who has no link.
+
+        It is taken in the loop, not between two of its lines.
+        """
         reader, writer = self._wakeup
         for end in self._wakeup:
             end.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, PAUSE_SIGNAL, RESUME_SIGNAL):
             signal.signal(number, lambda _number, _frame: None)
 
         def taken(_events: int) -> None:
-            reader.recv(64)
-            self._end("killed")
+            for number in reader.recv(64):
+                if number in (PAUSE_SIGNAL, RESUME_SIGNAL):
+                    self._tell_vmm("stop" if number == PAUSE_SIGNAL else "cont")
+                else:
+                    self._end("killed")
 
         self.loop.add(reader.fileno(), taken, EPOLLIN)
 
@@ -214,6 +228,8 @@ class Monitor:
             self._attached = False
         elif isinstance(command, End):
             self._end("killed")
+        elif isinstance(command, Pause | Resume):
+            self._tell_vmm("stop" if isinstance(command, Pause) else "cont")
         elif command is None:
             self._close_link()
             if self._attached:
@@ -253,6 +269,22 @@ class Monitor:
         if self._unsent:
             self._unsent = False
             self._tell()
+
+    # ── pauses ───────────────────────────────────────────────────────────────────────────────────
+
+    def _tell_vmm(self, command: str) -> None:
+        """What comes of it is in the state; a refusal is among the VMM's messages."""
+
+        def answered(error: str) -> None:
+            if error:
+                self._messages.write(f"{command}: {error}\n".encode())
+
+        if self._qmp is not None:
+            self._qmp.execute(command, answered)
+
+    def _on_vmm_event(self, name: str) -> None:
+        if name in ("STOP", "RESUME"):
+            self._change(paused=name == "STOP")
 
     # ── the guest ────────────────────────────────────────────────────────────────────────────────
 
@@ -334,6 +366,8 @@ class Monitor:
             return
         self._over = True
         code = None
+        if self._qmp is not None:
+            self._qmp.close()
         if self._vmm is not None:
             code = self._vmm.close()
         if not self.state.status:

@@ -4,6 +4,7 @@ Every message is one packet of a SOCK_SEQPACKET pair: commands go to the monitor
 whole state comes back whenever it has changed. Imports nothing but the contract.
 """
 
+import signal
 from typing import Final
 
 from guest.record import Catalogue, Record
@@ -14,6 +15,8 @@ __all__ = [
     "CONSOLE_SHOWN",
     "HYBRID_SOCKET",
     "PACKET_MAX",
+    "PAUSE_SIGNAL",
+    "RESUME_SIGNAL",
     "STATE_MAX",
     "STEPS_MAX",
     "TEXT_MAX",
@@ -21,13 +24,19 @@ __all__ = [
     "End",
     "Event",
     "MachineState",
+    "Pause",
     "Plan",
+    "Resume",
     "Share",
     "clipped",
     "cut",
 ]
 
 HYBRID_SOCKET: Final = "vsock.sock"  # in the run folder; host programs dial the guest there
+
+# To the monitor, from who has no link to it. What comes of them is in the state.
+PAUSE_SIGNAL: Final = signal.SIGUSR1
+RESUME_SIGNAL: Final = signal.SIGUSR2
 
 PACKET_MAX: Final = 128 * 1024  # bytes; the kernel's default socket buffer takes it in one piece
 STATE_MAX: Final = 120 * 1024
@@ -55,8 +64,8 @@ class Plan(Record):
     image: str  # as the caller named it
     command: str  # the workload, for people
     url: str  # where the agent will be
-    # The VMM's words. {vsock} and {console} become numbers of inherited descriptors, {monitor} the
-    # monitor's process id.
+    # The VMM's words. {vsock}, {console} and {qmp}, QEMU's control connection, become numbers of
+    # inherited descriptors, {monitor} the monitor's process id.
     argv: tuple[str, ...]
     console: str  # "socket": an inherited one; "stdout": the VMM's own output
     vsock: str = ""  # "built-in", "daemon", "kernel"; "" where the machine has none
@@ -81,7 +90,18 @@ class End(Record):
     """Kill the machine now."""
 
 
-COMMANDS = Catalogue({"plan": Plan, "detach": Detach, "end": End}, maximum=PACKET_MAX)
+class Pause(Record):
+    """Let its processors stand still; a machine that does already is fine."""
+
+
+class Resume(Record):
+    """Let them go on."""
+
+
+COMMANDS = Catalogue(
+    {"plan": Plan, "detach": Detach, "end": End, "pause": Pause, "resume": Resume},
+    maximum=PACKET_MAX,
+)
 
 
 class Event(Record):
@@ -106,6 +126,7 @@ class MachineState(Record):
     command: str = ""
     url: str = ""
     phase: str = "starting"  # "starting", "running", "stopping", "ended"
+    paused: bool = False  # its processors stand still
     monitor: int = 0  # process id
     vmm: int = 0
     created: float = 0.0  # seconds since the epoch

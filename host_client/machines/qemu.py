@@ -169,7 +169,7 @@ def command_line(
     vsock: VsockChoice,
     cid: int,
 ) -> tuple[str, ...]:
-    """QEMU's words; {vsock} and {console} stand for descriptors that the monitor passes on."""
+    """QEMU's words; {vsock}, {console} and {qmp} are descriptors that the monitor passes on."""
     qemu, size = qemu_command(), mebibytes(settings.memory)
     return (
         *(qemu, *board.options, *accelerator(qemu).options),
@@ -180,6 +180,7 @@ def command_line(
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-name", f"microguest-{name}"),
         *("-chardev", "socket,id=console,fd={console}", "-serial", "chardev:console"),
+        *("-chardev", "socket,id=qmp,fd={qmp}", "-mon", "chardev=qmp,mode=control"),
         *vsock_options(board, vsock, cid),
         # Without it getrandom(2) blocks for seconds: an emulated CPU has no RDRAND.
         *("-device", f"virtio-rng-{board.suffix}"),

@@ -167,15 +167,24 @@ class Vmm:
             self._console, console_end = ours.detach(), theirs.detach()
             keep.append(console_end)
             names["console"] = str(console_end)
+        self.qmp: socket.socket | None = None  # QEMU's control connection
+        qmp_end = -1
+        if any("{qmp}" in word for word in plan.argv):
+            self.qmp, qemus = socket.socketpair()
+            qmp_end = qemus.detach()
+            keep.append(qmp_end)
+            names["qmp"] = str(qmp_end)
         argv = [filled(word, names) for word in plan.argv]
         try:
             self._process = spawn(argv, stdout=messages_end, stderr=messages_end, keep=tuple(keep))
         except OSError:
             for fd in {self._messages, self._console}:
                 os.close(fd)
+            if self.qmp is not None:
+                self.qmp.close()
             raise
         finally:
-            for fd in {messages_end, console_end}:
+            for fd in {messages_end, console_end, qmp_end} - {-1}:
                 os.close(fd)
             if device.vmm_end is not None:
                 device.vmm_end.close()

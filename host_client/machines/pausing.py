@@ -1,0 +1,49 @@
+"""Machines that stand still and go on: `Machine.pause` and `resume`, whoever has started them."""
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from host_client.agent import Agent
+from host_client.errors import MachineError
+from host_client.machines.plan import MachineState
+from host_client.renewal import STEP_BEYOND, GuestClock
+
+__all__ = ["resume", "set_paused"]
+
+PAUSE_WAIT: Final = 10.0  # seconds for the VMM to do it
+
+
+def set_paused(
+    paused: bool,
+    ask: Callable[[], None],
+    look: Callable[[float], MachineState],
+) -> None:
+    """Ask for it and wait until it is so. MachineError where it cannot be.
+
+    look: gives the state, after waiting so many seconds for a change.
+    """
+    state = look(0.0)
+    if state.machine == "namespaces":
+        raise MachineError(
+            f"machine {state.name} has no processors of its own that could be paused: "
+            'only machine="qemu" does'
+        )
+    deadline = time.monotonic() + PAUSE_WAIT
+    ask()
+    while state.paused is not paused:
+        if state.ended:
+            raise MachineError(state.describe_end())
+        left = deadline - time.monotonic()
+        if left <= 0:
+            word = "paused" if paused else "resumed"
+            raise MachineError(f"machine {state.name} was not {word} within {PAUSE_WAIT:g} s")
+        state = look(left)
+
+
+def resume(
+    ask: Callable[[], None], look: Callable[[float], MachineState], agent: Agent
+) -> GuestClock:
+    """Let it go on and set its clock, which was not told of the pause."""
+    set_paused(False, ask, look)
+    return agent.step_clock(STEP_BEYOND)

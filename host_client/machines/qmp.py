@@ -1,0 +1,85 @@
+"""QEMU's control connection, QMP: the monitor pauses and resumes its machine over it.
+
+One JSON object a line, as QEMU's docs/interop/qmp-spec.rst says. Its words are QEMU's, not the
+guest's. A connection that makes no sense is closed; the machine runs on without it.
+"""
+
+import json
+import socket
+from collections import deque
+from collections.abc import Callable
+from select import EPOLLIN
+from typing import Any, Final
+
+from host_client.vhost_vsock.loop import EventLoop
+
+__all__ = ["Qmp"]
+
+LINE_MAX: Final = 1024 * 1024  # bytes; the greeting and the answers here have a few hundred
+CHUNK: Final = 64 * 1024
+
+Answered = Callable[[str], None]  # with QEMU's sentence where it refused, else ""
+
+
+class Qmp:
+    """Commands one after the other, events as they come."""
+
+    def __init__(
+        self, loop: EventLoop, sock: socket.socket, on_event: Callable[[str], None]
+    ) -> None:
+        """Takes over `sock`. `on_event` is called with the names of events, as "STOP"."""
+        self._loop = loop
+        self._sock = sock
+        self._on_event = on_event
+        self._buffer = b""
+        self._waiting: deque[Answered] = deque()
+        sock.setblocking(False)
+        loop.add(sock.fileno(), lambda _events: self._readable(), EPOLLIN)
+        self.execute("qmp_capabilities", lambda _error: None)
+
+    def execute(self, command: str, answered: Answered) -> None:
+        """Give a command without arguments; a few short ones always fit into the socket."""
+        if self._sock.fileno() < 0:
+            answered("its control connection is closed")
+            return
+        self._waiting.append(answered)
+        try:
+            self._sock.send(json.dumps({"execute": command}).encode("ascii") + b"\n")
+        except OSError as error:
+            self._fail(f"its control connection: {error.strerror}")
+
+    def close(self) -> None:
+        """Close the connection; commands that are not answered never will be."""
+        self._fail("the machine has ended")
+
+    def _readable(self) -> None:
+        try:
+            data = self._sock.recv(CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        if not data or len(self._buffer) > LINE_MAX:
+            self._fail("its control connection has ended")
+            return
+        for line in filter(bytes.strip, lines):
+            try:
+                message = json.loads(line)
+            except ValueError:
+                message = None
+            self._take(message if isinstance(message, dict) else {})
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "event" in message:
+            self._on_event(str(message["event"]))
+        elif ("return" in message or "error" in message) and self._waiting:
+            error = message.get("error", {"desc": ""})
+            self._waiting.popleft()(str(error.get("desc", error))[:500])
+
+    def _fail(self, reason: str) -> None:
+        if self._sock.fileno() >= 0:
+            self._loop.remove(self._sock.fileno())
+            self._sock.close()
+        while self._waiting:
+            self._waiting.popleft()(reason)
