@@ -12,7 +12,7 @@ import stat
 import _guestsys
 
 from guest.rootplan import Lower, Root, Volume
-from init_shim import disks, mounts
+from init_shim import disks, mounts, write_out
 from init_shim.confined import RootFolder
 from init_shim.failure import Failure, call
 from init_shim.mounts import ensure_directory, mount
@@ -75,6 +75,7 @@ def mount_upper(plan: Root) -> None:
         mount("tmpfs", UPPER, "tmpfs", mounts.NODEV, f"mode=0755,size={plan.upper.size}")
     else:
         disks.mount_disk(plan.upper.serial, "ext4", UPPER, mounts.NODEV, plan.upper.format)
+        write_out.remember(UPPER)
 
 
 def mount_root(plan: Root) -> None:
