@@ -51,8 +51,11 @@ APT_PACKAGES = {
         "attr": "setfattr: layers with extended attributes",
         "busybox-static": "the smallest roots",
         "cpio": "reads what our cpio writer wrote",
+        "crun": "what a process sees of itself, to compare with",
         "e2fsprogs": "mke2fs and e2fsck: disks that the guest writes to",
+        "iproute2": "what the guest's netlink does, seen by another program",
         "mmdebstrap": "a Debian root to boot",
+        "python3-seccomp": "another compiler of system call filters",
     },
 }
 

@@ -127,7 +127,7 @@ class Situation:
 def check_keys(given: object, known: frozenset[str], where: str) -> None:
     """It is an object, and says nothing that would be overlooked. Raises ValueError."""
     if not isinstance(given, Mapping):
-        raise ValueError(f"{where}: expected an object, got {given!r:.100}")
+        raise ValueError(f"{where}: expected an object, got {given!r:.100}")  # noqa: TRY004  a file
     unknown = sorted(set(given) - known)
     if unknown:
         raise ValueError(f"{where}: {', '.join(unknown)[:100]} cannot be kept here; remove it")
@@ -139,7 +139,7 @@ def sequence(given: Mapping[str, Any], key: str, where: str) -> Sequence[Any]:
     if found is None:
         return []
     if not isinstance(found, list | tuple):
-        raise ValueError(f"{where}.{key}: expected a list, got {found!r:.100}")
+        raise ValueError(f"{where}.{key}: expected a list, not {found!r:.99}")  # noqa: TRY004  same
     return found
 
 

@@ -28,6 +28,7 @@ RETURN: Final = 0x06  # BPF_RET | BPF_K
 OFFSET_NUMBER: Final = 0
 OFFSET_ARCH: Final = 4
 OFFSET_ARGUMENTS: Final = 16
+WORD: Final = 0xFFFFFFFF
 NEAR: Final = 255  # instructions that a conditional jump can pass over
 
 Instruction = tuple[int, int, int, int]  # code, jt, jf, k
@@ -122,43 +123,27 @@ def choice(conditions: tuple[Condition, ...], answer: int) -> Code:
 
 
 def test(condition: Condition, rest: int) -> Code:
-    """Go on behind it, or over the `rest` too. Words are compared, the upper one first."""
-    low, high = (
-        OFFSET_ARGUMENTS + 8 * condition.index + 4 * half for half in (0, 1)
-    )  # little-endian
-    value_low, value_high = condition.value & 0xFFFFFFFF, condition.value >> 32
-    mask_low, mask_high = condition.mask & 0xFFFFFFFF, condition.mask >> 32
-    second = load(low, mask_low)
-    upper = load(high, mask_high)
-    yes, no = "yes", "no"
-    # Operation: (comparisons of the upper word), (those of the lower one); each is code, if so,
-    # if not. "" goes on to the next.
-    first_steps, last = {
-        "==": ([(EQUAL, "", no)], (EQUAL, yes, no)),
-        "!=": ([(EQUAL, "", yes)], (EQUAL, no, yes)),
-        ">": ([(GREATER, yes, ""), (EQUAL, "", no)], (GREATER, yes, no)),
-        ">=": ([(GREATER, yes, ""), (EQUAL, "", no)], (AT_LEAST, yes, no)),
-        "<": ([(GREATER, no, ""), (EQUAL, "", yes)], (AT_LEAST, no, yes)),
-        "<=": ([(GREATER, no, ""), (EQUAL, "", yes)], (GREATER, no, yes)),
+    """Go on behind it where it holds, and where not over the `rest` too."""
+    # Two words are compared, the upper one first: what to do if so, and if not; "next" goes on.
+    upper, lower = {
+        "==": ([(EQUAL, "next", "no")], (EQUAL, "yes", "no")),
+        "!=": ([(EQUAL, "next", "yes")], (EQUAL, "no", "yes")),
+        ">": ([(GREATER, "yes", "next"), (EQUAL, "next", "no")], (GREATER, "yes", "no")),
+        ">=": ([(GREATER, "yes", "next"), (EQUAL, "next", "no")], (AT_LEAST, "yes", "no")),
+        "<": ([(GREATER, "no", "next"), (EQUAL, "next", "yes")], (AT_LEAST, "no", "yes")),
+        "<=": ([(GREATER, "no", "next"), (EQUAL, "next", "yes")], (GREATER, "no", "yes")),
     }[condition.operation]
-    length = len(upper) + len(first_steps) + len(second) + 1
-    code = list(upper)
-    for kind, if_so, if_not in first_steps:
-        code.append(jump(kind, value_high, len(code), length, rest, if_so, if_not))
-    code += second
-    code.append(jump(last[0], value_low, len(code), length, rest, last[1], last[2]))
+    offset = OFFSET_ARGUMENTS + 8 * condition.index  # little-endian
+    steps: list[tuple[int, str, str, int]] = []
+    for part, shift, comparisons in ((4, 32, upper), (0, 0, [lower])):
+        steps.append((LOAD, "", "", offset + part))
+        mask = condition.mask >> shift & WORD
+        if mask != WORD:
+            steps.append((AND, "", "", mask))
+        value = condition.value >> shift & WORD
+        steps += [(kind, so, not_so, value) for kind, so, not_so in comparisons]
+    code: Code = []
+    for left, (kind, so, not_so, value) in enumerate(reversed(steps)):  # instructions behind it
+        distance = {"": 0, "next": 0, "yes": left, "no": left + rest}
+        code.insert(0, (kind, distance[so], distance[not_so], value))
     return code
-
-
-def load(offset: int, mask: int) -> Code:
-    """A word of an argument, as far as it counts."""
-    whole = mask == 0xFFFFFFFF
-    return [(LOAD, 0, 0, offset), *([] if whole else [(AND, 0, 0, mask)])]
-
-
-def jump(
-    kind: int, value: int, here: int, length: int, rest: int, if_so: str, if_not: str
-) -> Instruction:
-    """One comparison at `here` in a test of `length` instructions."""
-    distances = {"": 0, "yes": length - here - 1, "no": length - here - 1 + rest}
-    return kind, distances[if_so], distances[if_not], value
