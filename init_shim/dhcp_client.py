@@ -30,7 +30,7 @@ FIRST_WAIT = 1.0  # seconds for an answer; doubled with each try. The RFC's 4 ar
 LONGEST_WAIT = 64.0
 JITTER = 0.25  # of the wait, up or down, so that a hundred clones do not ask as one
 RENEW_AGAIN = 60.0  # seconds at least between two questions about a lease (RFC 2131, 4.4.5)
-RESTART_WAIT = 5.0  # seconds before a dead worker is started again
+RESTART_WAIT = 1.0  # seconds before a dead worker is started again
 REQUESTS = 4  # for one offer, before looking for another
 
 

@@ -9,9 +9,8 @@ import errno
 import os
 import stat
 
-import _guestsys
-
 from init_shim import mounts
+from init_shim.confined import Opened, RootFolder
 from init_shim.failure import Failure, call
 from init_shim.reporter import say
 
@@ -23,8 +22,6 @@ __all__ = ["hosts_text", "name_host", "resolv_conf_text", "write"]
 
 ETC = "/etc"
 STORE = "/run/microguest/etc"  # where files lie that are mounted over a read-only root's
-# linux/openat2.h
-NO_MAGIC_LINKS, IN_ROOT = 0x02, 0x10
 LONGEST_KEPT = 1024 * 1024  # bytes of an image's /etc/hosts; a larger one is left alone
 OWN_ADDRESS = "127.0.1.1"  # of a host that has no other; Debian's convention
 LOCALHOST = """\
@@ -41,45 +38,28 @@ def write(name: str, text: str, mode: int = 0o644) -> None:
     """
     data = text.encode("utf-8", "surrogateescape")
     path = f"{ETC}/{name}"
-    try:
-        with call("open", path):
-            folder = open_etc()
-    except Failure as failure:
-        if failure.errno != errno.EROFS:
-            raise
-        raise nowhere(path) from failure
-    try:
-        if has(folder, name, data, mode):
-            return
-        replace(folder, name, data, mode)
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            say(f"{path} is a mount of its own and stays as it is")
-        elif error.errno == errno.EROFS:
-            cover(folder, name, data, mode)
-        else:
-            with call("write", path):
-                raise
-    finally:
-        os.close(folder)
-
-
-def open_etc() -> int:
-    """An O_PATH descriptor of the image's /etc, which is made where it is missing. OSError."""
-    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with RootFolder("/") as root, open_etc(root, path) as etc:
         try:
-            return open_inside(root, "etc", os.O_PATH | os.O_DIRECTORY)
-        except FileNotFoundError:
-            os.mkdir("etc", 0o755, dir_fd=root)
-            return open_inside(root, "etc", os.O_PATH | os.O_DIRECTORY)
-    finally:
-        os.close(root)
+            if not has(etc.fd, name, data, mode):
+                replace(etc.fd, name, data, mode)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                say(f"{path} is a mount of its own and stays as it is")
+            elif error.errno == errno.EROFS:
+                cover(root, etc, name, data, mode)
+            else:
+                with call("write", path):
+                    raise
 
 
-def open_inside(folder: int, path: str, flags: int, mode: int = 0) -> int:
-    """openat2(2) with PID 1's root as the end of every symlink and `..`."""
-    return _guestsys.openat2(folder, path, flags | os.O_CLOEXEC, mode, NO_MAGIC_LINKS | IN_ROOT)
+def open_etc(root: RootFolder, path: str) -> Opened:
+    """The image's /etc, which is made where it is missing. Raises Failure for `path` in it."""
+    try:
+        return root.open_target(ETC, directory=True, create=True)
+    except Failure as failure:
+        if failure.errno == errno.EROFS:
+            raise nowhere(path) from None
+        raise
 
 
 def has(folder: int, name: str, data: bytes, mode: int) -> bool:
@@ -127,7 +107,7 @@ def fill(fd: int, data: bytes, mode: int) -> None:
 # ── a read-only root ─────────────────────────────────────────────────────────────────────────────
 
 
-def cover(folder: int, name: str, data: bytes, mode: int) -> None:
+def cover(root: RootFolder, etc: Opened, name: str, data: bytes, mode: int) -> None:
     """Let /etc/`name` have this text where /etc cannot be written to. Raises Failure.
 
     A link that leads out of the read-only part (as into /run) is written through; a file has one
@@ -137,65 +117,40 @@ def cover(folder: int, name: str, data: bytes, mode: int) -> None:
     stored = f"{STORE}/{name}"
     if os.path.exists(stored):  # mounted already
         with call("write", stored):
-            overwrite(os.open(stored, os.O_WRONLY | os.O_CLOEXEC), data, mode)
+            overwrite(stored, data, mode)
+        return
+    if write_through(root, etc, name, data, mode):
         return
     try:
-        leads_to = os.readlink(name, dir_fd=folder)
-    except OSError:
-        leads_to = ""
-    if leads_to and write_through(leads_to, data, mode):
-        return
-    try:
-        target = open_inside(folder, name, os.O_PATH)
+        target = root.resolve(path)
     except OSError:
         raise nowhere(path) from None
-    try:
+    with target:
         with call("write", stored):
             os.makedirs(STORE, exist_ok=True)
-            overwrite(os.open(stored, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), data, mode)
-        mounts.mount(stored, f"/proc/self/fd/{target}", None, mounts.BIND)
-    finally:
-        os.close(target)
+            overwrite(stored, data, mode)
+        mounts.mount(stored, target.path, None, mounts.BIND)
 
 
-def write_through(leads_to: str, data: bytes, mode: int) -> bool:
-    """Write the file that a symlink of /etc names; False where that cannot be written either."""
+def write_through(root: RootFolder, etc: Opened, name: str, data: bytes, mode: int) -> bool:
+    """Write the file that a symlink leads to, made with its directories; False if it cannot be."""
     try:
-        overwrite(open_behind(leads_to), data, mode)
-    except OSError:
+        leads_to = os.readlink(name, dir_fd=etc.fd)
+        place = os.path.normpath(os.path.join(ETC, leads_to))
+        with root.open_target(place, directory=False, create=True) as target:
+            if not stat.S_ISREG(os.fstat(target.fd).st_mode):
+                return False  # /dev/null, say
+            overwrite(target.path, data, mode)
+    except (OSError, Failure):
         return False
     return True
 
 
-def open_behind(leads_to: str) -> int:
-    """The file that a symlink of /etc names, made with its directories. Raises OSError."""
-    path = os.path.normpath(os.path.join(ETC, leads_to))
-    *parents, _ = path.strip("/").split("/")
-    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for depth in range(len(parents)):
-            try:
-                opened = open_inside(root, "/".join(parents[: depth + 1]), os.O_PATH)
-                os.close(opened)
-            except FileNotFoundError:
-                parent = open_inside(root, "/".join(parents[:depth]) or ".", os.O_PATH)
-                try:
-                    os.mkdir(parents[depth], 0o755, dir_fd=parent)
-                finally:
-                    os.close(parent)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK
-        return open_inside(root, path.lstrip("/"), flags, 0o600)
-    finally:
-        os.close(root)
-
-
-def overwrite(fd: int, data: bytes, mode: int) -> None:
-    """Give an open file other content, and close it. Raises OSError."""
-    try:
-        os.ftruncate(fd, 0)
-        fill(fd, data, mode)
-    finally:
-        os.close(fd)
+def overwrite(path: str, data: bytes, mode: int) -> None:
+    """Give a file this content in place, made if it is missing. Raises OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC
+    with Opened(os.open(path, flags, 0o600)) as file:
+        fill(file.fd, data, mode)
 
 
 def nowhere(path: str) -> Failure:
@@ -252,13 +207,10 @@ def name_host(hostname: str, address: str) -> None:
 def read_hosts() -> str:
     """The image's /etc/hosts, cut after LONGEST_KEPT + 1 bytes; "" where it has none."""
     try:
-        folder = open_etc()
-        try:
-            fd = open_inside(folder, "hosts", os.O_RDONLY | os.O_NONBLOCK)
-        finally:
-            os.close(folder)
-        with open(fd, "rb", buffering=0) as file:
-            data = file.read(LONGEST_KEPT + 1) or b""
+        with RootFolder("/") as root, root.resolve(f"{ETC}/hosts") as found:
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            with Opened(os.open(found.path, flags)) as file:
+                data = os.read(file.fd, LONGEST_KEPT + 1)
     except OSError:
         return ""
     return data.decode("utf-8", "surrogateescape")
