@@ -23,7 +23,7 @@ from init_shim.failure import Failure, call
 from init_shim.main import await_agent, failed_boot
 from init_shim.reporter import Reporter, say
 from init_shim.signals import CONTINUE, KILL, TERMINATE, Signals
-from init_shim.supervisor import Supervisor, reap
+from init_shim.supervisor import Supervisor
 from init_shim.timeline import Timeline, boot_ms
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
@@ -40,7 +40,7 @@ CALLED_OFF = b"called off"
 SENTENCE = 4096  # bytes of what the keeper says instead of SERVES
 KEEPER_ALLOWANCE = 5.0  # seconds beyond those that the agent has
 ASK_AGAIN = 1.0  # seconds; an init that has only just started is deaf
-LAST_LOOK = 0.05  # seconds, should a SIGCHLD be missed
+LAST_LOOK = 0.05  # seconds between two looks at what nothing tells of
 
 # systemd(1), SIGNALS; busybox's init is told what reboot(8) and poweroff(8) tell it.
 SYSTEMD_POWER_OFF, SYSTEMD_REBOOT = signal_number("RTMIN+4"), signal_number("RTMIN+5")
@@ -130,13 +130,12 @@ def keep(
     reporter.send(HandedOff(boot_ms=boot_ms()))
     try:
         supervisor.run(lambda: False)
-        status, grace = supervisor.status, supervisor.grace
     except BaseException as error:  # noqa: BLE001  nobody could reach the machine any more
         reporter.send(failed_boot(error, timeline))
-        status, grace = "boot-failed", limits.FAILED_GRACE
-    if signals.stop_requested:
-        status = "reboot" if init_reboots() else "done"
-    end(status, grace, config, signals, reporter)
+        supervisor.fail("boot-failed")
+    if signals.stop_requested:  # by the init, and not by a host, which the agent would have told
+        supervisor.status = "reboot" if systemd_verb() == "reboot" else "done"
+    end(supervisor, config.workload.stop_signal if config.workload is not None else "TERM")
 
 
 def leave_pid_1() -> None:
@@ -191,49 +190,42 @@ def await_handoff(pair: _socket.socket, signals: Signals) -> bool:
 # ── the end ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def end(
-    status: str, grace: float, config: BootConfig, signals: Signals, reporter: Reporter
-) -> None:
+def end(supervisor: Supervisor, stop_signal: str) -> None:
     """Have the init end the machine; end it here where that takes INIT_ALLOWANCE too long.
 
     The init's own end begins with a TERM to every process. That is the moment for the last report:
     what comes next is a KILL. Returns where systemd does the rest: it waits for whom it has told.
     """
-    deadline = time.monotonic() + grace + limits.INIT_ALLOWANCE
-    stop_signal = config.workload.stop_signal if config.workload is not None else "TERM"
-
-    def ask() -> None:
-        ask_init(stop_signal, reboot=status == "reboot")
-
-    wait_asking(ask, lambda: signals.stop_requested, signals, deadline)
+    signals = supervisor.signals
+    deadline = time.monotonic() + supervisor.grace + limits.INIT_ALLOWANCE
+    wait_asking(supervisor, stop_signal, deadline, lambda: signals.stop_requested)
     if signals.stop_requested:
-        reporter.send(Stopping(status=status, boot_ms=boot_ms()))
-        reporter.farewell()
-        end_children(signals)
+        supervisor.reporter.send(Stopping(status=supervisor.status, boot_ms=boot_ms()))
+        supervisor.reporter.farewell()
+        end_children(supervisor)
         if systemd_verb():
             return
-        wait_asking(ask, lambda: False, signals, deadline)
+        wait_asking(supervisor, stop_signal, deadline, lambda: False)
+    say("the init does not end the machine; it is ended without it")
     for number in (TERMINATE, CONTINUE):
         kill_all(number)
     time.sleep(limits.FAILED_GRACE)
     kill_all(KILL)
-    last = Supervisor(signals, reporter)
-    last.status, last.grace = status, 0.0
-    power.end_machine(last)
+    supervisor.grace = 0.0
+    power.end_machine(supervisor)
 
 
 def wait_asking(
-    ask: "Callable[[], None]", done: "Callable[[], bool]", signals: Signals, deadline: float
+    supervisor: Supervisor, stop_signal: str, deadline: float, done: "Callable[[], bool]"
 ) -> None:
-    """`ask` each ASK_AGAIN seconds until `done`, or until the deadline; reaps meanwhile."""
+    """Ask the init each ASK_AGAIN seconds, until `done` or the deadline."""
     ask_at = 0.0
     while not done() and (now := time.monotonic()) < deadline:
         if now >= ask_at and not systemd_verb():
-            ask()
+            ask_init(stop_signal, reboot=supervisor.status == "reboot")
             ask_at = now + ASK_AGAIN
-        signals.wait(min(ASK_AGAIN, deadline - now))
-        while reap():
-            pass
+        if supervisor.outlive(LAST_LOOK):  # nobody is left to look after
+            supervisor.signals.wait(LAST_LOOK)
 
 
 def ask_init(stop_signal: str, *, reboot: bool) -> None:
@@ -259,11 +251,6 @@ def init_is_busybox() -> bool:
         return False
 
 
-def init_reboots() -> bool:
-    """Whether the init has said that the end is to be another start; busybox's does not say."""
-    return systemd_verb() == "reboot"
-
-
 def systemd_verb() -> str:
     """What systemd's last program was told to do (systemd-shutdown(8)); "" before PID 1 is that."""
     try:
@@ -276,21 +263,16 @@ def systemd_verb() -> str:
     return words[1].decode("ascii", "replace")
 
 
-def end_children(signals: Signals) -> None:
+def end_children(supervisor: Supervisor) -> None:
     """The agent and what it has started; they were told already, if the init is one that tells."""
     for number, patience in ((TERMINATE, limits.FAILED_GRACE), (KILL, limits.KILL_WAIT)):
         deadline = time.monotonic() + patience
         told: set[int] = set()
-        while children := children_of(os.getpid()):
-            for pid in children - told:  # those that a dead one leaves are new
+        while not supervisor.outlive(LAST_LOOK) and time.monotonic() < deadline:
+            for pid in children_of(os.getpid()) - told:  # a dead one's own come one by one
+                told.add(pid)
                 os.kill(pid, number)
                 os.kill(pid, CONTINUE)
-            told |= children
-            if time.monotonic() >= deadline:
-                break
-            signals.wait(LAST_LOOK)
-            while reap():
-                pass
 
 
 def children_of(parent: int) -> set[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from agentharness import Host
 from init_machine import (
+    ASIDES,
     TOKEN,
     Config,
     Machine,
@@ -100,7 +101,6 @@ def run(machine: Machine, script: str) -> None:
         host.start(*shell(script))
         while not isinstance(host.receive(), Exited):
             pass
-    machine.report("first_exec")
 
 
 def ask_to_end(machine: Machine, grace: float = 5.0) -> None:
@@ -111,7 +111,11 @@ def ask_to_end(machine: Machine, grace: float = 5.0) -> None:
 def end_of(machine: Machine, timeout: float = 10.0) -> str:
     """The status that the machine ends with, after everything of it is gone."""
     everybody = machine.everybody()
-    status: str = machine.report("stopping")["status"]
+    name, fields = machine.next_report()
+    while name in ASIDES or (name, fields.get("signal")) == ("agent_exited", signal.SIGTERM):
+        name, fields = machine.next_report()  # the init has told the agent just before the keeper
+    assert name == "stopping", fields
+    status: str = fields["status"]
     machine.no_more_reports()
     machine.wait(timeout)
     wait_for(lambda: not any(map(state_of, everybody)), "all of it is gone")
