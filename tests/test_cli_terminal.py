@@ -176,7 +176,6 @@ def test_without_i_nothing_is_typed(box: str) -> None:
         (["exec", "-it", "box", "sh"], "not a TTY"),
         (["shell", "box"], "not a TTY"),
         (["run", "-it", "--machine", "namespaces", "IMAGE", "sh"], "not a TTY"),
-        (["run", "-dt", "--machine", "namespaces", "IMAGE", "sh"], "microguest shell"),
     ],
 )
 def test_no_terminal(image: str, box: str, words: list[str], message: str) -> None:
@@ -425,6 +424,37 @@ def test_run_in_a_terminal_that_is_ended(image: str) -> None:
         assert person.end() == -signal.SIGTERM
         assert person.is_as_before
     machinekit.nothing_is_left("ended", pids, within=2)
+
+
+def test_leave_a_machine_and_come_back(image: str) -> None:
+    words = ("--name", "left", "--machine", "namespaces", image, "sh")
+    with at_terminal("run", "-it", "--rm", *words) as person:
+        person.see(PROMPT)
+        person.type("kept=yes\r")
+        person.type("\x10\x11")
+        assert person.end() == 0
+        assert person.is_as_before
+        assert "microguest attach left main" in person.screen.replace("\n", " ")
+    pids = machinekit.family(machinekit.state_of("left").monitor)
+    with at_terminal("attach", "left", rows=33, columns=90) as person:
+        person.wait_until("it is attached", lambda: person.is_raw)
+        person.type("\recho $kept; stty size\r")
+        person.see("yes\n33 90")
+        person.type("exit 9\r")
+        assert person.end() == 9
+    machinekit.nothing_is_left("left", pids, within=5)
+
+
+def test_run_detached_with_a_terminal(image: str) -> None:
+    words = ("--name", "apart", "--machine", "namespaces", image, "sh")
+    assert microguest("run", "-dt", "--rm", *words).stdout == b"apart\n"
+    pids = machinekit.family(machinekit.state_of("apart").monitor)
+    assert b"(terminal, kept)" in microguest("ps", "apart").stdout
+    with at_terminal("attach", "-a", "apart") as person:
+        person.see(PROMPT)
+        person.type("exit 4\r")
+        assert person.end() == 4
+    machinekit.nothing_is_left("apart", pids, within=5)
 
 
 def test_run_in_a_terminal_what_is_not_there(image: str) -> None:

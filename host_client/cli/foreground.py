@@ -28,16 +28,19 @@ def in_foreground(
     request: Start | Attach,
     *,
     stdin: bool,
+    tty: bool = False,
     terminal: Terminal | None = None,
     keys: bytes = b"",
     signals: socket.socket | None = None,
+    main: bool = False,
 ) -> Exited:
     """Start or attach, and join it to us until its end.
 
-    stdin: pass ours on. terminal: ours, for a process that has one. keys: what detaches from it.
-    signals: where they arrive already.
-    Of a kept process that was started here and has ended, nothing is retained; it is hung up where
-    a signal ends us. Raises as `open_process` and `join` do; Detached's text is the process's id.
+    stdin: pass ours on. tty: it has a terminal; terminal: ours, for that. keys: what detaches from
+    it. signals: where they arrive already. main: it is the one that the machine was made for.
+    It is hung up where a signal ends us, if it is `main` or was started here; of a kept process
+    that was started here and has ended, nothing is retained. Raises as `open_process` and `join`
+    do; Detached's text is the process's id.
     """
     with ExitStack() as stack:
         if signals is None:
@@ -47,7 +50,7 @@ def in_foreground(
         assert process.started is not None
         name = process.started.id
         ours = isinstance(request, Start) and request.keep is not None
-        if isinstance(request, Attach) and request.write and not stdin:
+        if isinstance(request, Attach) and request.write and not (stdin or tty):
             process.end_input()
         if terminal is not None:
             stack.callback(tidy_screen, terminal)
@@ -58,8 +61,9 @@ def in_foreground(
             leave(process)
             raise Detached(name) from None
         except (Interrupted, Killed) as why:
-            if ours:
+            if ours or main:
                 hang_up(process, patient=isinstance(why, Killed))
+            if ours:
                 forget(agent, name)
             raise
         if ours:

@@ -6,7 +6,7 @@ from typing import Final
 
 from guest import limits
 from guest.errors import StartError
-from guest.messages import Attach, Keep, Start
+from guest.messages import Attach
 from guest.report import WorkloadFailed
 from host_client.cli import INTERRUPTED, complain
 from host_client.cli.detachkeys import parse as parse_keys
@@ -15,7 +15,6 @@ from host_client.cli.runoptions import machine_options
 from host_client.cli.stream import passed_signals
 from host_client.cli.terminal import Terminal, size_of
 from host_client.errors import ConnectionLost, DeadlineExceeded, MachineError
-from host_client.images import open_image, process_for
 from host_client.machines.boot import start
 from host_client.machines.machine import Machine
 from host_client.machines.settings import Settings
@@ -28,65 +27,13 @@ POWER_OFF_WAIT: Final = 20.0  # seconds from the workload's end to the machine's
 
 def main(options: argparse.Namespace) -> int:
     """The command's exit code; 127 and 126 where it could not be started."""
-    if options.tty:
-        return in_terminal(options)
+    terminal = Terminal() if options.tty and options.interactive and not options.detach else None
+    keys = parse_keys(options.detach_keys) if terminal else b""
     machine = start(settings_of(options))
     if options.detach:
         return detach(machine)
     try:
-        return foreground(machine, stdin=options.interactive)
-    except Interrupted:
-        machine.kill()
-        return INTERRUPTED
-    except BaseException:
-        machine.kill()
-        raise
-
-
-def settings_of(options: argparse.Namespace) -> Settings:
-    """What `boot` would be called with."""
-    return Settings(
-        image=options.image,
-        workload=not options.tty,
-        stdio="console" if options.detach else "attached",
-        keep=not options.rm,
-        **machine_options(options),
-    )
-
-
-def entrypoint_of(options: argparse.Namespace) -> list[str] | None:
-    """None: the image's."""
-    return None if options.entrypoint is None else [options.entrypoint]
-
-
-def foreground(machine: Machine, *, stdin: bool) -> int:
-    """Join the workload's streams to ours; the machine ends with it."""
-    with passed_signals() as signals:  # what comes before the workload runs is passed on later
-        await_workload(machine)
-        exited = in_foreground(machine.agent, Attach(), stdin=stdin, signals=signals)
-    try:
-        machine.wait(POWER_OFF_WAIT)
-    except DeadlineExceeded:
-        machine.kill()
-    return exited.shell_code
-
-
-def in_terminal(options: argparse.Namespace) -> int:
-    """The command on a terminal, started by the agent of a machine that idles; it ends with it."""
-    if options.detach:
-        raise MachineError(
-            "run -d gives the command no terminal: leave out -t, and use microguest shell"
-        )
-    terminal = Terminal() if options.interactive else None
-    keys = parse_keys(options.detach_keys) if terminal else b""
-    with open_image(options.image) as image:
-        argv = process_for(image.config, options.command or None, entrypoint_of(options))
-    request = Start(argv=argv, stdin=True, tty=size_of(1, 0), keep=Keep() if keys else None)
-    machine = start(settings_of(options))
-    try:
-        exited = in_foreground(
-            machine.agent, request, stdin=options.interactive, terminal=terminal, keys=keys
-        )
+        return foreground(machine, options, terminal, keys)
     except Interrupted:
         machine.kill()
         return INTERRUPTED
@@ -100,7 +47,42 @@ def in_terminal(options: argparse.Namespace) -> int:
     except BaseException:
         machine.kill()
         raise
-    machine.stop(grace=0.0)  # as docker: what else runs ends with the command
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """What `boot` would be called with."""
+    size = size_of(1, 0)
+    streams = "console" if options.detach else "attached"
+    return Settings(
+        image=options.image,
+        workload=True,
+        stdio="terminal" if options.tty else streams,
+        terminal=(size.rows, size.columns),
+        keep=not options.rm,
+        **machine_options(options),
+    )
+
+
+def foreground(
+    machine: Machine, options: argparse.Namespace, terminal: Terminal | None, keys: bytes
+) -> int:
+    """Join the workload's streams or its terminal to ours; the machine ends with it."""
+    with passed_signals() as signals:  # what comes before the workload runs is passed on later
+        await_workload(machine)
+        exited = in_foreground(
+            machine.agent,
+            Attach(),
+            stdin=options.interactive,
+            tty=options.tty,
+            terminal=terminal,
+            keys=keys,
+            signals=signals,
+            main=True,
+        )
+    try:
+        machine.wait(POWER_OFF_WAIT)
+    except DeadlineExceeded:
+        machine.kill()
     return exited.shell_code
 
 
