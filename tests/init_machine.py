@@ -107,12 +107,14 @@ class Machine:
         listen: bool = True,
         user: int | None = None,
         prepare: Callable[[Path], object] = lambda host: None,
+        console_fd: int | None = None,
     ) -> None:
         self.root = root
         self.config = config if isinstance(config, str) else json.dumps(config)
         self.listen = listen
         self.user = user
         self.prepare = prepare  # fills the host's folder before the start
+        self.console_fd = console_fd  # instead of the file that `console` reads
 
     def __enter__(self) -> Self:
         self._cleanup = contextlib.ExitStack()
@@ -154,8 +156,8 @@ class Machine:
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=self._console,
-            stderr=self._console,
+            stdout=self._console if self.console_fd is None else self.console_fd,
+            stderr=subprocess.STDOUT,
             **identity,
         )
         stack.callback(self._end)

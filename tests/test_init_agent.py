@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,11 @@ from init_machine import (
     wait_for,
 )
 
+from guest import limits
 from guest.connection import Connection, Data, Event, Request, Role
 from guest.messages import Attach, Exited, Hello, Welcome
+from host_client.address import UnixAddress
+from host_client.agent import Agent
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +180,104 @@ def test_an_attached_workload_is_collected_and_ends_the_machine(root: Path) -> N
         assert machine.report("workload_exited")["code"] == 3
         assert machine.report("stopping")["status"] == "done"
         assert machine.wait(5) == 0
+
+
+# ── last words, the watchdog, a crash loop ───────────────────────────────────────────────────────
+
+
+def test_last_words_are_on_the_console_and_in_the_report(root: Path) -> None:
+    with Machine(root, boot_config()) as machine:
+        machine.report("ready")
+        pid = machine.agent_pid()
+        with Path(f"/proc/{pid}/fd/2").open("wb", buffering=0) as stderr:  # its pipe to PID 1
+            stderr.write(b"early\n" + b"x" * 30000 + b"\nthe reason \xff, and where\n")
+            wait_for(lambda: "the reason" in machine.console, "the console")
+            os.kill(pid, signal.SIGKILL)
+        exited = machine.report("agent_exited")
+        assert exited["last_words"] == "the reason \ufffd, and where"
+        assert "early" in machine.console
+        os.kill(machine.agent_pid(), signal.SIGKILL)
+        assert machine.report("agent_exited").get("last_words", "") == ""
+
+
+def test_a_stopped_agent_is_revived(root: Path) -> None:
+    config = boot_config()
+    config["agent"]["watchdog"] = 0.2
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        pid = machine.agent_pid()
+        os.kill(pid, signal.SIGSTOP)
+        with call_agent(machine) as connection:
+            assert_welcomed(connection)
+        assert machine.agent_pid() == pid
+
+
+def test_a_hanging_agent_is_replaced(root: Path, frozen: Path) -> None:
+    config = boot_config(["sleep", "1000"])
+    config["agent"]["watchdog"] = 0.1
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        machine.report("workload_started")
+        pid = machine.agent_pid()
+        (frozen / "cgroup.procs").write_text(str(pid))
+        with call_agent(machine) as connection:
+            exited = machine.report("agent_exited")
+            assert (exited["signal"], exited["hung"]) == (signal.SIGKILL, True)
+            assert_welcomed(connection)
+        assert machine.report("agent_serves")["starts"] == 2
+        assert "agent 2 hangs; it is replaced" in machine.console  # as the machine numbers it
+
+
+@pytest.fixture
+def frozen() -> Iterator[Path]:
+    """A cgroup whose processes neither run nor want to: they sleep and do not wake up."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    hierarchy = next((Path(fields[1]) for fields in mounts if fields[2] == "cgroup2"), None)
+    if hierarchy is None or not os.access(hierarchy, os.W_OK):
+        pytest.skip("needs a cgroup v2 hierarchy to write to")
+    folder = hierarchy / f"mg-frozen-{os.getpid()}"
+    folder.mkdir()
+    try:
+        (folder / "cgroup.freeze").write_text("1")
+        yield folder
+    finally:
+        wait_for(lambda: not (folder / "cgroup.procs").read_text(), "the frozen to be gone")
+        folder.rmdir()
+
+
+def test_a_busy_agent_is_never_taken_for_a_hanging_one(root: Path) -> None:
+    """At the lowest priority, among neighbours that want all processors, and with work to do."""
+    config = boot_config(["sh", "-c", "for i in 1 2 3 4; do while :; do :; done & done; wait"])
+    config["agent"]["watchdog"] = 0.1
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        pid = machine.agent_pid()
+        os.setpriority(os.PRIO_PROCESS, pid, 19)
+        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+        with Agent(UnixAddress(str(machine.host / "agent.sock")), TOKEN, timeout=60) as agent:
+            until = time.monotonic() + 4
+            while time.monotonic() < until:
+                assert agent.exec(["sh", "-c", "exit 3"]).returncode == 3
+        assert machine.agent_pid() == pid
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_crash_loop_ends_in_a_state_that_can_be_read(root: Path) -> None:
+    """The delays grow to 5 s. In the end who dials is refused, and the workload goes on."""
+    with Machine(root, boot_config(["sleep", "1000"])) as machine:
+        machine.report("ready")
+        machine.report("workload_started")
+        for crashes in range(1, limits.AGENT_CRASH_LIMIT + 1):
+            os.kill(machine.agent_pid(), signal.SIGKILL)
+            exited = machine.report("agent_exited")
+            assert exited["crashes"] == crashes
+            if crashes < limits.AGENT_CRASH_LIMIT:
+                machine.report("agent_serves")
+        assert exited["restart_in"] is None
+        with pytest.raises(ConnectionRefusedError):
+            call_agent(machine)
+        assert machine.process.poll() is None
+        machine.process.terminate()
+        assert machine.report("workload_exited")["signal"] == signal.SIGTERM
+        assert machine.wait(10) == 0
