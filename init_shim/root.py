@@ -75,6 +75,7 @@ def mount_upper(plan: Root) -> None:
         mount("tmpfs", UPPER, "tmpfs", mounts.NODEV, f"mode=0755,size={plan.upper.size}")
     else:
         disks.mount_disk(plan.upper.serial, "ext4", UPPER, mounts.NODEV, plan.upper.format)
+        write_out.remember(UPPER)  # the overlay hides it
         write_out.remember(UPPER)
 
 

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ NOBODY = 65534
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image() -> Iterator[Path]:
     """A folder with busybox as `base`, to which tests add layers."""
     require_program()
-    folder = tmp_path_factory.mktemp("image")
-    folder.chmod(0o755)
-    for parent in (folder.parent, folder.parent.parent):
-        parent.chmod(0o755)  # an ordinary user's machine has to get here
-    make_root(folder / "base")
-    return folder
+    # Not in pytest's own folder: an ordinary user's machine has to get here.
+    with tempfile.TemporaryDirectory(prefix="mg-image-") as path:
+        folder = Path(path)
+        folder.chmod(0o755)
+        make_root(folder / "base")
+        yield folder
 
 
 class Layers:
@@ -57,7 +58,7 @@ class Layers:
 
 
 @pytest.fixture
-def layers(image: Path) -> "Any":
+def layers(image: Path) -> Iterator[Layers]:
     made = Layers(image)
     yield made
     made.remove()
@@ -76,7 +77,7 @@ def lines(
     prepare, check: called with the host's folder before PID 1 can have seen it and afterwards.
     """
     with Machine(image, config, prepare=prepare, user=user) as machine:
-        assert machine.wait() == 0
+        assert machine.wait() == 0, machine.console
         machine.report("ready")
         machine.report("workload_started")
         assert machine.report("workload_exited").get("code") == 0, machine.console
@@ -89,7 +90,7 @@ def refusal(
 ) -> tuple[str, str]:
     """(step, message) of a boot that fails."""
     with Machine(image, config, prepare=prepare) as machine:
-        assert machine.wait() == 0
+        assert machine.wait() == 0, machine.console
         failed = machine.report("boot_failed")
         return failed["step"], failed["message"]
 
@@ -151,7 +152,7 @@ def test_the_root_has_the_attributes_of_the_topmost_layer(image: Path, layers: L
         machine.report("ready")
         assert os.getxattr(f"/proc/{machine.init_pid()}/root", "trusted.mark") == b"here"
         machine.process.terminate()
-        assert machine.wait() == 0
+        assert machine.wait() == 0, machine.console
 
 
 def test_a_layer_that_is_missing_or_no_directory_fails_the_boot(
