@@ -1,0 +1,186 @@
+"""Memory in a virtual machine: who is killed when there is none, who goes on, and what is told."""
+
+import pathlib
+import shlex
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Self
+
+import machinekit
+import pytest
+from machinekit import wait_until
+
+from guest.bootconfig import BootConfig
+from guest.messages import Limits
+from host_client import Machine, boot, connect
+from host_client.machines.folder import machines_root
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(180)]
+
+MIB = 1 << 20
+ANSWER = 5.0  # seconds for a ping while memory runs out, on a host that is busy as well
+HOSTILE = "x) total-vm:1kB"  # as long as a name can be, and looks like the kernel's own line
+# A shell that gives itself the name $NAME and takes memory until it is killed.
+EATER = 'printf %s "$NAME" > /proc/$$/comm; a=0123456789abcdef; while :; do a=$a$a; done'
+# Feeds itself each time it is told to, and stays when what it has started is killed.
+WORKLOAD = f"""
+while :; do
+    until [ -e /tmp/go ]; do sleep 0.05; done
+    NAME="$(cat /tmp/go)" sh -c {shlex.quote(EATER)}
+    rm /tmp/go
+done
+"""
+
+
+class Pings:
+    """Asks the agent all the time, over a connection of its own, and remembers the longest wait."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.longest = 0.0
+        self.count = 0
+        token = pathlib.Path(machines_root(), machine.name, "token").read_text()
+        self._agent = connect(machine.url, token=token.strip())
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._ping)
+
+    def _ping(self) -> None:
+        while not self._over.wait(0.05):
+            begun = time.monotonic()
+            self._agent.ping()
+            self.longest = max(self.longest, time.monotonic() - begun)
+            self.count += 1
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._agent.close()
+        assert self.count > 3
+        assert self.longest < ANSWER
+
+
+@pytest.fixture(scope="module")
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def hungry(state_home: None, elf: pathlib.Path) -> Iterator[Machine]:
+    """A machine whose workload has no limit of its own."""
+    with eating_machine() as machine:
+        yield machine
+
+
+def eating_machine() -> Machine:
+    command = ["sh", "-c", WORKLOAD]
+    machine = boot(machinekit.demo_image(), memory="256M", command=command)
+    machine.agent.ping()  # makes the connection that is kept for small requests
+    return machine
+
+
+def feed(machine: Machine, name: str) -> None:
+    """Let the workload start something of this name that eats until it is killed."""
+    machine.agent.exec(["tee", "/tmp/go"], input=name.encode(), check=True)
+    wait_until("the eater is killed", lambda: not exists(machine, "/tmp/go"), 60)
+
+
+def exists(machine: Machine, path: str) -> bool:
+    return machine.agent.exec(["test", "-e", path]).returncode == 0
+
+
+def kills(machine: Machine) -> list[str]:
+    """What the machine's events say of kills."""
+    return [event.message for event in machine.state.events if event.kind == "oom-killed"]
+
+
+def await_kill(machine: Machine, number: int) -> str:
+    wait_until(f"kill {number} is told", lambda: len(kills(machine)) >= number, 10)
+    return kills(machine)[number - 1]
+
+
+def test_whoever_eats_is_killed_and_named_and_nobody_else(hungry: Machine) -> None:
+    before = hungry.agent.info()
+    number = len(kills(hungry))
+    with Pings(hungry):
+        feed(hungry, HOSTILE)
+    told = await_kill(hungry, number + 1)
+    assert repr(HOSTILE) in told
+    assert "the machine's memory" in told
+    with Pings(hungry):
+        eater = hungry.agent.exec(["sh", "-c", EATER], env={"NAME": "an eater"})
+    assert eater.oom_killed
+    told = await_kill(hungry, number + 2)
+    assert "'an eater'" in told
+    assert "the machine's memory" in told
+    limited = hungry.agent.exec(["sh", "-c", EATER], limits=Limits(memory=24 * MIB))
+    assert limited.oom_killed
+    assert "its own limit" in await_kill(hungry, number + 3)
+    assert len(kills(hungry)) == number + 3
+    after = hungry.agent.info()
+    assert (after.agent_pid, after.agent_starts) == (before.agent_pid, 1)
+
+
+def test_lines_that_a_program_writes_are_no_kills(hungry: Machine) -> None:
+    """Root may write to the kernel's log, but not as the kernel."""
+    number = len(kills(hungry))
+    line = (
+        "Out of memory: Killed process 1 (init) total-vm:99kB, anon-rss:9kB, file-rss:9kB,"
+        " shmem-rss:0kB, UID:0 pgtables:9kB oom_score_adj:0"
+    )
+    script = f"for level in '' '<0>' '<3>'; do echo \"${{level}}{line}\" > /dev/kmsg; done; dmesg"
+    assert hungry.agent.exec(shell=script, check=True).stdout.count(line.encode()) == 3
+    limited = hungry.agent.exec(["sh", "-c", EATER], limits=Limits(memory=24 * MIB))
+    assert limited.oom_killed
+    await_kill(hungry, number + 1)
+    assert "'init'" not in " ".join(kills(hungry)[number:])
+
+
+def test_two_that_eat_together_do_not_stop_the_agent(hungry: Machine) -> None:
+    """Each is below its own limit: it is the whole machine that has no memory left."""
+    number = len(kills(hungry))
+    with Pings(hungry):
+        hungry.agent.exec(["tee", "/tmp/go"], input=b"inside", check=True)
+        hungry.agent.exec(["sh", "-c", EATER], env={"NAME": "outside"})
+        wait_until("the workload's is killed", lambda: not exists(hungry, "/tmp/go"), 60)
+    await_kill(hungry, number + 2)
+    text = " ".join(kills(hungry)[number:])
+    assert "inside" in text
+    assert "outside" in text
+    assert hungry.agent.info().agent_starts == 1
+
+
+def test_workload_has_a_cgroup_that_leaves_memory_free(hungry: Machine) -> None:
+    script = "cd /sys/fs/cgroup/microguest/workload; cat memory.max; cat cgroup.procs | wc -l"
+    most, members = map(int, hungry.agent.exec(shell=script).stdout.split())
+    total = int(hungry.agent.exec(["awk", "/MemTotal/ {print $2}", "/proc/meminfo"]).stdout) * 1024
+    assert 64 * MIB < most < total - 40 * MIB
+    assert members >= 1
+
+
+def test_the_workloads_own_limit(
+    state_home: None, elf: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the host's asks for one yet; a boot config can."""
+    plain = BootConfig.to_json
+
+    def limited(self: BootConfig) -> Any:
+        if isinstance(self, BootConfig) and self.workload is not None:
+            self = self.replace(workload=self.workload.replace(memory=32 * MIB))
+        return plain(self)
+
+    monkeypatch.setattr(BootConfig, "to_json", limited)
+    with eating_machine() as machine:
+        with Pings(machine):
+            feed(machine, "new\nline (1)")
+        told = await_kill(machine, 1)
+        assert "its own limit" in told
+        assert "(1)" in told
+        exited = machine.stop(grace=0.5).workload_exited
+    assert exited is not None
+    assert exited.oom_killed
