@@ -37,9 +37,9 @@ class Interface(Record):
     mtu: int = 0  # 0: as it is
 
     def check(self) -> None:
-        if not 0 < len(self.name) < 16 or "/" in self.name or not self.name.isascii():
+        if not _is_interface_name(self.name):
             raise RecordError(f"name: {self.name!r:.40} cannot be an interface's")
-        if self.mac and len(self.mac.split(":")) != 6:
+        if self.mac and not _is_mac(self.mac):
             raise RecordError(f"mac: {self.mac!r:.40} is not as 52:54:00:12:34:56")
         if len(self.addresses) > limits.ADDRESSES or len(self.routes) > limits.ADDRESSES:
             raise RecordError(f"addresses, routes: at most {limits.ADDRESSES} each")
@@ -64,6 +64,9 @@ class Network(Record):
     def check(self) -> None:
         if len(self.interfaces) > limits.INTERFACES:
             raise RecordError(f"interfaces: at most {limits.INTERFACES}")
+        called = {interface.name for interface in self.interfaces}
+        if len(called) < len(self.interfaces):
+            raise RecordError("interfaces: two have the same name")
         for field in ("nameservers", "search", "options"):
             words = getattr(self, field)
             if len(words) > limits.ADDRESSES or not all(map(_is_word, words)):
@@ -76,4 +79,18 @@ class Network(Record):
 
 
 def _is_word(text: str) -> bool:
-    return bool(text) and text.isprintable() and " " not in text and "#" not in text
+    """Whether it stays one word in resolv.conf(5) and hosts(5)."""
+    printable = text.isascii() and text.isprintable()
+    return bool(text) and printable and " " not in text and "#" not in text
+
+
+def _is_interface_name(text: str) -> bool:
+    """What the kernel takes (dev_valid_name), of ASCII."""
+    length_fits = 0 < len(text) < 16
+    return length_fits and _is_word(text) and text not in (".", "..") and not set(text) & set("/:")
+
+
+def _is_mac(text: str) -> bool:
+    parts = text.split(":")
+    digits = "0123456789abcdefABCDEF"
+    return len(parts) == 6 and all(len(part) == 2 and set(part) <= set(digits) for part in parts)

@@ -30,7 +30,7 @@ FIRST_WAIT = 1.0  # seconds for an answer; doubled with each try. The RFC's 4 ar
 LONGEST_WAIT = 64.0
 JITTER = 0.25  # of the wait, up or down, so that a hundred clones do not ask as one
 RENEW_AGAIN = 60.0  # seconds at least between two questions about a lease (RFC 2131, 4.4.5)
-RESTART_WAIT = 1.0  # seconds before a dead worker is started again
+RESTART_WAIT = 1.0  # seconds before a dead worker is started again; doubled with each
 REQUESTS = 4  # for one offer, before looking for another
 
 
@@ -39,16 +39,22 @@ class RenewNow(Exception):
 
 
 def run(document: str) -> int:
-    """Be the guard of a worker for the Order in `document`. Returns when it cannot be read."""
+    """Be the guard of a worker for the Order in `document`. Does not return."""
     order = Order.from_json(document)
     name_process()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it is for the worker, of the same name
+    wait = RESTART_WAIT
     while True:
+        began = now()
         pid = os.fork()
         if pid == 0:
             work(order)
+        be_silent()  # only the first worker is waited for
         _, status = os.waitpid(pid, 0)
         say(f"the DHCP client of {order.interface} ended ({describe(status)}); starting another")
-        time.sleep(RESTART_WAIT)
+        time.sleep(wait)
+        lived = now() - began
+        wait = RESTART_WAIT if lived > LONGEST_WAIT else min(2 * wait, LONGEST_WAIT)
 
 
 def name_process() -> None:
@@ -84,11 +90,16 @@ def tell(line: str) -> None:
     """Answer who started the client; the first answer is the only one."""
     try:
         os.write(1, f"{line}\n".encode()[:512])
-        null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(null, 1)
-        os.close(null)
     except OSError:
         pass  # nobody waits any more
+    be_silent()
+
+
+def be_silent() -> None:
+    """Nobody hears what is written from now on."""
+    null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(null, 1)
+    os.close(null)
 
 
 class Client:

@@ -12,6 +12,10 @@ from guest.netplan import Interface, Network, Route
 from init_shim.failure import Failure
 from init_shim.netlink import Link, Netlink, Prefix, packed_address, parse_prefix
 
+TYPE_CHECKING = False  # typing itself is too heavy for PID 1
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = ["set_up"]
 
 LOOK_AGAIN = 0.005  # seconds
@@ -19,6 +23,7 @@ LOOK_AGAIN = 0.005  # seconds
 
 def set_up(plan: Network) -> None:
     """All interfaces of the plan, then all routes. Raises Failure."""
+    check_addresses(plan)
     netlink = Netlink()
     try:
         links = find_links(netlink, plan.interfaces)
@@ -35,6 +40,26 @@ def set_up(plan: Network) -> None:
         await_carrier(netlink, links)
     finally:
         netlink.close()
+
+
+def check_addresses(plan: Network) -> None:
+    """Refuse what is none by its field's name, before anything is changed."""
+    for at, interface in enumerate(plan.interfaces):
+        where = f"network.interfaces[{at}]"
+        for number, text in enumerate(interface.addresses):
+            check(f"{where}.addresses[{number}]", parse_prefix, text)
+        for number, route in enumerate(interface.routes):
+            if route.to != "default":
+                check(f"{where}.routes[{number}].to", parse_prefix, route.to)
+            if route.via:
+                check(f"{where}.routes[{number}].via", packed_address, route.via)
+
+
+def check(where: str, parse: "Callable[[str], object]", text: str) -> None:
+    try:
+        parse(text)
+    except Failure as failure:
+        raise Failure(f"{where}: {failure.message}") from None
 
 
 def find_links(netlink: Netlink, interfaces: tuple[Interface, ...]) -> list[Link]:

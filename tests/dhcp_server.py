@@ -68,6 +68,8 @@ def answers(mode: str, kind: str, request: bytes) -> list[bytes]:
             return [good if kind == "discover" else reply(request, 6)]
         case "forget" if request[12:16] != bytes(4):  # a lease that is to be renewed
             return [reply(request, 6)]
+        case "long":
+            return [reply(request, good[242], lease=3600)]
         case "nasty-names":
             extra = option(15, b"evil\nnameserver 6.6.6.6")
             return [reply(request, good[242], extra=extra)]

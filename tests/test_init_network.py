@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -283,6 +284,17 @@ def test_a_missing_interface_fails_the_boot_with_its_name(root: Path) -> None:
         machine.wait()
 
 
+def test_an_address_that_is_none_is_refused_by_its_field(root: Path) -> None:
+    wrong = {"routes": [{"via": "10.0.0.1"}, {"to": "10.0.0.0/33"}]}
+    config = {**boot_config(shell("true")), "network": {"interfaces": [wrong]}}
+    with Machine(root, config) as machine:
+        failed = machine.report("boot_failed")
+        machine.wait()
+    assert failed["message"] == (
+        "network.interfaces[0].routes[1].to: '10.0.0.0/33': the length of the network is at most 32"
+    )
+
+
 # ── DHCP: what the network says ──────────────────────────────────────────────────────────────────
 
 
@@ -417,6 +429,22 @@ def test_a_lease_is_there_before_the_workload_and_is_kept(root: Path) -> None:
             lambda: "ended (signal 9); starting another" in machine.console, "the guard's word"
         )
         wait_for(lambda: server.count("discover") >= 2, "another client")
+        heard = server.count("request")
+        wait_for(lambda: server.count("request") >= heard + 2, "its lease and a renewal")
+        assert machine.console.count("ended") == 1
+
+
+def test_a_lease_is_looked_at_when_asked(root: Path) -> None:
+    """As after a restore, when its server may have given the address away."""
+    with served(root, "sleep 1000", "long") as (machine, server):
+        machine.report("ready")
+        time.sleep(0.3)
+        assert server.count("request") == 1
+        for pid in descendants(machine.init_pid()):
+            if command_of(pid)[:1] == ["dhcp"]:
+                os.kill(pid, signal.SIGUSR1)
+        wait_for(lambda: server.count("request") == 2, "a renewal")
+        assert server.heard[-1]["from"] == "10.9.0.77"
 
 
 def test_a_lost_lease_is_given_up_and_another_taken(root: Path) -> None:
