@@ -177,8 +177,9 @@ def under_pid_1(root: Path, wanted: dict[str, Any]) -> str:
 # ── run by crun ──────────────────────────────────────────────────────────────────────────────────
 
 
-# It takes cgroup v1 or v2, and no host that has both: it is shown v1 alone.
-ONE_HIERARCHY = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"'
+# It takes cgroup v1 or v2, and no host that has both: it is shown v1 alone. Core dumps are off in a
+# guest, whatever the host has.
+PREPARED = 'umount /sys/fs/cgroup/unified 2>/dev/null; ulimit -Sc 0; exec "$@"'
 
 
 def under_crun(root: Path, wanted: dict[str, Any], folder: Path) -> str:
@@ -186,7 +187,7 @@ def under_crun(root: Path, wanted: dict[str, Any], folder: Path) -> str:
     shutil.copytree(root, folder / "rootfs", symlinks=True)
     (folder / "config.json").write_text(json.dumps(oci_config(wanted)))
     name = f"microguest-test-{os.getpid()}-{time.monotonic_ns()}"
-    command = ["unshare", "--mount", "sh", "-c", ONE_HIERARCHY, "sh", "crun"]
+    command = ["unshare", "--mount", "sh", "-c", PREPARED, "sh", "crun"]
     command += ["--root", str(folder / "state"), "--cgroup-manager=disabled"]
     command += ["run", "--bundle", str(folder), name]
     if wanted.get("stdio") == "terminal":
@@ -270,7 +271,7 @@ MOUNTS = (
     ("/proc", "proc", "nosuid,nodev,noexec"),
     ("/dev", "tmpfs", "nosuid,noexec,mode=755,size=64k"),
     ("/dev/pts", "devpts", "nosuid,noexec,newinstance,ptmxmode=0666,mode=0620"),
-    ("/dev/shm", "tmpfs", "nosuid,nodev,mode=1777"),
+    ("/dev/shm", "tmpfs", "nosuid,nodev,noexec,mode=1777"),
     ("/dev/mqueue", "mqueue", "nosuid,nodev,noexec"),
     ("/run", "tmpfs", "nosuid,nodev,mode=0755"),
     ("/sys", "sysfs", "nosuid,nodev,noexec,ro"),
