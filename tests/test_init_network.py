@@ -78,10 +78,9 @@ NETLINK_SCRIPT = """
 
     ip("link", "set", "lo", "up")
     for a, b, mac in (("eth0", "peer0", "0a"), ("eth1", "peer1", "0b")):
-        mac = f"02:00:00:00:00:{{mac}}"
+        mac = f"02:00:00:00:00:{mac}"
         ip("link", "add", a, "address", mac, "type", "veth", "peer", "name", b)
         ip("link", "set", b, "up")
-    {script}
 """
 
 
@@ -89,7 +88,7 @@ def in_new_network(script: str) -> list[list[dict[str, Any]]]:
     """Run a script in a new network namespace. Returns ip's links, IPv4 and IPv6 routes then."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    script = textwrap.dedent(NETLINK_SCRIPT).format(script=textwrap.dedent(script))
+    script = textwrap.dedent(NETLINK_SCRIPT) + textwrap.dedent(script)
     shown = 'for what in "-d addr" "-4 route" "-6 route"; do echo "$(ip -j $what)"; done'
     done = subprocess.run(
         ["unshare", "-n", "sh", "-c", f'"$0" -c "$1" && {shown}', sys.executable, script],
@@ -186,6 +185,53 @@ def test_what_the_kernel_refuses_is_told_in_its_words() -> None:
         assert not netlink.has_address(link.index)
         netlink.set_address(link, prefix, 100)
         assert netlink.has_address(link.index)
+        """
+    )
+
+
+def test_the_kernels_line_is_read_as_the_kernel_does() -> None:
+    in_new_network(
+        """
+        from init_shim.kernel_line import planned
+
+        def seen(value, plan=Network()):
+            plan, hostname = planned(value, plan)
+            return [
+                (i.name, i.addresses, tuple(r.via for r in i.routes), i.dhcp)
+                for i in plan.interfaces
+            ], plan.nameservers, hostname
+
+        for value in ("", "off", "none", "::::::off", ":::::eth0:none"):
+            assert seen(value) == ([], (), ""), value
+        for value in ("dhcp", "on", "any", "both", ":::::eth1:dhcp"):
+            name = "eth1" if "eth1" in value else "peer0"  # the first by index
+            assert seen(value) == ([(name, (), (), True)], (), ""), value
+        assert seen(":::::peer0") == ([], (), "")
+        assert seen("10.1.1.1:::::eth0") == ([("eth0", ("10.1.1.1/8",), (), False)], (), "")
+        assert seen("172.16.1.1:::::eth0")[0][0][1] == ("172.16.1.1/16",)
+        assert seen("192.168.1.1:::::eth0")[0][0][1] == ("192.168.1.1/24",)
+        whole = "10.1.1.1:9.9.9.9:10.1.1.254:255.255.255.0:web:eth0:off:8.8.8.8:8.8.4.4:1.1.1.1"
+        static = [("eth0", ("10.1.1.1/24",), ("10.1.1.254",), False)]
+        assert seen(whole) == (static, ("8.8.8.8", "8.8.4.4"), "web")
+        own = Network(nameservers=("10.0.0.53",))
+        assert seen(whole, own) == (static, ("10.0.0.53",), "web")
+        for value, why in (
+            ("bootp", "'bootp' is not an IP address"),
+            (":::::eth0:rarp", "autoconf 'rarp' is not one of dhcp, on, any, both, off, none"),
+            ("fd00", "'fd00' is not an IP address"),
+            ("10.0.0.1:::255.0.255.0::eth0", "'255.0.255.0' is not a netmask"),
+            ("10.0.0.1::10.0.0:::eth0", "'10.0.0' is not an IP address"),
+            (":::::eth9:dhcp", "there is no network interface eth9"),
+            ("1:" * 10 + "1", "it has 11 fields, at most 10"),
+        ):
+            try:
+                planned(value, Network())
+            except Failure as failure:
+                assert failure.message.endswith(f"command line: {why}"), failure.message
+            else:
+                raise AssertionError(value)
+        ip("addr", "add", "10.3.3.3/24", "dev", "eth0")  # as a kernel with CONFIG_IP_PNP does
+        assert seen(whole) == ([], (), "web")
         """
     )
 

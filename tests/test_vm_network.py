@@ -83,7 +83,8 @@ def test_dhcp_static_addresses_a_new_name_and_the_world_behind(image: Path) -> N
             image,
             "set -x; cat /sys/class/net/lan0/mtu; ip -o addr show lan0; ip route; ip -6 route;"
             f"ping -c1 -W5 gate; ping -6 -c1 -W5 fec0::2; wget -qO- http://gate:{port}/;"
-            "nc -l -p 80 -s fec0::77 -w 1; echo bound $?; cat /etc/resolv.conf; hostname",
+            "httpd -p [fec0::77]:80 -h /etc && wget -qO- http://[fec0::77]/hosts;"
+            "cat /etc/resolv.conf; hostname",
             network=network,
             hostname="web.example",
         )
@@ -97,7 +98,7 @@ def test_dhcp_static_addresses_a_new_name_and_the_world_behind(image: Path) -> N
     assert "default via fec0::2 dev lan0" in text
     assert text.count("1 packets received") == 2, text
     assert "the host answers" in text
-    assert "nc: bind" not in text
+    assert "10.0.2.2\tgate\r\n" in text
     assert "nameserver 10.0.2.3\r\noptions ndots:2\r\n" in text
     assert "\nweb.example\r\n" in text
 
@@ -146,15 +147,9 @@ def test_the_kernels_line_can_ask_for_dhcp(image: Path) -> None:
     assert ended.lines[-1] == "nameserver 10.0.2.3"
 
 
-@pytest.mark.parametrize(
-    ("value", "why"),
-    [
-        ("10.0.2.300", "'10.0.2.300' is not an IP address"),
-        ("10.0.2.15:::255.0.255.0::eth0:off", "'255.0.255.0' is not a netmask"),
-        (":::::eth9:dhcp", "there is no network interface eth9"),
-    ],
-)
-def test_a_kernels_line_that_is_wrong_fails_the_boot(image: Path, value: str, why: str) -> None:
-    name, failed = boot(image, "true", line=f"ip={value}").report()
+def test_a_kernels_line_that_is_wrong_fails_the_boot(image: Path) -> None:
+    name, failed = boot(image, "true", line="ip=10.0.2.300").report()
     assert (name, failed["step"]) == ("boot_failed", "network")
-    assert failed["message"] == f"ip={value} on the kernel's command line: {why}"
+    assert failed["message"] == (
+        "ip=10.0.2.300 on the kernel's command line: '10.0.2.300' is not an IP address"
+    )
