@@ -89,7 +89,7 @@ def _add_privileges(group: Any) -> None:
         group,
         *("--security-opt",),
         metavar="OPT",
-        help="no-new-privileges, mask=PATH[:PATH]",
+        help="no-new-privileges, seccomp=FILE, mask=PATH[:PATH]",
     )
     _add_list(group, "--group-add", metavar="GROUP", help="name or id")
     _add_list(group, "--ulimit", metavar="NAME=SOFT[:HARD]", help="as nofile=1024:4096")
@@ -149,19 +149,29 @@ def _security(texts: list[str]) -> MachineOptions:
         name, _, value = text.partition("=")
         if name == "no-new-privileges" and value in ("", "true", "false"):
             found["no_new_privileges"] = value != "false"
-        elif text == f"seccomp={UNCONFINED}":
-            found["seccomp"] = b""
+        elif name == "seccomp" and value:
+            found["seccomp"] = b"" if value == UNCONFINED else _profile(value)
         elif name == "mask" and value:
             masked += value.split(":")
         elif text == f"systempaths={UNCONFINED}":
             masked.clear()
         else:
             raise MachineError(
-                f"security-opt {text!r:.100} is none of: no-new-privileges, "
+                f"security-opt {text!r:.100} is none of: no-new-privileges, seccomp=FILE, "
                 "seccomp=unconfined, mask=PATH[:PATH], systempaths=unconfined"
             )
     found["masked"] = masked
     return found
 
 
+def _profile(path: str) -> str:
+    """A file of docker's format."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(PROFILE_MAX)
+    except (OSError, UnicodeDecodeError) as error:
+        raise MachineError(f"cannot read the seccomp profile {path}: {error}") from error
+
+
+PROFILE_MAX: Final = 1024 * 1024  # characters; docker's own has 15 thousand
 UNCONFINED: Final = "unconfined"

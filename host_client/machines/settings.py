@@ -56,7 +56,8 @@ class MachineOptions(TypedDict, total=False):
     cap_add, cap_drop   names or "ALL"; it has all of the virtual machine's to begin with
     privileged    all capabilities, nothing masked, no filter, no hardening
     no_new_privileges   setuid bits and file capabilities give it nothing
-    seccomp       a filter as host_client.seccomp makes it
+    seccomp       a filter as host_client.seccomp makes it, or the text of a profile (JSON, as
+                  docker has it), which is compiled for the capabilities that it has
     masked, read_only_paths   paths that nobody can look into, or write to
     stop_signal   what asks it to end; None: the image's, else TERM
     restart       "no", "on-failure", "on-failure:N" or "always"
@@ -96,7 +97,7 @@ class MachineOptions(TypedDict, total=False):
     cap_drop: Sequence[str]
     privileged: bool
     no_new_privileges: bool
-    seccomp: bytes
+    seccomp: bytes | str
     masked: Sequence[str]
     read_only_paths: Sequence[str]
     stop_signal: str | None
@@ -142,7 +143,7 @@ class Settings:
     cap_drop: Sequence[str] = ()
     privileged: bool = False
     no_new_privileges: bool = False
-    seccomp: bytes = b""
+    seccomp: bytes | str = b""
     masked: Sequence[str] = ()
     read_only_paths: Sequence[str] = ()
     stop_signal: str | None = None

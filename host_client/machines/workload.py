@@ -1,12 +1,14 @@
-"""The image's process as the boot config has it: docker's words, the image's defaults. Pure."""
+"""The image's process as the boot config has it: docker's words, the image's defaults."""
 
 import base64
+import os
 from collections.abc import Sequence
 from typing import Final
 
 from guest.errors import OperationError
-from guest.privileges import CAPABILITIES, capability_mask, resource_limits
+from guest.privileges import CAPABILITIES, capability_mask, resource_limits, seccomp_program
 from guest.workload import Capabilities, ImageDefaults, Restart, Workload
+from host_client import seccomp
 from host_client.errors import MachineError
 from host_client.images import ImageConfig, process_for
 from host_client.machines.settings import Settings
@@ -39,7 +41,7 @@ def workload_of(settings: Settings, config: ImageConfig) -> Workload | None:
         processes=settings.processes,
         capabilities=capabilities_of(settings),
         no_new_privs=settings.no_new_privileges,
-        seccomp="" if privileged else base64.b64encode(settings.seccomp).decode("ascii"),
+        seccomp="" if privileged else filter_of(settings),
         masked=() if privileged else tuple(settings.masked),
         read_only_paths=() if privileged else tuple(settings.read_only_paths),
         stop_signal=settings.stop_signal or config.stop_signal or "TERM",
@@ -67,13 +69,23 @@ def capabilities_of(settings: Settings) -> Capabilities | None:
     if settings.privileged or not dropped:
         return None
     if ALL in added:
-        kept = tuple(name for name in CAPABILITIES if name not in dropped)
+        kept = tuple(name for name in there_are(settings) if name not in dropped)
     elif ALL in dropped:
         kept = tuple(name for name in CAPABILITIES if name in added)
     else:
-        kept = tuple(name for name in CAPABILITIES if name not in dropped or name in added)
+        kept = tuple(name for name in there_are(settings) if name not in dropped or name in added)
     # Those of a user but root are gone at execve(2), which looks at the bounding set only.
     return Capabilities(bounding=kept, permitted=kept, effective=kept)
+
+
+def there_are(settings: Settings) -> tuple[str, ...]:
+    """All of them, but where the machine is a part of this host and this host's user is root."""
+    if settings.machine != "namespaces" or os.geteuid() != 0:
+        return CAPABILITIES
+    with open("/proc/self/status", encoding="ascii") as file:
+        fields = dict(line.rstrip().partition(":\t")[::2] for line in file)
+    ours = int(fields["CapPrm"], 16) & int(fields["CapBnd"], 16)
+    return tuple(name for number, name in enumerate(CAPABILITIES) if ours >> number & 1)
 
 
 def _names(option: str, given: Sequence[str]) -> tuple[str, ...]:
@@ -84,6 +96,24 @@ def _names(option: str, given: Sequence[str]) -> tuple[str, ...]:
     except OperationError as error:
         raise MachineError(f"{option}: {error.message}, or ALL") from None
     return names
+
+
+def filter_of(settings: Settings) -> str:
+    """The compiled program as base64, "" for none. MachineError for what cannot be kept."""
+    program = settings.seccomp
+    try:
+        if isinstance(program, str):
+            sets = capabilities_of(settings)
+            kept = CAPABILITIES if sets is None else sets.bounding
+            program = seccomp.profile(program, arch=os.uname().machine, capabilities=kept)
+        text = base64.b64encode(program).decode("ascii")
+        if text:
+            seccomp_program(text)
+    except OperationError as error:
+        raise MachineError(error.message) from None
+    except ValueError as error:
+        raise MachineError(f"seccomp: {error}") from error
+    return text
 
 
 def rlimits_of(settings: Settings) -> dict[str, tuple[int, ...]]:
