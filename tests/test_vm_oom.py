@@ -86,8 +86,13 @@ def eating_machine() -> Machine:
 
 def feed(machine: Machine, name: str) -> None:
     """Let the workload start something of this name that eats until it is killed."""
-    machine.agent.exec(["tee", "/tmp/go"], input=name.encode(), check=True)
+    order(machine, name)
     wait_until("the eater is killed", lambda: not exists(machine, "/tmp/go"), 60)
+
+
+def order(machine: Machine, name: str) -> None:
+    """The same without a wait. The workload must not see half a file."""
+    machine.agent.exec(shell="cat > /tmp/new; mv /tmp/new /tmp/go", input=name.encode(), check=True)
 
 
 def exists(machine: Machine, path: str) -> bool:
@@ -145,7 +150,7 @@ def test_two_that_eat_together_do_not_stop_the_agent(hungry: Machine) -> None:
     """Each is below its own limit: it is the whole machine that has no memory left."""
     number = len(kills(hungry))
     with Pings(hungry):
-        hungry.agent.exec(["tee", "/tmp/go"], input=b"inside", check=True)
+        order(hungry, "inside")
         hungry.agent.exec(["sh", "-c", EATER], env={"NAME": "outside"})
         wait_until("the workload's is killed", lambda: not exists(hungry, "/tmp/go"), 60)
     await_kill(hungry, number + 2)
