@@ -105,7 +105,9 @@ class Workload(Record):
     rlimits: dict[str, tuple[int, ...]] = {}  # noqa: RUF012  name: (soft, hard), -1 unlimited
     capabilities: Capabilities | None = None  # None: what the kernel gives its user
     no_new_privs: bool = False
-    seccomp: str = ""  # struct sock_filter[] as base64; implies no_new_privs
+    # struct sock_filter[] as base64. As with runc it has to allow execve and, without no_new_privs,
+    # also what becoming the user takes: setgroups, setresuid, capset, prctl and their like.
+    seccomp: str = ""
     masked: tuple[str, ...] = ()  # paths that nobody can look into, neither agent-started processes
     read_only_paths: tuple[str, ...] = ()  # and those that nobody can write to
     memory: int | None = None  # bytes, of it and all that descends from it; needs cgroup v2

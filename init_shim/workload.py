@@ -265,6 +265,7 @@ def spawn(
             capability_sets=privileges.sets,
             seccomp=privileges.filter,
             enter_first=True,
+            filter_first=not workload.no_new_privs,  # as runc: a filter alone takes nothing away
         )
     except _guestsys.SpawnError as error:
         raise not_started(plan, error.step, error.errno or 0) from None

@@ -97,12 +97,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "limits": {"rlimits": {"nofile": (100, 200), "core": (0, 0), "stack": (1 << 20, -1)}},
     "hidden": {"masked": MASKED, "read_only_paths": READ_ONLY},
-    "filter": {"seccomp": PROFILE, "no_new_privs": True},
+    "filter": {"seccomp": PROFILE, "user": "1000:1000"},
+    "filter-no-new-privs": {"seccomp": PROFILE, "no_new_privs": True},
     "terminal": {"stdio": "terminal", "rows": 33, "columns": 99, "user": "1000:1000"},
 }
 
 EVERYWHERE = tuple(VARIANTS)
-NOT_ROOT = ("user", "ambient", "terminal")
+NOT_ROOT = ("user", "ambient", "terminal", "filter")
 HIDDEN = ("hidden",)
 TERMINAL = ("terminal",)
 

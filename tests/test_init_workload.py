@@ -125,13 +125,34 @@ def test_limits_umask_and_groups(root: Path) -> None:
     assert lines == ["100", "200", "0077", "1000", "2000", "2000 1000 4242", "0"]
 
 
-def test_a_filter_is_in_force(root: Path) -> None:
+@pytest.mark.parametrize("no_new_privs", [False, True])
+def test_a_filter_is_in_force(root: Path, no_new_privs: bool) -> None:
     lines = console(
         root,
-        "mkdir /tmp/no 2>&- || echo refused; grep -E 'NoNewPrivs|Seccomp:' /proc/self/status",
+        "mkdir /tmp/no 2>&- || echo refused; id -u;"
+        "grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status",
         seccomp=base64.b64encode(NO_MKDIR).decode(),
+        no_new_privs=no_new_privs,
+        user="tester",
+        capabilities={},
     )
-    assert lines == ["refused", "NoNewPrivs:\t1", "Seccomp:\t2"]
+    assert lines == [
+        "refused",
+        "1000",
+        f"CapEff:\t{mask()}",
+        f"NoNewPrivs:\t{int(no_new_privs)}",
+        "Seccomp:\t2",
+    ]
+
+
+def test_a_filter_that_forbids_the_way_to_the_user(root: Path) -> None:
+    program = seccomp.deny(["setresuid"], arch=os.uname().machine)
+    text = base64.b64encode(program).decode()
+    with Machine(root, boot_config(["true"], seccomp=text, user="tester")) as machine:
+        machine.report("ready")
+        assert machine.report("workload_failed")["step"] == "setuid"
+        assert machine.wait() == 0
+    assert console(root, "id -u", seccomp=text, user="tester", no_new_privs=True) == ["1000"]
 
 
 def test_a_filter_that_kills_is_a_start_that_failed_or_an_end(root: Path) -> None:

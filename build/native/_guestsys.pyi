@@ -48,6 +48,7 @@ def spawn(
     seccomp: bytes = b"",
     capability_sets: tuple[int, int, int, int, int] | None = None,
     enter_first: bool = False,
+    filter_first: bool = False,
 ) -> tuple[int, int]:
     """Start a program and return (pid, pidfd) once it has exec'ed; both are the caller's to reap.
 
@@ -58,7 +59,8 @@ def spawn(
     leaves all sets alone. `capability_sets` says exactly instead: bounding, permitted, effective,
     inheritable, ambient, of which exec makes what capabilities(7) says. With `enter_first` a `cwd`
     that only the caller may enter is no obstacle. `seccomp` is an array of struct sock_filter, empty for none; it implies
-    `no_new_privs` and has to allow execve. `oom_score_adj` is not lowered where that is not
+    `no_new_privs` and has to allow execve. With `filter_first` it implies nothing, needs a caller
+    with CAP_SYS_ADMIN, and has to allow what the steps from setgroups on take. `oom_score_adj` is not lowered where that is not
     allowed. The calling thread holds the GIL until the child has exec'ed. Raises SpawnError; then
     no child exists any more.
     """

@@ -225,7 +225,7 @@ struct plan {
     gid_t gid;
     mode_t umask;
     int fds[FIRST_OWN_FD];
-    int session, tty, cgroup_fd, no_new_privs, enter_first;
+    int session, tty, cgroup_fd, no_new_privs, enter_first, filter_first;
     int64_t capabilities; /* a bit for each that it may have; -1: all that there are */
     const struct capability_sets *sets; /* instead of `capabilities`, or NULL */
     struct sock_fprog filter; /* seccomp(2)'s program; len 0: none */
@@ -393,6 +393,12 @@ reset_signals(void)
     return syscall(SYS_rt_sigprocmask, SIG_SETMASK, &nothing, NULL, SIGNAL_SET_SIZE);
 }
 
+static long
+set_filter(const struct sock_fprog *filter)
+{
+    return syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, filter);
+}
+
 /* As execvp(3): go on to the next candidate where this one is not there, remember that one was not
  * allowed. Returns only with the errno to report; `path` says of which candidate. */
 static int
@@ -434,6 +440,8 @@ prepare_and_execute(struct plan *plan)
     STEP("oom_score_adj", set_oom_score_adj(plan->oom_score_adj));
     for (size_t i = 0; i < plan->limit_count; i++)
         STEP("rlimit", syscall(SYS_prlimit64, 0, plan->limits[i].resource, plan->limits[i].values, NULL));
+    if (plan->filter_first && plan->filter.len) /* while that is allowed without no_new_privs */
+        STEP("seccomp", set_filter(&plan->filter));
     STEP("setgroups", set_groups(plan->group_count, plan->groups, plan->gid));
     if (plan->capabilities >= 0)
         STEP("capabilities", drop_bounding_set((uint64_t)plan->capabilities));
@@ -452,12 +460,13 @@ prepare_and_execute(struct plan *plan)
     syscall(SYS_umask, plan->umask);
     if (!inside)
         STEP("chdir", syscall(SYS_chdir, plan->cwd));
-    if (plan->no_new_privs || plan->filter.len) /* without it a filter is for the privileged */
+    const int filter_last = plan->filter.len && !plan->filter_first;
+    if (plan->no_new_privs || filter_last) /* without it a filter is for the privileged */
         STEP("no_new_privs", syscall(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
     STEP("close_range", close_other_fds());
     STEP("signals", reset_signals());
-    if (plan->filter.len) /* last, so that it has to allow no other call than execve */
-        STEP("seccomp", syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &plan->filter));
+    if (filter_last) /* so that it has to allow no other call than execve */
+        STEP("seccomp", set_filter(&plan->filter));
     plan->step = "exec";
     return execute(plan);
 }
@@ -662,7 +671,8 @@ sys_spawn(PyObject *module, PyObject *args, PyObject *keywords)
     static char *names[] = {"argv",     "env",    "candidates",   "cwd",     "fds",   "uid",
                             "gid",      "groups", "session",      "tty",     "oom_score_adj",
                             "umask",    "cgroup_fd", "no_new_privs", "rlimits", "capabilities",
-                            "seccomp",  "capability_sets", "enter_first", NULL};
+                            "seccomp",  "capability_sets", "enter_first",
+                            "filter_first", NULL};
     enum { ARGV, ENV, CANDIDATES, GROUPS, LIMITS, SEQUENCES };
     static const char *const what[] = {"argv", "env", "candidates", "groups", "rlimits"};
     PyObject *given[SEQUENCES] = {NULL}, *fast[SEQUENCES] = {NULL}, *fds = NULL, *result = NULL;
@@ -679,12 +689,12 @@ sys_spawn(PyObject *module, PyObject *args, PyObject *keywords)
     const char *filter = NULL;
     Py_ssize_t filter_size = 0;
 
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$OyO!LLOpiiIipOLy#Op:spawn", names, &given[ARGV],
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$OyO!LLOpiiIipOLy#Opp:spawn", names, &given[ARGV],
                                      &given[ENV], &given[CANDIDATES], &plan.cwd, &PyTuple_Type, &fds,
                                      &uid, &gid, &given[GROUPS], &plan.session, &plan.tty,
                                      &oom_score_adj, &mask, &plan.cgroup_fd, &plan.no_new_privs,
                                      &given[LIMITS], &capabilities, &filter, &filter_size,
-                                     &given_sets, &plan.enter_first))
+                                     &given_sets, &plan.enter_first, &plan.filter_first))
         return NULL;
     if (!given[CANDIDATES] || !plan.cwd || !fds)
         return PyErr_SetString(PyExc_TypeError, "spawn needs candidates, cwd and fds"), NULL;
