@@ -318,19 +318,62 @@ def test_limits_without_a_hierarchy_are_refused(root: Path) -> None:
 
 
 @pytest.mark.qemu
-def test_limits_hold_in_a_machine(root: Path, tmp_path: Path) -> None:
+def test_limits_hold_in_a_machine_and_nothing_outlives_a_start(root: Path, tmp_path: Path) -> None:
     script = """
-        cat /proc/self/cgroup
         cd /sys/fs/cgroup/microguest/workload
-        cat memory.max memory.swap.max cpu.max pids.max
+        grep -H oom_kill memory.events
+        if [ -e /tmp/again ]; then pidof sleep || echo alone; exit 0; fi
+        touch /tmp/again
+        cat /proc/self/cgroup memory.max memory.swap.max cpu.max pids.max
         dd if=/dev/zero of=/dev/null bs=200M count=1; echo dd $?
-        grep oom_kill memory.events
+        grep -H oom_kill memory.events
+        setsid sleep 1000 & mkdir below && echo $! > below/cgroup.procs
+        exit 1
     """
-    config = vm_config(["/bin/sh", "-c", script], memory=64 << 20, cpu=0.5, processes=20)
+    config = vm_config(
+        ["/bin/sh", "-c", script],
+        memory=64 << 20,
+        cpu=0.5,
+        processes=20,
+        restart={"policy": "on-failure", "limit": 1, "delay": 0.0},
+    )
     ended = run_vm(config, disks={"root": make_erofs(root, tmp_path / "root.erofs")})
     assert ended.code == 0, ended.console[-4000:]
-    lines = ended.lines
-    for wanted in (
-        "0::/microguest/workload", str(64 << 20), "50000 100000", "20", "dd 137", "oom_kill 1"
-    ):  # fmt: skip
-        assert wanted in lines, lines
+    found = [line for line in ended.lines if line != "Killed"]  # the shell says it
+    assert found == [
+        "memory.events:oom_kill 0",
+        "0::/microguest/workload",
+        str(64 << 20),
+        "0",
+        "50000 100000",
+        "20",
+        "dd 137",
+        "memory.events:oom_kill 1",
+        "memory.events:oom_kill 0",
+        "alone",
+    ]
+
+
+# ── its lives ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_starts_leave_nothing_behind_in_pid_1(root: Path) -> None:
+    """Ten that work, until the working directory is none any more, and those that fail then."""
+    script = """
+        echo >> /tmp/count; [ $(wc -l < /tmp/count) = 10 ] || exit 1
+        cd /; rmdir /tmp/place; touch /tmp/place; exit 1
+    """
+    restart = {"policy": "always", "delay": 0.01, "delay_max": 0.01}
+    config = boot_config(["/bin/sh", "-c", script], cwd="/tmp/place", restart=restart)
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        descriptors = Path(f"/proc/{machine.init_pid()}/fd")
+        counts = []
+        for _ in range(10):
+            machine.report("workload_started")
+            machine.report("workload_exited")
+            counts.append(len(list(descriptors.iterdir())))
+        for _ in range(20):
+            assert machine.report("workload_failed")["code"] == "bad_cwd"
+            counts.append(len(list(descriptors.iterdir())))
+        assert max(counts) <= min(counts) + 1
