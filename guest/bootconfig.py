@@ -11,7 +11,7 @@ from guest.errors import BootConfigError
 from guest.netplan import Network
 from guest.record import Record, RecordError
 from guest.rootplan import Root, Volume
-from guest.workload import ImageDefaults, Workload
+from guest.workload import ImageDefaults, Workload, check_init
 
 __all__ = [
     "AGENT_PORT",
@@ -120,6 +120,8 @@ class BootConfig(Record):
             raise RecordError(f"mode: {self.mode!r:.100} is not supervise or handoff")
         if self.mode == "handoff" and (self.workload is None or self.workload.stdio != "console"):
             raise RecordError("mode: handoff needs a workload, which has the console")
+        if self.mode == "handoff" and self.workload is not None:
+            check_init(self.workload)
         if len(self.volumes) > limits.VOLUMES:
             raise RecordError(f"volumes: at most {limits.VOLUMES}")
         printable = self.hostname.isascii() and self.hostname.isprintable()

@@ -12,6 +12,7 @@ __all__ = [
     "ImageDefaults",
     "Restart",
     "Workload",
+    "check_init",
     "check_limits",
     "signal_number",
 ]
@@ -144,6 +145,22 @@ def check_hidden(masked: tuple[str, ...], read_only: tuple[str, ...]) -> None:
         for path in paths:
             if not path.startswith("/") or ".." in path.split("/") or "\0" in path:
                 raise RecordError(f"{field}: {path!r:.200} is not an absolute path without ..")
+
+
+# What an init has none of: it is root, it is not started again, and its own children's limits and
+# privileges are its own business.
+NOT_FOR_INIT = (
+    *("groups", "rlimits", "capabilities", "no_new_privs", "seccomp"),
+    *("memory", "cpu", "processes", "signal_group", "restart"),
+)
+
+
+def check_init(workload: Workload) -> None:
+    """Raises RecordError for what a workload that PID 1 becomes cannot have."""
+    plain = Workload(argv=workload.argv)
+    for field in NOT_FOR_INIT:
+        if getattr(workload, field) != getattr(plain, field):
+            raise RecordError(f"workload.{field}: cannot be set with mode handoff")
 
 
 def check_limits(memory: int | None, cpu: float | None, processes: int | None) -> None:

@@ -17,7 +17,7 @@ from guest.bootconfig import BootConfig
 from guest.errors import raised_at
 from guest.report import HandedOff, Stopping
 from guest.workload import signal_number
-from init_shim import power, protection
+from init_shim import power, protection, write_out
 from init_shim.agent_process import AgentProcess
 from init_shim.failure import Failure, call
 from init_shim.main import await_agent, failed_boot
@@ -194,7 +194,8 @@ def end(supervisor: Supervisor, stop_signal: str) -> None:
     """Have the init end the machine; end it here where that takes INIT_ALLOWANCE too long.
 
     The init's own end begins with a TERM to every process. That is the moment for the last report:
-    what comes next is a KILL. Returns where systemd does the rest: it waits for whom it has told.
+    what comes next is a KILL. And it is for the disk under the root's overlay, which no init knows
+    of. Returns where systemd does the rest: it waits for whom it has told.
     """
     signals = supervisor.signals
     deadline = time.monotonic() + supervisor.grace + limits.INIT_ALLOWANCE
@@ -203,6 +204,9 @@ def end(supervisor: Supervisor, stop_signal: str) -> None:
         supervisor.reporter.send(Stopping(status=supervisor.status, boot_ms=boot_ms()))
         supervisor.reporter.farewell()
         end_children(supervisor)
+        wait_until_alone(supervisor)
+        if not power.in_namespaces():
+            write_out.write_out(limits.SYNC_WAIT, root_only=True)
         if systemd_verb():
             return
         wait_asking(supervisor, stop_signal, deadline, lambda: False)
@@ -275,19 +279,30 @@ def end_children(supervisor: Supervisor) -> None:
                 os.kill(pid, CONTINUE)
 
 
+def wait_until_alone(supervisor: Supervisor) -> None:
+    """Until the init has ended all others, for at most KILL_WAIT seconds."""
+    ours = {1, os.getpid()}
+    deadline = time.monotonic() + limits.KILL_WAIT
+    while time.monotonic() < deadline and parents().keys() - ours:
+        supervisor.signals.wait(LAST_LOOK)
+
+
 def children_of(parent: int) -> set[int]:
     """Those not reaped yet; only their parent may take the numbers for granted."""
-    found = set()
+    return {pid for pid, its_parent in parents().items() if its_parent == parent}
+
+
+def parents() -> dict[int, int]:
+    """Of every process; the kernel's own left out, which descend from process 2."""
+    found = {}
     for name in os.listdir("/proc"):
-        if name.isdecimal():
+        if name.isdecimal() and name != "2":
             try:
                 with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
-                    fields = file.read().rpartition(")")[2].split()
-            except OSError:  # it has ended
+                    found[int(name)] = int(file.read().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):  # it has ended
                 continue
-            if fields[1:2] == [str(parent)]:
-                found.add(int(name))
-    return found
+    return {pid: parent for pid, parent in found.items() if parent != 2}
 
 
 def kill_all(number: int) -> None:

@@ -38,9 +38,12 @@ def remember(target: str) -> None:
 _remembered: list[int] = []  # descriptors, in the order of mounting
 
 
-def write_out(patience: float) -> None:
-    """Write everything to the disks, for at most `patience` seconds."""
-    steps = plan()
+def write_out(patience: float, *, root_only: bool = False) -> None:
+    """Write everything to the disks, for at most `patience` seconds.
+
+    `root_only`: somebody else looks after what is mounted in the root.
+    """
+    steps = [*root_steps(), ("sync", os.sync)] if root_only else plan()
     deadline = time.monotonic() + patience
     at = 0
     while at < len(steps):
@@ -97,11 +100,16 @@ def plan() -> "list[Step]":
         if target not in KEPT and target != "/":
             (on_disk if source.startswith("/dev/") else others).insert(0, target)
     steps: list[Step] = [(target, Unmount(target)) for target in on_disk]
-    steps.append(("/", lambda: _guestsys.mount(None, "/", None, REMOUNT | READ_ONLY)))
-    steps += [("a disk of the root", Settle(fd)) for fd in reversed(_remembered)]
+    steps += root_steps()
     steps += [(target, Unmount(target)) for target in others]
     steps.append(("sync", os.sync))
     return steps
+
+
+def root_steps() -> "list[Step]":
+    """The root, and then the disks that it is made of."""
+    steps: list[Step] = [("/", lambda: _guestsys.mount(None, "/", None, REMOUNT | READ_ONLY))]
+    return steps + [("a disk of the root", Settle(fd)) for fd in reversed(_remembered)]
 
 
 class Unmount:

@@ -82,7 +82,8 @@ PUBLIC = {
         "Restored", "RootReady", "ShutdownRequest", "Withdraw",
     ],
     "guest.workload": [
-        "Capabilities", "ImageDefaults", "Restart", "Workload", "check_limits", "signal_number",
+        "Capabilities", "ImageDefaults", "Restart", "Workload", "check_init", "check_limits",
+        "signal_number",
     ],
     "host_client": [
         "Agent", "Keep", "Limits", "Machine", "Mount", "Process", "Result", "StagedFile", "aio", "boot",
