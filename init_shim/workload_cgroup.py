@@ -18,6 +18,7 @@ PARENT = f"{HIERARCHY}/microguest"
 PATH = f"{PARENT}/workload"
 CONTROLLERS = ("memory", "cpu", "pids")
 CPU_PERIOD = 100_000  # microseconds, the kernel's default
+BELOW = 4096  # cgroups that it may make in it, which are PID 1's to clear away
 CLEAR_WAIT = 1.0  # seconds for what an earlier start has left behind to die
 CLEAR_POLL = 0.002
 
@@ -75,6 +76,7 @@ class WorkloadCgroup:
                 write(f"{PATH}/{name}", text)
             if most is not None and int(settings.get("memory.max", most)) >= most:
                 write_if_there(f"{PATH}/memory.max", str(most))
+            write_if_there(f"{PATH}/cgroup.max.descendants", str(BELOW))
             if "memory.max" in settings:
                 write_if_there(f"{PATH}/memory.swap.max", "0")
         except BaseException:
