@@ -30,13 +30,22 @@ LOCALHOST = """\
 """
 
 
-def write(name: str, text: str, mode: int = 0o644) -> None:
+def write(name: str, text: str, mode: int = 0o644, *, required: bool = True) -> None:
     """Make /etc/`name` a file with this text, owned by root. Raises Failure.
 
     A symlink is replaced, not followed. A file that is a mount of its own stays as it is. Where
-    the root is read-only, the new file is mounted over the old one.
+    the root is read-only, the new file is mounted over the old one; where there is none, that is
+    only said if the file is not `required`.
     """
-    data = text.encode("utf-8", "surrogateescape")
+    try:
+        put(name, text.encode("utf-8", "surrogateescape"), mode)
+    except Failure as failure:
+        if required or failure.errno != errno.EROFS:
+            raise
+        say(failure.message)
+
+
+def put(name: str, data: bytes, mode: int) -> None:
     path = f"{ETC}/{name}"
     with RootFolder("/") as root, open_etc(root, path) as etc:
         try:
@@ -196,12 +205,12 @@ def name_host(hostname: str, address: str) -> None:
     if hostname in names:
         return
     if not names:
-        write("hosts", hosts_text(hostname, address, {}))
+        write("hosts", hosts_text(hostname, address, {}), required=False)
         return
     line = f"{address or OWN_ADDRESS}\t{own_names(hostname)}\n"
     if "\n" not in text[-1:]:
         text += "\n"
-    write("hosts", text + line)
+    write("hosts", text + line, required=False)
 
 
 def read_hosts() -> str:

@@ -103,6 +103,33 @@ def test_dhcp_static_addresses_a_new_name_and_the_world_behind(image: Path) -> N
     assert "\nweb.example\r\n" in text
 
 
+def test_a_root_that_cannot_be_written_to(tmp_path: Path) -> None:
+    root = make_root(tmp_path / "root")
+    (root / "etc" / "resolv.conf").symlink_to("../run/systemd/resolve/stub-resolv.conf")
+    (root / "etc" / "hosts").write_text("127.0.0.1 localhost\n")
+    (root / "etc" / "machine-id").touch()
+    for name in ("proc", "sys", "dev", "run"):
+        (root / name).mkdir()
+    config: dict[str, Any] = {**vm_config()["root"], "upper": None, "read_only": True}
+    ended = boot(
+        make_erofs(root, tmp_path / "image"),
+        "cd /etc; cat resolv.conf hosts machine-id; ls -l resolv.conf; hostname",
+        root=config,
+        network={"interfaces": [{"dhcp": True}]},
+        hostname="web",
+        machine_id="0123456789abcdef0123456789abcdef",
+    )
+    assert ended.lines[:4] == [
+        "nameserver 10.0.2.3",
+        "127.0.0.1 localhost",
+        "127.0.1.1\tweb",
+        "0123456789abcdef0123456789abcdef",
+    ]
+    assert ended.lines[-1] == "web"
+    assert "stub-resolv.conf" in ended.lines[-2]  # written through
+    assert "microguest: write /etc/hostname: the root is read-only" in ended.console
+
+
 def test_two_cards_change_their_names(image: Path) -> None:
     interfaces = [
         {"name": "eth0", "mac": OTHER, "addresses": ["10.50.0.1/24"]},
