@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from init_machine import TOKEN, Machine, boot_config, make_root, require_program, wait_for
+from test_host_seccomp import ENGINES
 from vm_machine import make_erofs, run_vm, vm_config
 
 from guest.privileges import CAPABILITIES
@@ -143,6 +144,28 @@ def test_a_filter_is_in_force(root: Path, no_new_privs: bool) -> None:
         f"NoNewPrivs:\t{int(no_new_privs)}",
         "Seccomp:\t2",
     ]
+
+
+@pytest.mark.parametrize("user", ["", "tester"])
+def test_a_profile_as_engines_have_it(root: Path, user: str) -> None:
+    names = ["chown", "dac_override", "setgid", "setuid", "sys_chroot"]
+    program = seccomp.profile(ENGINES, arch=os.uname().machine, capabilities=names)
+    script = """
+        touch /tmp/x && ls /tmp && (echo one | cat) && umask && id -u
+        for command in 'unshare -m true' 'mount -t tmpfs x /tmp' 'hostname x'; do
+            $command > /dev/null 2>&1 && echo $command || echo refused
+        done
+        chroot / true 2>/dev/null && echo changed root; grep NoNewPrivs /proc/self/status
+    """
+    lines = console(
+        root,
+        script,
+        user=user,
+        seccomp=base64.b64encode(program).decode(),
+        capabilities=dict.fromkeys(("bounding", "permitted", "effective"), names),
+    )
+    expected = ["x", "one", "0022", "1000" if user else "0", *["refused"] * 3]
+    assert lines == [*expected, *([] if user else ["changed root"]), "NoNewPrivs:\t0"]
 
 
 def test_a_filter_that_forbids_the_way_to_the_user(root: Path) -> None:
