@@ -18,6 +18,8 @@ SERIAL_SIZE = 20  # bytes of a virtio-blk serial number (virtio 1.2, 5.2.4); the
 POLL = 0.005  # seconds between looks for a disk that the kernel has not found yet
 NEVER_WRITABLE = ("erofs", "squashfs")
 
+_found: dict[str, str] = {}  # devices by serial number, as far as somebody has looked for one
+
 
 def mount_disk(serial: str, fstype: str, target: str, flags: int, policy: str = "never") -> None:
     """Mount the disk with this serial number at `target`. Raises Failure.
@@ -52,13 +54,13 @@ def mount_disk(serial: str, fstype: str, target: str, flags: int, policy: str = 
 
 def find_disk(serial: str) -> str:
     """The device with this serial number; waits DISK_WAIT seconds for it to appear."""
+    wanted = serial[:SERIAL_SIZE]
     deadline = time.monotonic() + limits.DISK_WAIT
-    while True:
+    while wanted not in _found:
         disks = disk_serials()
-        for name, found in disks.items():
-            device = f"/dev/{name}"
-            if found == serial[:SERIAL_SIZE] and os.path.exists(device):
-                return device
+        _found.update((found, f"/dev/{name}") for name, found in disks.items() if found)
+        if wanted in _found:
+            break
         if time.monotonic() > deadline:
             there = ", ".join(f"{name} ({found!r})" for name, found in disks.items()) or "none"
             raise Failure(
@@ -68,13 +70,15 @@ def find_disk(serial: str) -> str:
                 errno=errno.ENODEV,
             )
         time.sleep(POLL)
+    return _found[wanted]
 
 
 def disk_serials() -> dict[str, str]:
-    """virtio-blk disks and their serial numbers, "" where one has none."""
+    """virtio-blk disks that can be opened, and their serial numbers, "" where one has none."""
     found = {}
     with call("open", "/sys/block"):
         names = sorted(name for name in os.listdir("/sys/block") if name.startswith("vd"))
+    names = [name for name in names if os.path.exists(f"/dev/{name}")]
     for name in names:
         try:
             with open(f"/sys/block/{name}/serial", encoding="utf-8", errors="replace") as file:

@@ -63,7 +63,8 @@ def mount_lower(lower: Lower, target: str, flags: int) -> None:
             os.close(os.open(lower.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         mount(lower.path, target, None, mounts.BIND | mounts.RECURSIVE)
     else:
-        mounts.mount_share(lower.kind, lower.tag, target, flags, cache="loose")
+        cache = "loose" if flags & mounts.READ_ONLY else "mmap"
+        mounts.mount_share(lower.kind, lower.tag, target, flags, cache)
 
 
 def mount_upper(plan: Root) -> None:
