@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.slow]
 POWERED_OFF = re.compile(
     r"\[ *([0-9.]+)\] reboot: (?:Power down|Restarting system|machine restart)"
 )
-LATEST = 10.0  # seconds of the guest's own time at the power-off: the boot takes two, a fault five
+LATEST = 30.0  # seconds of the guest's own time at the power-off, however busy the host is
 
 
 @dataclass
@@ -87,7 +87,7 @@ def overlay_file(parts: Parts, name: str, data: bytes, mode: int = 0o644) -> Non
 def module_names() -> list[str]:
     """The bundle's modules in load order, from its initramfs."""
     archive = (BUNDLE / "initramfs.cpio").read_bytes()
-    return re.findall(r"(?m)^[0-9]{3}-[a-z0-9_]+\.ko$", archive.decode("latin-1"))
+    return re.findall(r"microguest/modules/([0-9]{3}-[a-z0-9_]+\.ko)", archive.decode("latin-1"))
 
 
 def without_module(parts: Parts, *names: str) -> None:
@@ -182,11 +182,8 @@ def upper_disk_has_foreign_data(parts: Parts) -> None:
     parts.config["root"]["upper"] = {"kind": "disk", "serial": "upper", "format": "if-blank"}
 
 
-def no_room_in_the_upper(parts: Parts) -> None:
-    parts.config["root"]["upper"] = {"size": "4096"}
-    parts.config["volumes"] = [
-        {"kind": "tmpfs", "target": f"/made/on/the/way/{n}"} for n in range(40)
-    ]
+def volume_target_is_a_file(parts: Parts) -> None:
+    parts.config["volumes"] = [{"kind": "tmpfs", "target": "/bin/busybox"}]
 
 
 def no_overlayfs(parts: Parts) -> None:
@@ -252,7 +249,7 @@ def damaged(parts: Parts, data: bytes) -> None:
         (upper_disk_is_missing, "root-upper", "'upper'"),
         (upper_disk_has_foreign_data, "root-upper", "upper"),
         (no_overlayfs, "root-overlay", "overlay"),
-        (no_room_in_the_upper, "volumes", "/made"),
+        (volume_target_is_a_file, "volumes", "/bin/busybox"),
         (volume_disk_is_missing, "volumes", "'data'"),
         (volume_share_is_missing, "volumes", "nothing"),
         (volume_target_is_missing, "volumes", "/nothing"),
