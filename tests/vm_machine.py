@@ -138,7 +138,7 @@ def command_line(
         argv += ["-blockdev", f"driver=raw,node-name=d{number},file=f{number},{access}"]
         argv += ["-device", f"virtio-blk-pci,drive=d{number},serial={serial}"]
     argv += [*options, "-kernel", str(BUNDLE / "vmlinuz"), "-initrd", str(initramfs)]
-    return [*argv, "-append", f"console=ttyS0 quiet panic=-1 reboot=t {kernel_line}"]
+    return [*argv, "-append", f"console=ttyS0 quiet panic=-1 reboot=t no_timer_check {kernel_line}"]
 
 
 def make_erofs(tree: Path, image: Path) -> Path:

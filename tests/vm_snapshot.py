@@ -192,5 +192,5 @@ def command_line(
     argv += ["-device", f"pcie-root-port,id={PLUG},chassis=1,slot=1"]
     argv += ["-chardev", f"socket,id=qmp,fd={qmp}", "-mon", "chardev=qmp,mode=control"]
     argv += ["-kernel", str(BUNDLE / "vmlinuz"), "-initrd", str(initramfs)]
-    argv += ["-append", "console=ttyS0 quiet panic=-1 reboot=t"]
+    argv += ["-append", "console=ttyS0 quiet panic=-1 reboot=t no_timer_check"]
     return [*argv, "-incoming", f"exec:cat {state}"] if state is not None else argv

@@ -33,7 +33,8 @@ DISK_SERIAL: Final = "root"
 UPPER_SERIAL: Final = "upper"
 PRIVATE_CID: Final = 3  # of a device that only this machine has
 KERNEL_CIDS: Final = range(2048, 2**31)  # shared by all machines of the host's kernel; see plan()
-KERNEL_LINE: Final = "console=ttyS0 quiet panic=-1 reboot=t"
+# no_timer_check: an emulated timer is late where the host is busy, and the kernel would panic.
+KERNEL_LINE: Final = "console=ttyS0 quiet panic=-1 reboot=t no_timer_check"
 KERNEL_HEAD: Final = 0x206  # bytes that show what a file is
 # Magic numbers: "HdrS" of a bzImage (x86 boot protocol) or "ARM\x64" of an arm64 Image at their
 # offsets, an ELF file, gzip as arm64 kernels may be packed.
