@@ -12,7 +12,7 @@ import resource
 import _guestsys
 
 from guest.bootconfig import BootConfig
-from init_shim import power, sysctls
+from init_shim import power
 from init_shim.failure import Failure, call
 from init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, REMOUNT, mount
 from init_shim.reporter import say
@@ -49,6 +49,8 @@ def harden(config: BootConfig) -> None:
 
     Call it in the image's root, before anything of the image runs.
     """
+    from init_shim import sysctls  # nobody waits for it before the listener is open
+
     hardening = config.hardening
     in_namespaces = config.machine != "vm" or power.in_namespaces()
     own = {sysctls.path_of(name): value for name, value in hardening.sysctls.items()}
@@ -76,6 +78,8 @@ def forbid_core_dumps(config: BootConfig) -> None:
 
 def profile_sysctls(profile: str, *, modules: bool) -> "list[tuple[str, str]]":
     """Paths and values, those last that others might need to be still open for."""
+    from init_shim import sysctls
+
     if profile == "off":
         return []
     table = {**sysctls.DEFAULT, **(sysctls.STRICT if profile == "strict" else {})}

@@ -9,7 +9,6 @@ import os
 from guest import limits
 from guest.bootconfig import BootConfig
 from init_shim import power
-from init_shim.kernel_log import KernelLog, OomWatch
 from init_shim.reporter import Reporter
 from init_shim.supervisor import Supervisor
 
@@ -58,11 +57,12 @@ def watch_oom(config: BootConfig, supervisor: Supervisor, reporter: Reporter) ->
     """
     if config.machine != "vm" or power.in_namespaces():
         return
+    from init_shim.kernel_log import KernelLog, OomWatch  # the agent starts meanwhile
+
     try:
         log = KernelLog()
     except OSError:
         return  # a kernel without it
-
     workload_limited = config.workload is not None and config.workload.memory is not None
 
     def is_own_limit(cgroup: str) -> bool:
