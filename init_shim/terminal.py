@@ -4,6 +4,7 @@ See pty(7), ioctl_tty(2). `agent.terminals` does the same for processes of hosts
 image more than is needed here, before anything of it has run.
 """
 
+import errno
 import fcntl
 import os
 
@@ -31,7 +32,7 @@ def open_terminal(rows: int, columns: int, uid: int) -> tuple[int, int]:
         with call("ioctl", MULTIPLEXER):
             fcntl.ioctl(master, TIOCSPTLCK, bytes(4))
             slave = fcntl.ioctl(master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-            os.fchown(slave, uid, -1)
+            give_to(slave, uid)
             os.fchmod(slave, OWN_MODE)
             fcntl.ioctl(master, TIOCSWINSZ, window_size(rows, columns))
     except BaseException:
@@ -40,6 +41,15 @@ def open_terminal(rows: int, columns: int, uid: int) -> tuple[int, int]:
             os.close(slave)
         raise
     return master, slave
+
+
+def give_to(slave: int, uid: int) -> None:
+    """The user's own. Raises OSError."""
+    try:
+        os.fchown(slave, uid, -1)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # this user namespace has no such user: nobody can be it
+            raise
 
 
 def window_size(rows: int, columns: int) -> bytes:

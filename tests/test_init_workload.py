@@ -23,6 +23,7 @@ from host_client.agent import connect
 from host_client.process import Process
 
 ALL = {name: 1 << number for number, name in enumerate(CAPABILITIES)}
+NOBODY = 65534
 NO_MKDIR = seccomp.deny(["mkdir", "mkdirat"], arch=os.uname().machine)
 
 
@@ -400,3 +401,37 @@ def test_starts_leave_nothing_behind_in_pid_1(root: Path) -> None:
             assert machine.report("workload_failed")["code"] == "bad_cwd"
             counts.append(len(list(descriptors.iterdir())))
         assert max(counts) <= min(counts) + 1
+
+
+def test_an_ordinary_users_machine_can_do_the_same(root: Path) -> None:
+    """In a user namespace with one user, where nothing is allowed by the host."""
+    script = """
+        ls -A /secret; touch /open/x 2>&- || echo protected
+        mkdir /tmp/no 2>&- || echo refused; grep -E 'CapEff|NoNewPrivs' /proc/self/status
+    """
+    config = boot_config(
+        ["/bin/sh", "-c", script],
+        stdio="terminal",
+        masked=["/secret", "/key", "/proc/timer_list"],
+        read_only_paths=["/open", "/proc/sys"],
+        capabilities=dict.fromkeys(("bounding", "permitted", "effective"), ("chown",)),
+        seccomp=base64.b64encode(NO_MKDIR).decode(),
+    )
+    for folder in (root, *root.parents[:-1]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    with Machine(root, config, user=NOBODY) as machine:
+        try:
+            machine.report("ready")
+        except AssertionError:
+            if "unshare user namespace" in machine.console:
+                pytest.skip("user namespaces are forbidden to users here")
+            raise
+        with attached(machine) as main:
+            seen = main.communicate().stdout.decode().splitlines()
+        assert seen == ["protected", "refused", f"CapEff:\t{mask('chown')}", "NoNewPrivs:\t0"]
+        assert machine.wait() == 0
+    config["workload"]["user"] = "tester"  # whom it does not have
+    with Machine(root, config, user=NOBODY) as machine:
+        machine.report("ready")
+        assert machine.report("workload_failed")["code"] == "bad_user"
+        assert machine.wait() == 0
