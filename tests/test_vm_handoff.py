@@ -15,7 +15,7 @@ from machinekit import demo_image, wait_until
 
 from host_client import Agent, Limits, Machine, boot, connect
 
-pytestmark = [pytest.mark.qemu, pytest.mark.slow]
+pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(400)]
 
 PROJECT = Path(__file__).parent.parent
 SYSTEMD = PROJECT / "dist" / "test-images" / "systemd"
@@ -161,11 +161,11 @@ def test_a_host_ends_it_and_then_systemd_does(debian: Machine, upper: Path, stat
     is_clean(upper)
 
 
-def test_an_init_that_exits_says_so_on_the_console(state: Path) -> None:
+def test_an_init_that_exits_takes_the_kernel_with_it(state: Path) -> None:
     with handed_off(demo_image(), state, command=["sh", "-c", "sleep 0.5; exit 3"]) as machine:
         ended = machine.wait(ANSWER)
     assert ended.status == "crashed"
-    assert "Attempted to kill init! exitcode=0x00000300" in ended.console
+    assert "Attempted to kill init! exitcode=0x00000300" in ended.error
 
 
 def is_clean(image: Path) -> None:

@@ -388,7 +388,8 @@ class Monitor:
             self._on_report(failure)
             return
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        last = printable(self._messages.tail()).strip().splitlines()[-1:]
+        last = panics_on_console(self._console.tail())[-1:]
+        last = last or printable(self._messages.tail()).strip().splitlines()[-1:]
         when = "before the guest was ready" if self.state.phase == "starting" else "unexpectedly"
         status = "boot-failed" if self.state.phase == "starting" else "crashed"
         said = f": {last[0]}"[:500] if last else ""
@@ -420,6 +421,14 @@ def failure_on_console(text: str) -> BootFailed | None:
             if isinstance(report, BootFailed):
                 return report
     return None
+
+
+def panics_on_console(text: str) -> list[str]:
+    """What the guest's kernel said when it gave up, as at the end of PID 1."""
+    mark = "Kernel panic - not syncing"
+    return [
+        printable(line[line.find(mark) :]).strip() for line in text.splitlines() if mark in line
+    ]
 
 
 def hold_lease(path: str) -> int:
