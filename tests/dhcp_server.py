@@ -31,6 +31,7 @@ def main(pid: str, modes: list[str]) -> None:
 
 def serve(server: socket.socket, modes: list[str]) -> None:
     mode = ""
+    heard = 0
     while True:
         request, (sender, _) = server.recvfrom(2048)
         kind = KINDS.get(options(request)[53][0], "other")
@@ -38,11 +39,13 @@ def serve(server: socket.socket, modes: list[str]) -> None:
                           "name": options(request).get(12, b"").decode()}), flush=True)  # fmt: skip
         if kind == "discover":
             mode = modes.pop(0) if len(modes) > 1 else modes[0]
-        for answer in answers(mode, kind, request):
+        heard += 1
+        for answer in answers(mode, kind, request, heard):
             server.sendto(answer, (sender if sender != "0.0.0.0" else "255.255.255.255", 68))
 
 
-def answers(mode: str, kind: str, request: bytes) -> list[bytes]:
+def answers(mode: str, kind: str, request: bytes, heard: int) -> list[bytes]:
+    """`heard` counts all messages, this one included."""
     good = reply(request, 2 if kind == "discover" else 5)
     match mode:
         case "silent":
@@ -68,6 +71,8 @@ def answers(mode: str, kind: str, request: bytes) -> list[bytes]:
             return [good if kind == "discover" else reply(request, 6)]
         case "forget" if request[12:16] != bytes(4):  # a lease that is to be renewed
             return [reply(request, 6)]
+        case "moving-names":  # the name server is another one with each answer
+            return [reply(request, good[242], dns=f"10.9.0.{heard}")]
         case "long":
             return [reply(request, good[242], lease=3600)]
         case "nasty-names":
@@ -89,6 +94,7 @@ def reply(
     address: str = OFFERED,
     mask: str = "255.255.255.0",
     router: str = SERVER,
+    dns: str = "10.9.0.53",
     lease: int = LEASE,
     cookie: bytes = COOKIE,
     chaddr: bytes = b"",
@@ -99,7 +105,7 @@ def reply(
     head += (chaddr or request[28:34]).ljust(16, b"\0") + bytes(192) + cookie
     body = option(53, bytes((kind,))) + option(54, socket.inet_aton(SERVER))
     body += option(1, socket.inet_aton(mask)) + option(3, socket.inet_aton(router))
-    body += option(6, socket.inet_aton("10.9.0.53")) + option(51, struct.pack("!I", lease))
+    body += option(6, socket.inet_aton(dns)) + option(51, struct.pack("!I", lease))
     if not extra:
         extra = option(15, b"lan.example")
     return head + body + extra + b"\xff"

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dhcp_server
 import pytest
 from init_machine import (
     PROJECT,
@@ -153,6 +154,18 @@ def test_a_name_that_is_taken_is_given_up() -> None:
     names = {link["address"]: link["ifname"] for link in links}
     assert names["02:00:00:00:00:0b"] == "eth0"
     assert names["02:00:00:00:00:0a"].startswith("link")
+
+
+def test_a_pulled_cable_does_not_stop_the_boot() -> None:
+    links, _, _ = in_new_network(
+        """
+        ip("link", "set", "peer0", "down")
+        interfaces.set_up(Network(interfaces=(Interface(addresses=("10.1.0.5/24",)),)))
+        """
+    )
+    eth0 = next(link for link in links if link["ifname"] == "eth0")
+    assert "NO-CARRIER" in eth0["flags"]
+    assert eth0["addr_info"][0]["local"] == "10.1.0.5"
 
 
 def test_what_the_kernel_refuses_is_told_in_its_words() -> None:
@@ -345,9 +358,6 @@ def test_an_address_that_is_none_is_refused_by_its_field(root: Path) -> None:
 
 
 def good_ack() -> bytes:
-    sys.path.insert(0, str(SERVER.parent))
-    import dhcp_server
-
     return dhcp_server.reply(dhcp_packets.message(DISCOVER, 7, MAC), ACK)
 
 
@@ -437,12 +447,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(root: Path, script: str, *modes: str, **config: Any) -> Iterator[tuple[Machine, Server]]:
+def served(
+    image: Path, script: str, *modes: str, **config: Any
+) -> Iterator[tuple[Machine, Server]]:
     """A machine whose eth0 has DHCP, and a server at the other end."""
     network = {"interfaces": [{"name": "eth0", "dhcp": True}], **config.pop("network", {})}
     config = {**boot_config(shell(script)), "network": network, **config}
-    with Machine(root, config) as machine:
-        server = Server(machine, modes, root.parent / "heard")
+    with Machine(image, config) as machine:
+        server = Server(machine, modes, image.parent / "heard")
         try:
             yield machine, server
         finally:
@@ -498,6 +510,19 @@ def test_a_lost_lease_is_given_up_and_another_taken(root: Path) -> None:
         machine.report("ready")
         wait_for(lambda: "lost its DHCP lease of 10.9.0.77/24" in machine.console, "the refusal")
         wait_for(lambda: server.count("discover") == 2 and server.count("request") >= 3, "another")
+
+
+def test_name_servers_change_with_the_lease_also_on_a_read_only_root(root: Path) -> None:
+    script = (
+        "await() { until grep -q $1 /etc/resolv.conf; do sleep 0.02; done; };"
+        "await 10.9.0.2; await 10.9.0.3; await 10.9.0.4;"
+        "grep -c resolv.conf /proc/mounts; cat /etc/resolv.conf; ! touch /etc/passwd"
+    )
+    plan = {**boot_config()["root"], "read_only": True}
+    with served(root, script, "moving-names", root=plan) as (machine, _):
+        finish(machine)
+        lines = machine.console.splitlines()
+    assert lines[:3] == ["1", "nameserver 10.9.0.4", "search lan.example"]
 
 
 def test_hostile_and_refusing_servers_are_outlasted(root: Path) -> None:

@@ -130,6 +130,18 @@ def test_a_root_that_cannot_be_written_to(tmp_path: Path) -> None:
     assert "microguest: write /etc/hostname: the root is read-only" in ended.console
 
 
+def test_a_lease_is_kept_under_an_init_of_the_images_own(image: Path) -> None:
+    ended = boot(
+        image,
+        "echo init is $$; ip -4 -o addr show eth0; pidof dhcp | wc -w; poweroff -f",
+        mode="handoff",
+        network={"interfaces": [{"dhcp": True}]},
+    )
+    assert ended.lines[0] == "init is 1"
+    assert "inet 10.0.2.15/24" in ended.lines[1]
+    assert ended.lines[2] == "2"
+
+
 def test_two_cards_change_their_names(image: Path) -> None:
     interfaces = [
         {"name": "eth0", "mac": OTHER, "addresses": ["10.50.0.1/24"]},
