@@ -21,7 +21,7 @@ from host_client.machines.folder import (
 )
 from host_client.machines.machine import KILL_WAIT, POWER_OFF_WAIT
 from host_client.machines.plan import PAUSE_SIGNAL, RESUME_SIGNAL, MachineState
-from host_client.renewal import GuestClock
+from host_client.renewal import STEP_BEYOND, GuestClock
 
 __all__ = ["FoundMachine", "agent_of", "find"]
 
@@ -85,7 +85,11 @@ class FoundMachine:
     def resume(self) -> GuestClock:
         """As `Machine.resume`."""
         with Watch(self) as watch, self.agent() as agent:
-            return pausing.resume(lambda: watch.signal(RESUME_SIGNAL), self._look, agent)
+            self._unpause(watch)
+            return agent.step_clock(STEP_BEYOND)
+
+    def _unpause(self, watch: "Watch") -> None:
+        pausing.set_paused(False, lambda: watch.signal(RESUME_SIGNAL), self._look)
 
     def _look(self, seconds: float) -> MachineState:
         """The state, after at most that time; the monitor writes it whenever it changes."""
@@ -97,7 +101,7 @@ class FoundMachine:
         with Watch(self) as watch:
             try:
                 if self.state.paused:
-                    self.resume()
+                    self._unpause(watch)
                 with self.agent() as agent:
                     agent.shutdown(grace=grace)
                 ended = watch.wait(grace + POWER_OFF_WAIT)

@@ -14,7 +14,7 @@ from host_client.errors import DeadlineExceeded
 from host_client.machines import pausing
 from host_client.machines.link import Link
 from host_client.machines.plan import Detach, End, MachineState, Pause, Resume
-from host_client.renewal import GuestClock
+from host_client.renewal import STEP_BEYOND, GuestClock
 
 __all__ = ["Machine"]
 
@@ -93,7 +93,11 @@ class Machine:
 
     def resume(self) -> GuestClock:
         """Let it go on, and set its clock by ours: `stepped` is by how much. Raises as `pause`."""
-        return pausing.resume(lambda: self._link.send(Resume()), self._link.listen, self.agent)
+        self._unpause()
+        return self.agent.step_clock(STEP_BEYOND)
+
+    def _unpause(self) -> None:
+        pausing.set_paused(False, lambda: self._link.send(Resume()), self._link.listen)
 
     def stop(self, grace: float = limits.STOP_GRACE) -> MachineState:
         """End it: TERM to all processes, `grace` seconds, KILL, power off; then remove all of it.
@@ -104,7 +108,7 @@ class Machine:
         if not self._link.over and not self.state.ended:
             try:
                 if self.state.paused:
-                    self.resume()
+                    self._unpause()
                 self.agent.shutdown(grace=grace)
                 deadline = time.monotonic() + grace + POWER_OFF_WAIT
                 while not self.state.ended and not self._link.over and time.monotonic() < deadline:

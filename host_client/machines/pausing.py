@@ -4,12 +4,10 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from host_client.agent import Agent
 from host_client.errors import MachineError
 from host_client.machines.plan import MachineState
-from host_client.renewal import STEP_BEYOND, GuestClock
 
-__all__ = ["resume", "set_paused"]
+__all__ = ["set_paused"]
 
 PAUSE_WAIT: Final = 10.0  # seconds for the VMM to do it
 
@@ -39,11 +37,3 @@ def set_paused(
             word = "paused" if paused else "resumed"
             raise MachineError(f"machine {state.name} was not {word} within {PAUSE_WAIT:g} s")
         state = look(left)
-
-
-def resume(
-    ask: Callable[[], None], look: Callable[[float], MachineState], agent: Agent
-) -> GuestClock:
-    """Let it go on and set its clock, which was not told of the pause."""
-    set_paused(False, ask, look)
-    return agent.step_clock(STEP_BEYOND)
