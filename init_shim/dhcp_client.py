@@ -10,11 +10,12 @@ import os
 import time
 
 from init_shim import dhcp_packets, etcfiles
+from init_shim.addresses import Prefix, text_address
 from init_shim.dhcp import Order
 from init_shim.dhcp_packets import ACK, DISCOVER, FOREVER, NAK, OFFER, REQUEST, Reply
 from init_shim.dhcp_sockets import Everybody, OneServer
 from init_shim.failure import Failure
-from init_shim.netlink import FROM_DHCP, Link, Netlink, Prefix, text_address
+from init_shim.netlink import FROM_DHCP, Link, Netlink
 from init_shim.reporter import say
 
 TYPE_CHECKING = False

@@ -11,8 +11,9 @@ import struct
 import time
 
 from init_shim import dhcp_packets
+from init_shim.addresses import text_address
 from init_shim.failure import Failure, call
-from init_shim.netlink import Link, text_address
+from init_shim.netlink import Link
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

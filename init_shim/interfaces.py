@@ -9,8 +9,9 @@ import time
 
 from guest import limits
 from guest.netplan import Interface, Network, Route
+from init_shim.addresses import Prefix, packed_address, parse_prefix
 from init_shim.failure import Failure
-from init_shim.netlink import Link, Netlink, Prefix, packed_address, parse_prefix
+from init_shim.netlink import Link, Netlink
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

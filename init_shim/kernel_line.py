@@ -5,8 +5,9 @@ ip=<client>:<server>:<gateway>:<netmask>:<hostname>:<device>:<autoconf>:<dns0>:<
 
 from guest.netplan import Interface, Network, Route
 from guest.record import RecordError
+from init_shim.addresses import packed_address
 from init_shim.failure import Failure
-from init_shim.netlink import Link, Netlink, packed_address
+from init_shim.netlink import Link, Netlink
 
 __all__ = ["planned"]
 

@@ -71,8 +71,9 @@ NETLINK_SCRIPT = """
     import subprocess
     from guest.netplan import Interface, Network, Route
     from init_shim import interfaces
+    from init_shim.addresses import packed_address, parse_prefix
     from init_shim.failure import Failure
-    from init_shim.netlink import Netlink, packed_address, parse_prefix
+    from init_shim.netlink import Netlink
 
     def ip(*words):
         subprocess.run(["ip", *words], check=True)
