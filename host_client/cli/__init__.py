@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except StartError as error:
         complain(str(error))
-        return NOT_FOUND if error.code == "not_found" else NOT_EXECUTABLE
+        return NOT_FOUND if error.code in ("not_found", "bad_interpreter") else NOT_EXECUTABLE
     except BrokenPipeError:
         # Whoever read our output is gone; Python would complain once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,7 +5,7 @@ import time
 from typing import Final
 
 from guest import limits
-from guest.errors import StartError
+from guest.errors import MicroguestError, StartError
 from guest.messages import Attach
 from guest.report import WorkloadFailed
 from host_client.cli import INTERRUPTED, complain
@@ -22,6 +22,9 @@ from host_client.machines.settings import Settings
 __all__ = ["main"]
 
 WORKLOAD_WAIT: Final = 30.0  # seconds from `ready` to the workload's start or failure
+OF_THE_COMMAND: Final = frozenset(
+    {"not_found", "permission_denied", "not_executable", "bad_interpreter"}
+)
 POWER_OFF_WAIT: Final = 20.0  # seconds from the workload's end to the machine's
 
 
@@ -112,7 +115,10 @@ def await_workload(machine: Machine) -> None:
         state = machine.await_change(1.0)
 
 
-def start_error(failed: WorkloadFailed) -> StartError:
-    """As the agent would have said it."""
+def start_error(failed: WorkloadFailed) -> MicroguestError:
+    """As the agent would have said it, where it is about the command. As docker's `run` has it, the
+    rest (the user, the directory, a limit) is no fault of the command: its exit code is 125."""
     message = failed.message[: limits.ERROR_MESSAGE]
+    if failed.code not in OF_THE_COMMAND:
+        return MachineError(message)
     return StartError(failed.code, message, {"step": failed.step, "errno": failed.errno})

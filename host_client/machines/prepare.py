@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from guest.bootconfig import AgentSettings, BootConfig, Endpoint, Hardening
 from guest.record import RecordError
 from guest.rootplan import Lower, Root, Upper, Volume
+from guest.workload import ImageDefaults, Workload
 from host_client.errors import MachineError
 from host_client.images import Image
 from host_client.machines.bundle import Bundle
@@ -59,9 +60,9 @@ class Preparation:
                 volumes=tuple(volumes),
                 agent=AgentSettings(listen=listen, token=self.token),
                 report=report,
-                workload=workload_of(settings, self.image.config),
-                image=defaults_of(settings, self.image.config),
-                hostname=settings.hostname or self.folder.name,
+                workload=self._workload(),
+                image=self._defaults(),
+                hostname=self._hostname,
                 machine_id=settings.machine_id,
                 network=network_of(settings),
                 hardening=Hardening(profile=hardening, sysctls=dict(settings.sysctls)),
@@ -94,7 +95,7 @@ class Preparation:
     @property
     def command(self) -> str:
         """The workload for people, shortened."""
-        workload = workload_of(self.settings, self.image.config)
+        workload = self._workload()
         text = " ".join(workload.argv) if workload else ""
         printable = "".join(c if c.isprintable() else "?" for c in text)
         return printable[:COMMAND_SHOWN]
@@ -103,6 +104,16 @@ class Preparation:
     def token_proof(self) -> str:
         """What the guest's `ready` must carry."""
         return hashlib.sha256(self.token.encode()).hexdigest()
+
+    def _workload(self) -> Workload | None:
+        return workload_of(self.settings, self.image.config, self._defaults())
+
+    def _defaults(self) -> ImageDefaults:
+        return defaults_of(self.settings, self.image.config, self._hostname)
+
+    @property
+    def _hostname(self) -> str:
+        return self.settings.hostname or self.folder.name
 
     def _writable(self) -> tuple[str, ...]:
         """The image's volumes are among them, as docker has it, where nothing is mounted there."""

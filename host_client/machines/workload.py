@@ -18,14 +18,15 @@ __all__ = ["capabilities_of", "defaults_of", "restart_of", "workload_of"]
 ALL: Final = "all"
 
 
-def workload_of(settings: Settings, config: ImageConfig) -> Workload | None:
+def workload_of(
+    settings: Settings, config: ImageConfig, defaults: ImageDefaults
+) -> Workload | None:
     """None where the machine idles. ImageError, MachineError, RecordError for what makes no sense.
 
-    Its environment, user and directory are the machine's, as `docker exec` has it: `defaults_of`.
+    Its environment, user and directory are the machine's: `defaults_of`.
     """
     if not settings.has_workload:
         return None
-    defaults = defaults_of(settings, config)
     rows, columns = settings.terminal
     privileged = settings.privileged
     return Workload(
@@ -49,11 +50,11 @@ def workload_of(settings: Settings, config: ImageConfig) -> Workload | None:
     )
 
 
-def defaults_of(settings: Settings, config: ImageConfig) -> ImageDefaults:
+def defaults_of(settings: Settings, config: ImageConfig, hostname: str) -> ImageDefaults:
     """What was asked of `run` holds for every process of the machine, as in docker."""
     env = dict(item.partition("=")[::2] for item in config.env)
     return ImageDefaults(
-        env={**env, **(settings.env or {})},
+        env={"HOSTNAME": hostname, **env, **(settings.env or {})},
         cwd=settings.cwd if settings.cwd is not None else config.working_dir or "/",
         user=settings.user if settings.user is not None else config.user,
     )
