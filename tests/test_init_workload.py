@@ -226,17 +226,18 @@ def test_masked_and_read_only_paths(root: Path) -> None:
         ls -A /secret; cat /key; cat /proc/version; touch /secret/x 2>/dev/null || echo covered
         echo x 2>/dev/null > /open/file || echo protected; cat /open/file
         echo x 2>/dev/null > /proc/sys/kernel/hostname || echo protected
+        echo x 2>/dev/null >> /etc/passwd || echo protected
         echo x > /tmp/elsewhere && echo end
     """
     config = boot_config(
         ["/bin/sh", "-c", f"({script}); sleep 1000"],
         masked=["/secret", "/key", "/proc/version", "/not/there", "/key/below"],
-        read_only_paths=["/open", "/proc/sys", "/not/there"],
+        read_only_paths=["/open", "/proc/sys", "/not/there", "/etc/passwd"],
     )
     with Machine(root, config) as machine:
         machine.report("ready")
         wait_for(lambda: "end" in machine.console, "the script")
-        expected = ["covered", "protected", "as it was", "protected", "end"]
+        expected = ["covered", "protected", "as it was", "protected", "protected", "end"]
         assert machine.console.splitlines() == expected
         with connect(f"unix://{machine.host}/agent.sock", token=TOKEN) as agent:
             assert agent.exec(["sh", "-c", script]).stdout.decode().splitlines() == expected
