@@ -48,6 +48,7 @@ __all__ = ["AgentProcess"]
 NAME = "agent"  # argv[0]: how the program knows what it is to be
 FD_SIZE = 4  # bytes of a descriptor's number beside a message
 UNSAID = 2 * limits.KEPT_PROCESSES  # messages that wait for the agent to read
+NICEST = 19  # the lowest priority that is not idle: setpriority(2)
 HIGH_FD = 10  # the program's descriptor must not be where the child's socket goes
 
 
@@ -76,6 +77,7 @@ class AgentProcess:
         self._pair: _socket.socket | None = None
         self._served_since: float | None = None  # time.monotonic()
         self._hung = False
+        self._stands_back = False
         # What the pair had no room for: a message with its descriptors, or the id of a deposit.
         self._unsaid: list[tuple[Record, list[int]] | str] = []
         with call("open", "/proc/self/exe"):
@@ -93,10 +95,13 @@ class AgentProcess:
         ours.setblocking(False)
         with call("pipe2", NAME):
             words = LastWords()
+        # On one processor its imports would hold up the root, and with it the workload. In
+        # namespaces there are more, and an ordinary user could not take it back.
+        self._stands_back = self._config.machine == "vm" and self.root_fd < 0
         with call("fork", NAME):
             pid = os.fork()
         if pid == 0:
-            become_agent(self._program, theirs.fileno(), words.writer)
+            become_agent(self._program, theirs.fileno(), words.writer, self._stands_back)
         theirs.close()
         words.close_writer()
         self.pid, self._pair, self.words = pid, ours, words
@@ -160,6 +165,9 @@ class AgentProcess:
 
     def root_ready(self, root_fd: int) -> None:
         """The image's root is in place; `root_fd` is kept for later starts."""
+        if self._stands_back:
+            set_nice(self.pid, 0)  # before it can start anything, which would inherit it
+            self._stands_back = False
         self.root_fd = root_fd
         self._send(RootReady(), [root_fd])
 
@@ -315,10 +323,12 @@ class AgentProcess:
             self._unsaid = []
 
 
-def become_agent(program: int, pair: int, words: int) -> None:
+def become_agent(program: int, pair: int, words: int, stands_back: bool) -> None:
     """In the child: a session of its own, the pair as AGENT_FD, no environment. Never returns."""
     try:
         os.setsid()
+        if stands_back:
+            set_nice(os.getpid(), NICEST)
         for stream in (1, 2):
             os.dup2(words, stream)
         resource.setrlimit(*given_limit())
@@ -335,6 +345,16 @@ def given_limit() -> tuple[int, tuple[int, int]]:
     """For setrlimit(2): the limit on descriptors that PID 1 was given."""
     number, soft, hard = deposits.given_descriptor_limit()
     return number, (soft, hard)
+
+
+def set_nice(pid: int, nice: int) -> None:
+    """Of a process that leads a session, which the scheduler may weigh as one: sched(7)."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, pid, nice)
+        with open(f"/proc/{pid}/autogroup", "w", encoding="ascii") as file:
+            file.write(str(nice))
+    except OSError:
+        pass  # it has ended, or the kernel has no autogroups
 
 
 def receive_packet(pair: _socket.socket) -> tuple[bytes, list[int]]:
