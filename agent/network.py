@@ -5,6 +5,7 @@ where it is used: of pyroute2 just the message classes, over a trio socket.
 """
 
 import errno
+import fcntl
 import os
 import socket
 import struct
@@ -22,7 +23,7 @@ __all__ = ["readdress"]
 RECEIVE = 256 * 1024  # bytes; one packet of a dump has at most 32 KiB
 LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
 IFLA_MTU = struct.Struct("=HHI")  # struct rtattr with its value: length, type, value
-INTERFACES = "/sys/class/net"
+SIOCGIFHWADDR = 0x8927  # linux/sockios.h
 HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 # linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/if.h, linux/if_addr.h
 NLMSG_ERROR, NLMSG_DONE = 2, 3
@@ -131,8 +132,11 @@ def find(interface: Interface) -> int:
 
 
 def has_mac(name: str, mac: str) -> bool:
-    with open(f"{INTERFACES}/{name}/address", encoding="ascii") as file:
-        return file.readline(64).strip().lower() == mac.lower()
+    """By netdevice(7), as a root need not have a /sys."""
+    request = struct.pack("16s24x", os.fsencode(name))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        answer = fcntl.ioctl(sock, SIOCGIFHWADDR, request)
+    return answer[18:24].hex(":") == mac.lower()
 
 
 def known_way(route: Any) -> Way | None:
