@@ -10,6 +10,7 @@ from guest.errors import MicroguestError
 from host_client.machines import host
 from host_client.machines.bundle import find_bundle
 from host_client.machines.folder import machines_root
+from host_client.machines.shares import virtiofsd
 
 __all__ = ["main"]
 
@@ -89,6 +90,14 @@ def image_tools() -> Finding:
     return Finding(good, "image tools", detail, needed=True)
 
 
+def shares() -> Finding:
+    """Whether a virtual machine can see directories of the host."""
+    try:
+        return Finding(True, "shares", virtiofsd())
+    except MicroguestError as error:
+        return Finding(False, "shares", str(error))
+
+
 def namespaces() -> Finding:
     """Whether machine="namespaces" can work."""
     if os.geteuid() == 0:
@@ -121,6 +130,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     vsock,
     bundle,
     image_tools,
+    shares,
     namespaces,
     state,
 )
