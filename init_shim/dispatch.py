@@ -15,7 +15,8 @@ __all__ = ["main"]
 USAGE = """\
 usage: microguest namespaces --root DIR --run DIR [--parent PID]
        microguest --version
-As PID 1, or called `init`, it boots a machine; called `agent`, it serves one."""
+As PID 1, or called `init`, it boots a machine; called `agent`, it serves one; called
+`dhcp`, it keeps an address for it."""
 
 
 def main() -> "NoReturn":
