@@ -109,8 +109,17 @@ def make_parent() -> None:
     except FileExistsError:
         pass
     for folder in (HIERARCHY, PARENT):
-        for name in CONTROLLERS:
-            write_if_there(f"{folder}/cgroup.subtree_control", f"+{name}")
+        enable_controllers(f"{folder}/cgroup.subtree_control")
+
+
+def enable_controllers(path: str) -> None:
+    """Those that there are: at once, as each write changes the whole tree, or one by one."""
+    every = [f"+{name}" for name in CONTROLLERS]
+    try:
+        write(path, " ".join(every))
+    except OSError:
+        for one in every:
+            write_if_there(path, one)
 
 
 def make_empty() -> None:
