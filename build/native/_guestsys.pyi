@@ -54,13 +54,18 @@ def spawn(
 
     `candidates` are paths tried in order as execvp(3) does (ENOENT, ENOTDIR and EACCES go on to the
     next; EACCES wins in the end). `fds` become 0, 1 and 2; every other descriptor is closed.
-    Signals are unblocked and at their defaults. `capabilities` has a bit for each that may stay in
-    the bounding, permitted and effective sets, and empties the inheritable and ambient ones; -1
-    leaves all sets alone. `capability_sets` says exactly instead: bounding, permitted, effective,
-    inheritable, ambient, of which exec makes what capabilities(7) says. With `enter_first` a `cwd`
-    that only the caller may enter is no obstacle. `seccomp` is an array of struct sock_filter, empty for none; it implies
-    `no_new_privs` and has to allow execve. With `filter_first` it implies nothing, needs a caller
-    with CAP_SYS_ADMIN, and has to allow what the steps from setgroups on take. `oom_score_adj` is not lowered where that is not
-    allowed. The calling thread holds the GIL until the child has exec'ed. Raises SpawnError; then
-    no child exists any more.
+    Signals are unblocked and at their defaults. With `enter_first` a `cwd` that only the caller may
+    enter is no obstacle. `oom_score_adj` is not lowered where that is not allowed.
+
+    `capabilities` has a bit for each that may stay in the bounding, permitted and effective sets,
+    and empties the inheritable and ambient ones; -1 leaves all sets alone. `capability_sets` says
+    exactly instead: bounding, permitted, effective, inheritable, ambient, of which exec makes what
+    capabilities(7) says.
+
+    `seccomp` is an array of struct sock_filter, empty for none; it implies `no_new_privs` and has
+    to allow execve. With `filter_first` it implies nothing, needs a caller with CAP_SYS_ADMIN, and
+    has to allow what the steps from setgroups on take.
+
+    The calling thread holds the GIL until the child has exec'ed. Raises SpawnError; then no child
+    exists any more.
     """
