@@ -98,8 +98,13 @@ class AgentProcess:
         # On one processor its imports would hold up the root, and with it the workload. In
         # namespaces there are more, and an ordinary user could not take it back.
         self._stands_back = self._config.machine == "vm" and self.root_fd < 0
-        with call("fork", NAME):
-            pid = os.fork()
+        try:
+            with call("fork", NAME):
+                pid = os.fork()
+        except Failure:
+            words.close_writer()
+            words.close()
+            raise
         if pid == 0:
             become_agent(self._program, theirs.fileno(), words.writer, self._stands_back)
         theirs.close()
@@ -112,6 +117,14 @@ class AgentProcess:
         self.starts += 1
         self.watchdog.start(pid)
         self._introduce()
+
+    def start_again(self) -> None:
+        """The same for a later one. Where even a fork fails now, it is tried again later."""
+        try:
+            self.start()
+        except Failure as failure:
+            say(f"the agent cannot be started: {failure}")
+            self.restart_at = time.monotonic() + limits.AGENT_RESTART_DELAYS[-1]
 
     def ended(self, status: int) -> AgentExited:
         """It was reaped with this wait status.

@@ -9,6 +9,7 @@ import time
 import _guestsys
 
 from guest import limits
+from guest.errors import raised_at
 from guest.report import Stopping
 from init_shim import write_out
 from init_shim.reporter import say
@@ -30,7 +31,10 @@ RESTART = 0x01234567
 
 def end_machine(supervisor: Supervisor) -> "NoReturn":
     """End everything, then the machine, as the supervisor's `status` and `grace` say."""
-    end_processes(supervisor)
+    try:
+        end_processes(supervisor)
+    except Exception as error:  # noqa: BLE001  the disks matter more
+        say(f"processes were not ended: {raised_at(error)}")
     if not in_namespaces():
         write_out.write_out(limits.SYNC_WAIT)
     supervisor.reporter.send(Stopping(status=supervisor.status, boot_ms=boot_ms()))

@@ -20,7 +20,8 @@ from init_shim.listener import VMADDR_CID_HOST, address_of, socket_for
 __all__ = ["Reporter", "copy_to_console", "say"]
 
 CONSOLE_LINE = 4096  # bytes; a pipe takes that many at once or none (pipe(7), PIPE_BUF)
-CONSOLE_WAIT = 0.1  # seconds for a full console to take a line
+CONSOLE_WAIT = 0.1  # seconds for a full console to take something
+CONSOLE_LINE_WAIT = 1.0  # and for a slow one to take a whole line; 4 KiB take 0.4 at 115200 baud
 MESSAGE = 2048  # characters of a failure's message
 DIAL_AGAIN = 0.01  # seconds; the device may still be starting
 NOT_YET = (errno.ENODEV, errno.ECONNRESET, errno.ENETUNREACH)
@@ -117,24 +118,23 @@ def say(line: str) -> None:
     if not line.startswith(CONSOLE_MARK):
         line = f"microguest: {line}"
     data = line.encode("utf-8", "backslashreplace").replace(b"\n", b" ")[: CONSOLE_LINE - 1]
-    console = own_console()
-    try:
-        poll = select.poll()
-        poll.register(console, select.POLLOUT)
-        if poll.poll(int(CONSOLE_WAIT * 1000)):
-            os.write(console, data + b"\n")
-    except OSError:
-        pass
+    write_console(data + b"\n", CONSOLE_WAIT)
 
 
 def copy_to_console(data: bytes) -> None:
     """Somebody else's words, as they are; what the console has no room for now is lost."""
+    write_console(data, 0.0)
+
+
+def write_console(data: bytes, patience: float) -> None:
+    """As much as it takes, within CONSOLE_LINE_WAIT seconds, of them `patience` without headway."""
     console = own_console()
+    deadline = time.monotonic() + CONSOLE_LINE_WAIT
+    poll = select.poll()
+    poll.register(console, select.POLLOUT)
     try:
-        poll = select.poll()
-        poll.register(console, select.POLLOUT)
-        if poll.poll(0):
-            os.write(console, data)
+        while data and time.monotonic() < deadline and poll.poll(int(patience * 1000)):
+            data = data[os.write(console, data) :]
     except OSError:
         pass
 

@@ -118,7 +118,10 @@ class Signals:
         return ready
 
     def _drain(self) -> None:
-        noted = os.read(self._reader, NOTED_AT_ONCE)
+        try:
+            noted = os.read(self._reader, NOTED_AT_ONCE)
+        except BlockingIOError:
+            return
         room = NOTED_AT_ONCE - len(self._received)
         theirs = (number for number in noted if number != signal.SIGCHLD)
         self._received += [number for number in theirs if number not in STOP_SIGNALS][:room]

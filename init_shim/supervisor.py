@@ -220,7 +220,7 @@ class Supervisor:
             self._end("done")
         if self.agent is not None and not self._last_phase:
             if is_due(self.agent.restart_at, now):
-                self.agent.start()
+                self.agent.start_again()
             if is_due(self.agent.watchdog.look_at, now):
                 self.agent.watch()
         if self.main is not None and not self.status and is_due(self.main.restart_at, now):
