@@ -47,7 +47,11 @@ def mount_disk(serial: str, fstype: str, target: str, flags: int, policy: str = 
         from init_shim import blank_disk
 
         blank_disk.format_if_blank(device, serial)
-    mount(device, target, fstype, flags, options)
+    try:
+        mount(device, target, fstype, flags, options)
+    except Failure as failure:
+        failure.message += f"; disk {serial!r} is said to have an {fstype}"
+        raise
     if writable and policy == "if-blank":
         blank_disk.grow(device, target)
 
