@@ -2,17 +2,20 @@
 
 Nothing in a guest notices a pause: CLOCK_MONOTONIC and CLOCK_BOOTTIME stop with its processors and
 CLOCK_REALTIME with them. Only the VMM's real-time clock goes on. `watch` compares, and trusts it
-for nothing but how long the pause was: it may be in local time or set to anything.
+for nothing but how long the pause was: it may be in local time or set to anything. A kernel with a
+driver for VM generation ids tells of a restore at once.
 
 A guest without a kernel of its own (`transport` "unix") shares the clock with its host, and nothing
 here touches it.
 """
 
 import os
+import socket
 import time
 
 import trio
 
+from agent import generation
 from agent.channel import Channel
 from agent.entropy import reseed, seed_from_hardware
 from agent.state import Agent, log
@@ -84,20 +87,34 @@ def has_own_kernel(agent: Agent) -> bool:
 
 
 async def watch(agent: Agent) -> None:
-    """Mend what a pause leaves that nobody tells us of. For ever; without an RTC not at all."""
+    """Mend what a pause or a restore leaves that nobody tells us of. For ever."""
     if not has_own_kernel(agent):
         return
     await agent.root_ready.wait()  # until then /sys may be on its way there
+    news = generation.listen()
     before = Look.now()
-    while before is not None:
-        await trio.sleep(WATCH_EVERY)
+    while before is not None or news is not None:
+        is_copy = await is_new_copy(news)
         now = Look.now()
-        if now is not None:
-            lost = now.rtc - before.rtc - (now.boottime - before.boottime) / SECOND
-            if lost >= PAUSE_MIN:
-                await mend(agent, lost, agrees=now.agrees, others=now.ahead(before))
-                now = Look.now()
+        lost = now.lost(before) if now is not None and before is not None else 0.0
+        if now is not None and before is not None and lost >= PAUSE_MIN:
+            await mend(agent, lost, agrees=now.agrees, others=now.ahead(before))
+            now = Look.now()
+        elif is_copy:
+            await trio.to_thread.run_sync(renew_random_numbers, abandon_on_cancel=True)
+            log("the machine was restored: reseeded the random numbers")
         before = now
+
+
+async def is_new_copy(news: socket.socket | None) -> bool:
+    """Wait WATCH_EVERY; at once True where the kernel has news of a restore."""
+    with trio.move_on_after(WATCH_EVERY):
+        if news is None:
+            await trio.sleep_forever()
+        else:
+            await generation.until_new(news)
+            return True
+    return False
 
 
 class Look:
@@ -119,6 +136,10 @@ class Look:
     def agrees(self) -> bool:
         """Whether the system's clock and the real-time clock say the same."""
         return abs(self.rtc - self.realtime / SECOND) < PAUSE_MIN
+
+    def lost(self, before: "Look") -> float:
+        """Seconds by which the real-time clock went on more than the system since."""
+        return self.rtc - before.rtc - (self.boottime - before.boottime) / SECOND
 
     def ahead(self, before: "Look") -> float:
         """Seconds by which somebody has set the system's clock since."""

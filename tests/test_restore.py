@@ -18,6 +18,7 @@ from agentharness import AgentProcess, Host, Refused
 from hostkit import TOKEN, Peer, agent_at, serving
 from init_machine import make_root
 
+from agent.generation import announces
 from guest import limits
 from guest.connection import Request, Response
 from guest.errors import OperationError
@@ -240,6 +241,30 @@ def test_bad_interface_is_named(agent: AgentProcess, interface: Interface, reaso
     assert renewed.interfaces == ("lo",)
     assert reason in renewed.failed["network"]
     assert interface.name in renewed.failed["network"]
+
+
+@pytest.mark.parametrize(
+    ("message", "sender", "expected"),
+    [
+        (
+            b"change@/devices/platform/QEMUVGID:00\0ACTION=change\0NEW_VMGENID=1\0SEQNUM=7\0",
+            0,
+            True,
+        ),
+        (
+            b"change@/devices/platform/QEMUVGID:00\0ACTION=change\0NEW_VMGENID=1\0SEQNUM=7\0",
+            77,
+            False,
+        ),
+        (b"change@/devices/pnp0/00:03\0ACTION=change\0SYNTH_ARG_NEW_VMGENID=1\0", 0, False),
+        (b"add@/devices/NEW_VMGENID=1/x\0ACTION=add\0", 0, False),
+        (b"", 0, False),
+    ],
+)
+def test_only_the_kernel_tells_of_a_new_generation(
+    message: bytes, sender: int, expected: bool
+) -> None:
+    assert announces(message, sender) is expected
 
 
 # ── the host ─────────────────────────────────────────────────────────────────────────────────────
