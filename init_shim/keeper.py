@@ -204,7 +204,7 @@ def end(supervisor: Supervisor, stop_signal: str) -> None:
         supervisor.reporter.send(Stopping(status=supervisor.status, boot_ms=boot_ms()))
         supervisor.reporter.farewell()
         end_children(supervisor)
-        wait_until_alone(supervisor)
+        wait_until_alone(supervisor, limits.KILL_WAIT if systemd_verb() else limits.FAILED_GRACE)
         if not power.in_namespaces():
             write_out.write_out(limits.SYNC_WAIT, root_only=True)
         if systemd_verb():
@@ -222,12 +222,14 @@ def end(supervisor: Supervisor, stop_signal: str) -> None:
 def wait_asking(
     supervisor: Supervisor, stop_signal: str, deadline: float, done: "Callable[[], bool]"
 ) -> None:
-    """Ask the init each ASK_AGAIN seconds, until `done` or the deadline."""
+    """Ask the init once and then each ASK_AGAIN seconds, until `done` or the deadline."""
     ask_at = 0.0
-    while not done() and (now := time.monotonic()) < deadline:
+    while (now := time.monotonic()) < deadline:
         if now >= ask_at and not systemd_verb():
             ask_init(stop_signal, reboot=supervisor.status == "reboot")
             ask_at = now + ASK_AGAIN
+        if done():
+            return
         if supervisor.outlive(LAST_LOOK):  # nobody is left to look after
             supervisor.signals.wait(LAST_LOOK)
 
@@ -279,10 +281,10 @@ def end_children(supervisor: Supervisor) -> None:
                 os.kill(pid, CONTINUE)
 
 
-def wait_until_alone(supervisor: Supervisor) -> None:
-    """Until the init has ended all others, for at most KILL_WAIT seconds."""
+def wait_until_alone(supervisor: Supervisor, patience: float) -> None:
+    """Until the init has ended all others. `patience`: seconds; busybox kills after one."""
     ours = {1, os.getpid()}
-    deadline = time.monotonic() + limits.KILL_WAIT
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline and parents().keys() - ours:
         supervisor.signals.wait(LAST_LOOK)
 

@@ -250,6 +250,7 @@ def test_a_value_that_cannot_be_used_names_the_field(
         (("workload", "restart"), {"policy": "always"}, "limit"),
         (("network", "interfaces", 0, "routes", 0), {"via": ""}, "via"),
         ((), {"mode": "handoff", "workload": None}, "mode"),
+        ((), {"mode": "handoff"}, "workload.rlimits"),
     ],
 )
 def test_fields_that_need_each_other_name_one(

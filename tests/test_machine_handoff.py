@@ -28,6 +28,7 @@ from init_machine import (
 
 from guest.messages import Exited, Hello, Shutdown, ShutdownResult
 
+RESTARTED = 3  # the launcher's exit code
 INITTAB = """\
 ::sysinit:/bin/echo the init runs
 ::once:/bin/sh -c 'while ! test -e /tmp/end; do sleep 0.05; done; sh /tmp/end'
@@ -103,9 +104,10 @@ def run(machine: Machine, script: str) -> None:
             pass
 
 
-def ask_to_end(machine: Machine, grace: float = 5.0) -> None:
+def ask_to_end(machine: Machine, grace: float = 5.0, *, reboot: bool = False) -> None:
+    wanted = Shutdown(grace=grace, reboot=reboot)
     with dial(machine) as host:
-        assert isinstance(host.request("shutdown", Shutdown(grace=grace)), ShutdownResult)
+        assert isinstance(host.request("shutdown", wanted), ShutdownResult)
 
 
 def end_of(machine: Machine, timeout: float = 10.0) -> str:
@@ -173,6 +175,39 @@ def test_an_init_has_to_be_root(root: Path) -> None:
         assert end_of(machine) == "workload-failed"
 
 
+def test_an_agent_that_keeps_dying_fails_the_boot(root: Path) -> None:
+    with Machine(root, handoff(["init"])) as machine:
+        killed: set[int] = set()
+        while machine.process.poll() is None:
+            for pid in machine.everybody() - killed:
+                if command_of(pid) == ["agent"]:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+        reports = list(iter(machine.next_report, ("", {})))
+        assert [name for name, _ in reports] == [
+            *("agent_exited", "agent_exited", "agent_exited", "agent_exited"),
+            *("boot_failed", "stopping"),
+        ]
+        failed = reports[-2][1]
+        assert (failed["step"], reports[-1][1]["status"]) == ("agent-ready", "boot-failed")
+        assert "4 crashes" in failed["message"]
+        assert "the init runs" not in machine.console
+
+
+def test_pid_1_that_is_told_to_end_hands_nothing_over(root: Path) -> None:
+    with Machine(root, handoff(["init"])) as machine:
+        init = machine.init_pid()
+        os.kill(init, signal.SIGSTOP)  # in the middle of its boot
+        wait_for(lambda: state_of(init) == "T", "PID 1 stands still")
+        os.kill(init, signal.SIGTERM)
+        os.kill(init, signal.SIGCONT)
+        reports = list(iter(machine.next_report, ("", {})))
+        assert [name for name, _ in reports] == ["stopping"]
+        assert reports[0][1]["status"] == "shutdown"
+        assert machine.wait() == 0
+        assert "the init runs" not in machine.console
+
+
 # ── the keeper's work ────────────────────────────────────────────────────────────────────────────
 
 
@@ -200,6 +235,13 @@ def test_a_host_ends_it_through_the_init(busybox: Machine) -> None:
     ask_to_end(busybox)
     assert end_of(busybox) == "shutdown"
     assert "the init ends it" in busybox.console
+    assert busybox.wait() == 0
+
+
+def test_a_host_restarts_it_through_the_init(busybox: Machine) -> None:
+    ask_to_end(busybox, reboot=True)
+    assert end_of(busybox) == "reboot"
+    assert busybox.wait() == RESTARTED
 
 
 def test_the_init_ends_it_by_itself(busybox: Machine) -> None:
