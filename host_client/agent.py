@@ -236,6 +236,9 @@ class Agent:
         )
         return renewal.checked(renewed) if check else renewed
 
-    def shutdown(self, *, grace: float = limits.STOP_GRACE) -> None:
-        """Ask for the machine's end: TERM, `grace` seconds, KILL, power off. It is not awaited."""
-        run(self.driver.shutdown(grace))
+    def shutdown(self, *, grace: float = limits.STOP_GRACE, reboot: bool = False) -> None:
+        """Ask for the machine's end: TERM, `grace` seconds, KILL, power off. It is not awaited.
+
+        `reboot`: restart instead. A machine of `boot` ends with that too, its status is "reboot".
+        """
+        run(self.driver.shutdown(grace, reboot=reboot))

@@ -195,9 +195,10 @@ class Driver:
         """What is it?"""
         return (yield from self.request("info", Info(), InfoResult))
 
-    def shutdown(self, grace: float) -> Steps[None]:
+    def shutdown(self, grace: float, *, reboot: bool = False) -> Steps[None]:
         """Ask for the machine's end."""
-        yield from self.request("shutdown", Shutdown(grace=grace), ShutdownResult)
+        request = Shutdown(grace=grace, reboot=reboot)
+        yield from self.request("shutdown", request, ShutdownResult)
 
     def request(
         self,

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from imagefactory import directory, layer, make_layout, member, symlink
 
 from host_client import boot
+from host_client.machines.find import find
 from host_client.machines.folder import names
 
 BUSYBOX = "/bin/busybox"
@@ -33,7 +35,7 @@ def image(folder: Path, *members: Any, **config: Any) -> str:
     return make_layout(folder / "image", [layer(members)], config=config or {"Env": ["A=1"]})
 
 
-def run(*words: str, machine: str = "namespaces") -> tuple[int, str, str]:
+def run(*words: str, machine: str = "namespaces", left: Sequence[str] = ()) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `microguest run`."""
     done = subprocess.run(
         [sys.executable, "-m", "host_client.cli", "run", "--rm", "--machine", machine, *words],
@@ -43,7 +45,7 @@ def run(*words: str, machine: str = "namespaces") -> tuple[int, str, str]:
         timeout=120,
         check=False,
     )
-    assert names() == []
+    assert names() == list(left)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -119,8 +121,12 @@ def test_an_init_of_its_own(tmp_path: Path, kind: str) -> None:
         assert machine.agent.exec(["cat", "/proc/1/comm"]).stdout == b"init\n"
         assert machine.agent.exec(["pidof", "sleep"]).returncode == 0
         state = machine.stop(grace=5)
-    assert state.status == "shutdown"
-    assert state.error == ""
+    assert (state.status, state.error) == ("shutdown", "")
+    if kind == "namespaces":
+        assert run("-d", "--handoff", "--name", "own", own, left=["own"])[:2] == (0, "own\n")
+        assert machinekit.state_of("own").handed_off
+        find("own").stop()
+        assert names() == []
 
 
 def test_debian(elf: Path) -> None:

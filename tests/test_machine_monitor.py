@@ -36,8 +36,8 @@ def dial():
     report.connect("host/report.sock")
     return report
 
-def tell(report, name, **fields):
-    report.sendall(json.dumps({{name: fields}}).encode() + b"\\n")
+def tell(report, kind, **fields):
+    report.sendall(json.dumps({{kind: fields}}).encode() + b"\\n")
 
 def ready(report, **fields):
     tell(report, "ready", **{{"steps": [], "token_proof": proof, **fields}})
@@ -246,6 +246,9 @@ r = dial()
 steps = [dict(name=text[:500], start_ms=1.0, end_ms=2.0)] * 8
 ready(r, steps=steps)
 tell(r, "workload_failed", code=text[:1500], message=text, step=text[:500])
+for number in range(70):
+    tell(r, "oom_killed", pid=2**31 - 1, name=text[:1000], cgroup=text[:1000], boot_ms=1.0)
+    tell(r, "agent_exited", code=1, crashes=number, restart_in=1e-300, last_words=text)
 print(text, flush=True)
 tell(r, "boot_failed", step=text[:500], message=text[:2000], path=text[:1500], syscall=text[:900])
 sys.exit(1)
@@ -254,7 +257,54 @@ sys.exit(1)
         state = machine.wait(timeout=10)
     assert state.workload_failed is not None
     assert state.boot_failed is not None
+    assert (len(state.agent_exits), len(state.events)) == (AGENT_EXITS_MAX, EVENTS_MAX)
     assert state.status == "boot-failed"
+
+
+def test_what_happens_is_told(tmp_path: Path, root: str) -> None:
+    script = r"""
+r = dial()
+tell(r, "workload_started", pid=7, boot_ms=1.0)
+tell(r, "workload_exited", code=5, restart_in=0.5)
+ready(r)
+tell(r, "workload_started", pid=8, boot_ms=2.0, starts=2)
+tell(r, "agent_exited", signal=9, crashes=1, restart_in=0.25)
+tell(r, "agent_serves", starts=2, boot_ms=2.5)
+tell(r, "first_exec", boot_ms=3.0)
+tell(r, "oom_killed", pid=9, name="\x1b[2Jgreedy", cgroup="/x", boot_ms=3.0, limit=True)
+tell(r, "handed_off", boot_ms=4.0)
+tell(r, "agent_exited", code=1, crashes=20, restart_in=None, hung=True, last_words="oh")
+time.sleep(60)
+"""
+    with booted(tmp_path, root, script) as machine:
+        machinekit.wait_until("all is told", lambda: machine.state.agent == "down")
+        state = machine.state
+        assert (state.workload_pid, state.workload_starts) == (8, 2)
+        assert state.workload_exited is None
+        assert state.handed_off
+        assert [event.kind for event in state.events] == [
+            *("workload-restarts", "agent-exited", "agent-serves"),
+            *("oom-killed", "handed-off", "agent-exited"),
+        ]
+        messages = [event.message for event in state.events]
+        assert "(5); again in 0.5 s" in messages[0]
+        assert "greedy' (pid 9)" in messages[3]
+        assert "\x1b" not in messages[3]
+        assert "hung" in messages[5]
+        assert "stays down" in messages[5]
+        assert state.agent_exits[1].last_words == "oh"
+        moments = {"workload-runs", "ready", "first-exec", "handed-off"}
+        assert moments <= {step.name for step in state.timeline}
+        machine.kill()
+
+
+@pytest.mark.parametrize("goodbye", ["tell(r, 'stopping', status='reboot', boot_ms=1.0)", "pass"])
+def test_restart_is_an_end(tmp_path: Path, root: str, goodbye: str) -> None:
+    script = f"r = dial(); ready(r)\n{goodbye}\nsys.exit(3)"
+    with booted(tmp_path, root, script) as machine:
+        state = machine.wait(timeout=10)
+    assert (state.status, state.error) == ("reboot", "")
+    assert "asked to be started again" in state.describe_end()
 
 
 def test_machine_that_says_goodbye_and_stays(tmp_path: Path, root: str) -> None:

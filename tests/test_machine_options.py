@@ -165,6 +165,8 @@ def check_second_boot(image: str, tmp_path: Path) -> None:
         with pytest.raises(BootFailed, match="Is another process using the image"):
             boot(image, upper=upper)
         assert said(machine, "mv /opt/state /opt/moved; cat /opt/moved/file") == "kept\n"
+        machine.agent.shutdown(grace=1, reboot=True)
+        assert machine.wait(timeout=20).status == "reboot"
     assert names() == []
 
 

@@ -181,6 +181,9 @@ class Agent:
         )
         return renewal.checked(renewed) if check else renewed
 
-    async def shutdown(self, *, grace: float = limits.STOP_GRACE) -> None:
-        """Ask for the machine's end: TERM, `grace` seconds, KILL, power off. It is not awaited."""
-        await run(self.driver.shutdown(grace))
+    async def shutdown(self, *, grace: float = limits.STOP_GRACE, reboot: bool = False) -> None:
+        """Ask for the machine's end: TERM, `grace` seconds, KILL, power off. It is not awaited.
+
+        `reboot`: restart instead. A machine of `boot` ends with that too, its status is "reboot".
+        """
+        await run(self.driver.shutdown(grace, reboot=reboot))

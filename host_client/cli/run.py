@@ -102,10 +102,10 @@ def detach(machine: Machine) -> int:
 
 
 def await_workload(machine: Machine) -> None:
-    """Until the workload runs. StartError where it could not be started."""
+    """Until the workload runs. StartError, MachineError where it could not be started."""
     deadline = time.monotonic() + WORKLOAD_WAIT
     state = machine.state
-    while state.workload_pid is None:
+    while state.workload_pid is None and not state.handed_off:
         if state.workload_failed is not None:
             raise start_error(state.workload_failed)
         if state.ended:

@@ -8,12 +8,12 @@ the one that was quickest is the best bound.
 import time
 from typing import Final
 
-from guest.report import FirstExec, Ready, Step, WorkloadStarted
+from guest.report import FirstExec, HandedOff, Ready, Step, WorkloadStarted
 from host_client.machines.plan import STEPS_MAX
 
 __all__ = ["BootTimeline"]
 
-WITH_MOMENT: Final = (WorkloadStarted, FirstExec)
+WITH_MOMENT: Final = (WorkloadStarted, FirstExec, HandedOff)
 
 
 class BootTimeline:
@@ -54,6 +54,8 @@ class BootTimeline:
             self._guest, self._ready_ms = report.steps[:STEPS_MAX], self.now()
         elif isinstance(report, WorkloadStarted) and report.starts == 1:
             self._moments.setdefault("workload-runs", report.boot_ms)
+        elif isinstance(report, HandedOff):
+            self._moments.setdefault("handed-off", report.boot_ms)
         elif isinstance(report, FirstExec):
             self._moments.setdefault("first-exec", report.boot_ms)
         else:

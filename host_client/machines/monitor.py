@@ -56,6 +56,7 @@ from host_client.vhost_vsock.loop import EventLoop
 
 __all__ = ["Monitor", "main"]
 
+LAUNCHER_RESTARTED: Final = 3  # exit code of the namespaces launcher
 STOPPING_WAIT: Final = 15.0  # seconds from PID 1's last report to the VMM's exit
 FAILED_WAIT: Final = 5.0  # seconds from a failed boot's report to the VMM's exit
 KILLED_WAIT: Final = 5.0  # seconds for a killed VMM to be gone
@@ -386,6 +387,12 @@ class Monitor:
         failure = failure_on_console(self._console.tail())
         if failure is not None:
             self._on_report(failure)
+            return
+        if code == 0 and self.state.phase == "running":
+            self._note_end("crashed", "the guest switched itself off, or was restarted")
+            return
+        if code == LAUNCHER_RESTARTED and self.plan.machine == "namespaces":
+            self._note_end("reboot")
             return
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         last = panics_on_console(self._console.tail())[-1:]

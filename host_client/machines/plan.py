@@ -133,7 +133,7 @@ class MachineState(Record):
     launched: float = 0.0  # CLOCK_MONOTONIC in seconds
     kept: bool = False
     # The boot: "launch", "kernel", each step of PID 1, and the moments "workload-runs",
-    # "ready" and "first-exec" (the agent has started a process for a host).
+    # "ready", "handed-off" and "first-exec" (the agent has started a process for a host).
     timeline: tuple[Step, ...] = ()
     # "starting"; "serving"; "restarting" (it died, another one is on its way); "down" (it died too
     # often and stays down)
