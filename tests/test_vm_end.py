@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+import machinekit
 import pytest
 from init_machine import make_root, require_program
 from vm_machine import Ended, make_erofs, make_ext4, run_vm, vm_config
 
 from guest import limits
+from host_client import boot
 from host_client.errors import MachineError
 from host_client.machines.shares import virtiofsd
 
@@ -270,3 +272,18 @@ def test_without_acpi_a_restart_is_the_end(image: Path) -> None:
     ended = run_vm(vm_config(["true"]), disks={"root": image}, kernel_line="acpi=off loglevel=7")
     assert ended.code == 0, ended.console[-3000:]
     assert "reboot: Restarting system" in ended.console
+
+
+def test_a_host_asks_for_a_restart_which_the_vmm_takes_for_the_end(
+    elf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert elf
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    script = "trap 'exit 4' TERM; while :; do sleep 0.1; done"
+    with boot(machinekit.demo_image(), machine="qemu", command=["sh", "-c", script]) as machine:
+        assert machine.agent.exec(["true"]).returncode == 0
+        machine.agent.shutdown(reboot=True)
+        state = machine.wait(timeout=30)
+    assert (state.status, state.vmm_code, state.phase) == ("reboot", 0, "ended")
+    assert state.workload_exited is not None
+    assert state.workload_exited.code == 4
