@@ -14,7 +14,7 @@ from imagefactory import directory, layer, make_layout, member
 import host_client
 from host_client import Machine, Mount, boot, seccomp
 from host_client.errors import BootFailed, MachineError
-from host_client.machines.folder import names
+from host_client.machines.folder import names, sweep
 from host_client.machines.mounts import parse_mount, parse_tmpfs, parse_volume
 from host_client.machines.settings import MachineOptions, Settings
 from host_client.machines.workload import capabilities_of, restart_of
@@ -171,23 +171,35 @@ def check_second_boot(image: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.qemu
+@pytest.mark.parametrize("victim", ["virtiofsd", "monitor"])
 def test_a_share_ends_with_its_machine_and_a_machine_with_its_share(
-    image: str, tmp_path: Path
+    image: str, tmp_path: Path, victim: str
 ) -> None:
     awkward = tmp_path / "a, b\\c"
     awkward.mkdir()
     (awkward / "file").write_text("found\n")
-    with boot(image, mounts=[Mount(source=str(awkward), target="/mnt")]) as machine:
+    mounts = [
+        Mount(source=str(awkward), target="/mnt"),
+        Mount(source=str(awkward), target="/seen", read_only=True),
+    ]
+    with boot(image, mounts=mounts) as machine:
         assert said(machine, "cat /mnt/file") == "found\n"
+        # Not even root of the guest can write to what is shown read-only.
+        assert "Read-only" in said(machine, "mount -o remount,rw /seen; echo > /seen/file")
         pids = machinekit.family(machine.state.monitor)
         daemons = [pid for pid in pids if b"virtiofsd" in cmdline(pid)]
         assert daemons
-        for pid in daemons:
-            machinekit.kill(pid)
-        state = machine.wait(timeout=10)
-        assert state.status == "crashed"
-        assert "virtiofsd" in state.error
-        assert str(tmp_path) in state.error
+        if victim == "monitor":
+            machinekit.kill(machine.state.monitor)
+            machinekit.wait_until("all end", lambda: not any(map(machinekit.runs, pids)))
+        else:
+            for pid in daemons:
+                machinekit.kill(pid)
+            state = machine.wait(timeout=10)
+            assert state.status == "crashed"
+            assert "virtiofsd" in state.error
+            assert str(tmp_path) in state.error
+    sweep()
     machinekit.nothing_is_left(machine.name, pids, within=5)
 
 

@@ -24,6 +24,13 @@ __all__ = ["Shares", "share_command", "virtiofsd"]
 
 PLACES: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")  # Debian's, of both
 PROBE_SECONDS: Final = 5.0
+# A guest can mount anew what it has mounted read-only. QEMU's own virtiofsd cannot refuse writes,
+# so it gets a read-only view of the directory, in a mount namespace that ends with it.
+READ_ONLY: Final = (
+    *("unshare", "--mount", "--propagation", "private", "sh", "-c"),
+    'mount --bind -o ro "$1" "$1" && shift && exec "$@"',
+    "sh",
+)
 CHUNK: Final = 64 * 1024
 END_WAIT: Final = 2.0  # seconds from TERM to KILL
 # virtiofsd ends by itself when the VMM does. Its end is the cause only if the VMM outlives it.
@@ -61,6 +68,7 @@ def share_command(program: str, source: str, *, read_only: bool) -> tuple[str, .
         )
     escaped = source.replace("\\", "\\\\").replace(",", "\\,")  # fuse_opt_parse
     return (
+        *((*READ_ONLY, source) if read_only else ()),
         *(program, "--fd={listener}", "-o", f"source={escaped}", "-o", "sandbox=chroot"),
         *("-o", "cache=auto", "-o", "xattr", "--rlimit-nofile=0"),
     )
@@ -139,7 +147,7 @@ class Shares:
         os.close(pidfd)
         code = self._running.pop(pidfd).wait()
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        reason = f"{share.argv[0]}, which shows it {share.source}, ended ({how})"
+        reason = f"virtiofsd, which shows it {share.source}, ended ({how})"
         self._loop.call_later(VMM_FIRST, lambda: self._outlived(reason))
 
     def _outlived(self, reason: str) -> None:
