@@ -121,8 +121,7 @@ class RootFolder(Opened):
 
 def make_entry(parent: Opened, name: str, path: str, directory: bool) -> Opened:
     """Make `name`, which `path` stands for in messages, in `parent` and open it."""
-    hint = hint_for(path)
-    with call("mkdir" if directory else "open", path, hint=hint):
+    with call("mkdir" if directory else "open", path):
         try:
             if directory:
                 os.mkdir(name, 0o755, dir_fd=parent.fd)

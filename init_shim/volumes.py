@@ -143,8 +143,10 @@ def check_flags(volume: Volume, there: Opened) -> None:
 
 def check_visible(root: RootFolder, volume: Volume, there: Opened) -> None:
     """Raises Failure where a later volume has hidden this one, by name or through a link."""
-    with root.open(volume.target) as now:
-        if not now.is_same(there):
-            raise Failure(
-                f"the volume at {volume.target} is hidden by another one", path=volume.target
-            )
+    try:
+        with root.open(volume.target) as now:
+            if now.is_same(there):
+                return
+    except Failure:
+        pass  # not even the target is seen any more
+    raise Failure(f"the volume at {volume.target} is hidden by another one", path=volume.target)

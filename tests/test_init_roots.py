@@ -401,17 +401,23 @@ def test_hostile_images_and_wrong_volumes_are_refused(
     assert not (image / "top" / "nowhere").exists()
 
 
-def test_a_volume_that_another_one_hides_is_told(image: Path, layers: Layers) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("/real/inside", "/links/one"),  # which is /real
+        ("/real", "/chain"),
+        ("/twice", "/twice"),
+    ],
+)
+def test_a_volume_that_another_one_hides_is_told(
+    image: Path, layers: Layers, first: str, second: str
+) -> None:
     hostile(layers.add("top"))
-    volumes = [
-        {"kind": "tmpfs", "target": "/real/inside"},
-        {"kind": "tmpfs", "target": "/links/one"},  # which is /real
-    ]
-    step, message = refusal(image, layers.config("true", volumes))
-    assert (step, message.partition(":")[0]) == (
+    volumes = [{"kind": "tmpfs", "target": first}, {"kind": "tmpfs", "target": second}]
+    assert refusal(image, layers.config("true", volumes)) == (
         "volumes",
-        "openat2 /real/inside",
-    ) or message == "the volume at /real/inside is hidden by another one"
+        f"the volume at {first} is hidden by another one",
+    )
 
 
 def test_a_read_only_volume_has_no_room_for_targets(image: Path, layers: Layers) -> None:
@@ -422,4 +428,4 @@ def test_a_read_only_volume_has_no_room_for_targets(image: Path, layers: Layers)
     assert lines(image, layers.config("ls /fixed/inner", volumes), prepare=share) == []
     volumes[1]["target"] = "/fixed/new"
     step, message = refusal(image, layers.config("true", volumes), prepare=share)
-    assert (step, message.split(";")[0]) == ("volumes", "mkdir /fixed/new: Read-only file system")
+    assert (step, message) == ("volumes", "mkdir /fixed/new: Read-only file system")

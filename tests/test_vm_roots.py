@@ -120,7 +120,7 @@ def initramfs_layer() -> bytes:
 
 MIXED = """
 echo order=$(cat /order) below=$(ls / | grep of- | tr '\\n' ' ')
-echo deep=$(cat /deep/file)
+echo deep=$(cat /deep/file) bound=$(cat /bound/file)
 echo boots=$(ls /kept | wc -l)
 mkdir -p /kept && echo data > /kept/boot$(ls /kept | wc -l)
 [ -d /moves ] && { mv /moves /moved 2>/dev/null; rm -r /hidden; ln -s order /link; }
@@ -154,6 +154,7 @@ def mixed_config() -> Config:
          "format": "if-blank"},
         {"kind": "disk", "target": "/dirty", "serial": "dirty", "fstype": "ext4",
          "read_only": True},
+        {"kind": "directory", "target": "/bound", "path": "/layers/inner/deep"},
         {"kind": "virtiofs", "target": "/share", "tag": "share"},
         {"kind": "virtiofs", "target": "/fixed", "tag": "fixed", "read_only": True},
     ]  # fmt: skip
@@ -195,7 +196,7 @@ def test_mixed_layers_on_a_disk_that_is_kept(base: Path, work: Path) -> None:
 
     first = boot(mixed_config())
     assert first["order"] == "squash below=of-ext4 of-initramfs of-layer of-squash"
-    assert (first["deep"], first["boots"]) == ("2", "0")
+    assert (first["deep"], first["boots"]) == ("2 bound=2", "0")
     assert first["moved"] == "moves hidden= mode=701"
     # 2 GiB less what ext4 itself needs; the other has 100 MiB.
     root, _, data = first["root"].partition(" data=")
