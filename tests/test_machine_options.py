@@ -252,6 +252,15 @@ def test_agent_that_dies_is_told(image: str) -> None:
         assert len(machine.state.agent_exits) == 1
 
 
+def test_ls_tells_restarts(image: str) -> None:
+    words = ("--rm", "--name", "again", "--machine", "namespaces", "--restart", "always", image)
+    assert microguest("run", "-d", *words, "sh", "-c", "exit 3").stdout == b"again\n"
+    machinekit.wait_until("it waits", lambda: b"restarting (3)" in microguest("ls").stdout, 15)
+    machinekit.wait_until("it does", lambda: machinekit.state_of("again").workload_starts > 2)
+    assert microguest("stop", "again").returncode == 0
+    assert names() == []
+
+
 def agent_of(machine: Machine) -> int:
     """Its process id on this host: a child of PID 1, which is the launcher's."""
     for pid in machinekit.family(machine.state.vmm):

@@ -56,12 +56,22 @@ def status(state: MachineState, *, alive: bool) -> str:
     if alive:
         if state.phase != "running":
             return state.phase
-        paused = " (paused)" if state.paused else ""
-        return f"up {time.time() - state.created:.0f} s{paused}"
+        return up(state)
     exited = state.workload_exited
     if exited is not None:
         return f"exited ({exited.shell_code})"
     return (state.error or state.status or "gone")[:ENDED_SHOWN]
+
+
+def up(state: MachineState) -> str:
+    """For how long, and what is wrong with it."""
+    exited = state.workload_exited
+    if exited is not None and exited.restart_in is not None:
+        return f"restarting ({exited.shell_code})"
+    text = f"up {time.time() - state.created:.0f} s"
+    if state.paused:
+        return f"{text} (paused)"
+    return text if state.agent == "serving" else f"{text} (agent {state.agent})"
 
 
 def stop(options: argparse.Namespace) -> int:
