@@ -41,6 +41,7 @@ from guest.supervision import (
     AgentReady,
     Configure,
     Deposit,
+    ExecStarted,
     RootReady,
 )
 from guest.workload import ImageDefaults
@@ -110,9 +111,11 @@ class AgentProcess:
         socket.send_fds(self.pid1, [MESSAGES.encode(message)], list(descriptors))
 
     def receive(self) -> Record:
-        """The agent's next message, its deposit of itself passed over."""
+        """The agent's next message, its deposit of itself and its first exec passed over."""
         message = MESSAGES.decode(self.pid1.recv(65536))
-        if isinstance(message, Deposit) and message.id == "agent":
+        if isinstance(message, ExecStarted) or (
+            isinstance(message, Deposit) and message.id == "agent"
+        ):
             return self.receive()
         return message
 

@@ -33,7 +33,15 @@ from guest.messages import (
     Wait,
     Winsize,
 )
-from guest.supervision import MESSAGES, Configure, Deposit, KeptExited, Restored, Withdraw
+from guest.supervision import (
+    MESSAGES,
+    Configure,
+    Deposit,
+    ExecStarted,
+    KeptExited,
+    Restored,
+    Withdraw,
+)
 
 PAGE = 4096
 
@@ -64,7 +72,7 @@ class KeepingAgent(AgentProcess):
             elif isinstance(message, Withdraw):
                 self.deposits.pop(message.id, None)
             else:
-                assert isinstance(message, KeptExited)
+                assert isinstance(message, KeptExited | ExecStarted)
 
 
 @pytest.fixture

@@ -13,7 +13,14 @@ from agentharness import AgentProcess, Host, Refused
 from guest.connection import Data, Request
 from guest.messages import Attach
 from guest.status import exit_fields
-from guest.supervision import MESSAGES, Deposit, MainCollected, MainExited, MainStarted
+from guest.supervision import (
+    MESSAGES,
+    Deposit,
+    ExecStarted,
+    MainCollected,
+    MainExited,
+    MainStarted,
+)
 
 
 class Workload:
@@ -45,7 +52,7 @@ class Workload:
 
 def discard_deposits(agent: AgentProcess) -> None:
     while select.select([agent.pid1], [], [], 0)[0]:
-        assert isinstance(MESSAGES.decode(agent.pid1.recv(65536)), Deposit)
+        assert isinstance(MESSAGES.decode(agent.pid1.recv(65536)), Deposit | ExecStarted)
 
 
 def expect_collected(agent: AgentProcess) -> None:
