@@ -11,6 +11,7 @@ Names are imported when they are first used, so that importing this package cost
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from guest.messages import Keep, Limits, StagedFile
+    from guest.netplan import Interface, Route
     from host_client import aio, errors
     from host_client.agent import Agent, connect
     from host_client.machines.boot import boot
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Agent",
+    "Interface",
     "Keep",
     "Limits",
     "Machine",
     "Mount",
     "Process",
     "Result",
+    "Route",
     "StagedFile",
     "aio",
     "boot",
@@ -36,12 +39,14 @@ __all__ = [
 
 _HOME = {
     "Agent": "host_client.agent",
+    "Interface": "guest.netplan",
     "Keep": "guest.messages",
     "Limits": "guest.messages",
     "Machine": "host_client.machines.machine",
     "Mount": "host_client.machines.mounts",
     "Process": "host_client.process",
     "Result": "host_client.result",
+    "Route": "guest.netplan",
     "StagedFile": "guest.messages",
     "boot": "host_client.machines.boot",
     "connect": "host_client.agent",

@@ -86,8 +86,8 @@ PUBLIC = {
         "signal_number",
     ],
     "host_client": [
-        "Agent", "Keep", "Limits", "Machine", "Mount", "Process", "Result", "StagedFile", "aio", "boot",
-        "connect", "errors",
+        "Agent", "Interface", "Keep", "Limits", "Machine", "Mount", "Process", "Result", "Route",
+        "StagedFile", "aio", "boot", "connect", "errors",
     ],
     "host_client.aio": ["Agent", "Process", "connect"],
 }  # fmt: skip

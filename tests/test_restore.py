@@ -5,6 +5,7 @@ it refuses to is tested; that it works is tested in virtual machines. Its host n
 those of new namespaces, its root is a folder.
 """
 
+import asyncio
 import ctypes
 import os
 import stat
@@ -26,6 +27,7 @@ from guest.messages import FEATURES, Hello, PingResult, Welcome
 from guest.netplan import Interface, Route
 from guest.record import RecordError
 from guest.renewal import Clock, ClockResult, Renew, Renewed
+from host_client import aio
 from host_client.renewal import is_out
 
 MAC = "52:54:00:12:34:56"
@@ -382,3 +384,16 @@ def test_only_network_failed_raises_where_asked(tmp_path: Path) -> None:
         with pytest.raises(OperationError, match="network: eth0: no") as caught:
             agent.renew(clock=False, check=True)
         assert caught.value.code == "not_renewed"
+
+
+def test_the_same_for_asyncio(tmp_path: Path) -> None:
+    guest = Guest(-7.0)
+
+    async def ask() -> None:
+        agent = await aio.connect(f"unix://{tmp_path / 's'}", token=TOKEN, step_clock=False)
+        async with agent:
+            assert (await agent.clock()).offset == pytest.approx(-7.0, abs=0.2)
+            assert (await agent.step_clock()).stepped == pytest.approx(7.0, abs=0.2)
+
+    with serving(tmp_path / "s", guest):
+        asyncio.run(ask())
