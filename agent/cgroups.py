@@ -23,7 +23,7 @@ from guest import limits
 from guest.errors import OperationError, operation_error
 from guest.messages import Limits
 
-__all__ = ["Cgroups", "Leaf", "open_cgroups"]
+__all__ = ["Cgroups", "Leaf", "open_cgroups", "workload_memory"]
 
 # Where systems mount it; the second one beside a hierarchy of version 1.
 MOUNTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
@@ -48,6 +48,14 @@ def open_cgroups(memory: int | None = None) -> "Cgroups | None":
         except OSError:
             continue
     return None
+
+
+def workload_memory() -> int:
+    """Bytes that the process of the machine uses now; 0 where there is none, or no telling."""
+    try:
+        return int(*read_words(f"{MOUNTS[0]}/{OURS}/{WORKLOAD}/memory.current"))
+    except (OSError, ValueError):
+        return 0
 
 
 class Leaf:

@@ -10,7 +10,14 @@ import time
 import trio
 
 from agent.accounts import Accounts
-from agent.cgroups import Cgroups, Leaf, needed_controllers, open_cgroups, unavailable
+from agent.cgroups import (
+    Cgroups,
+    Leaf,
+    needed_controllers,
+    open_cgroups,
+    unavailable,
+    workload_memory,
+)
 from guest import limits
 from guest.errors import OperationError
 from guest.messages import Exited, Limits, ProcessInfo
@@ -226,8 +233,10 @@ class Agent:
 
 
 def free_memory() -> int | None:
-    """Bytes for processes, asked before there are any; None where there is not enough to divide."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - limits.MEMORY_RESERVE
+    """Bytes for processes, asked before there are any but the workload, whose memory counts as
+    free; None where there is not enough to divide."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + workload_memory()
+    free -= limits.MEMORY_RESERVE
     return free if free > limits.MEMORY_RESERVE else None
 
 

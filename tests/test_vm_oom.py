@@ -176,10 +176,13 @@ def test_two_that_eat_together_do_not_stop_the_agent(hungry: Machine) -> None:
 
 
 def test_workload_has_a_cgroup_that_leaves_memory_free(hungry: Machine) -> None:
-    script = "cd /sys/fs/cgroup/microguest/workload; cat memory.max; cat cgroup.procs | wc -l"
-    most, members = map(int, hungry.agent.exec(shell=script).stdout.split())
-    total = int(hungry.agent.exec(["awk", "/MemTotal/ {print $2}", "/proc/meminfo"]).stdout) * 1024
-    assert 64 * MIB < most < total - 40 * MIB
+    script = """
+        cd /sys/fs/cgroup/microguest; cat workload/memory.max */processes/memory.max
+        wc -l < workload/cgroup.procs; awk '/MemTotal/ {print $2}' /proc/meminfo
+    """
+    workload, hosts, members, total = map(int, hungry.agent.exec(shell=script).stdout.split())
+    assert 64 * MIB < workload < total * 1024 - 40 * MIB
+    assert 64 * MIB < hosts < total * 1024 - 40 * MIB
     assert members >= 1
 
 
