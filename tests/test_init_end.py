@@ -140,6 +140,20 @@ def test_a_host_asks_for_another_start(root: Path) -> None:
         assert rest(machine)[-1][1]["status"] == "reboot"
 
 
+def test_busyboxs_commands_are_signals_as_any_other(root: Path) -> None:
+    """`reboot` sends TERM; `poweroff` sends USR2, which is the workload's."""
+    script = "trap 'echo got USR2' USR2; echo up; while :; do sleep 0.05; done"
+    with Machine(root, boot_config(shell(script))) as machine:
+        machine.report("ready")
+        wait_for(lambda: "up" in machine.console, "the trap")
+        with Agent(UnixAddress(str(machine.host / "agent.sock")), TOKEN) as agent:
+            agent.exec(["poweroff"], check=True)
+            wait_for(lambda: "got USR2" in machine.console, "the signal")
+            agent.exec(["reboot"], check=True)
+        assert machine.wait(10) == 0
+        assert rest(machine)[-1][1]["status"] == "shutdown"
+
+
 def test_every_stop_signal_ends_it(root: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPWR):
         with Machine(root, boot_config()) as machine:
