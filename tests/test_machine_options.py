@@ -1,5 +1,6 @@
 """What `boot` and `run` can ask of a machine: each option in effect, as the guest sees it."""
 
+import contextlib
 import json
 import os
 import stat
@@ -13,7 +14,7 @@ from imagefactory import directory, layer, make_layout, member
 
 import host_client
 from host_client import Machine, Mount, boot, seccomp
-from host_client.errors import BootFailed, MachineError
+from host_client.errors import BootFailed, ConnectionLost, MachineError
 from host_client.machines.folder import names, sweep
 from host_client.machines.mounts import parse_mount, parse_tmpfs, parse_volume
 from host_client.machines.settings import MachineOptions, Settings
@@ -159,13 +160,18 @@ def check_second_boot(image: str, tmp_path: Path) -> None:
     """What was written to the upper and to the disk is there again; a third writer is refused."""
     disk = Mount(kind="disk", source=str(tmp_path / "disk"), target="/elsewhere", read_only=True)
     upper = str(tmp_path / "upper")
-    with boot(image, upper=upper, mounts=[disk]) as machine:
+    packed = str(tmp_path / "seen.erofs")
+    subprocess.run(["mkfs.erofs", packed, str(tmp_path / "seen")], check=True, capture_output=True)
+    packed_disk = Mount(kind="disk", source=packed, fstype="erofs", target="/packed")
+    with boot(image, upper=upper, mounts=[disk, packed_disk]) as machine:
+        assert said(machine, "cat /packed/file") == "seen\n"
         assert said(machine, "cat /elsewhere/file /opt/state/file") == "kept\nkept\n"
         assert "Read-only" in said(machine, "touch /elsewhere/new")
         with pytest.raises(BootFailed, match="Is another process using the image"):
             boot(image, upper=upper)
         assert said(machine, "mv /opt/state /opt/moved; cat /opt/moved/file") == "kept\n"
-        machine.agent.shutdown(grace=1, reboot=True)
+        with contextlib.suppress(ConnectionLost):  # it may have ended before it could answer
+            machine.agent.shutdown(grace=1, reboot=True)
         assert machine.wait(timeout=20).status == "reboot"
     assert names() == []
 
