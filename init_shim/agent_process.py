@@ -33,7 +33,7 @@ from init_shim.deposits import Deposits
 from init_shim.failure import Failure, call
 from init_shim.last_words import LastWords
 from init_shim.reporter import say
-from init_shim.signals import KILL
+from init_shim.signals import KILL, fork
 from init_shim.watchdog import Watchdog
 from init_shim.workload import RunningWorkload
 
@@ -100,7 +100,7 @@ class AgentProcess:
         self._stands_back = self._config.machine == "vm" and self.root_fd < 0
         try:
             with call("fork", NAME):
-                pid = os.fork()
+                pid = fork()
         except Failure:
             words.close_writer()
             words.close()

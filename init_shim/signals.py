@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 else:
     import _signal as signal  # `signal` itself makes enums, whose module is larger than PID 1
 
-__all__ = ["CONTINUE", "KILL", "STOP_SIGNALS", "TERMINATE", "Signals", "reset_all"]
+__all__ = ["CONTINUE", "KILL", "STOP_SIGNALS", "TERMINATE", "Signals", "fork", "reset_all"]
 
 TERMINATE, KILL, CONTINUE = signal.SIGTERM, signal.SIGKILL, signal.SIGCONT
 
@@ -125,6 +125,21 @@ class Signals:
         room = NOTED_AT_ONCE - len(self._received)
         theirs = (number for number in noted if number != signal.SIGCHLD)
         self._received += [number for number in theirs if number not in STOP_SIGNALS][:room]
+
+
+def fork() -> int:
+    """fork(2) whose child has every signal's default. Raises OSError.
+
+    With PID 1's handlers it would lose a TERM that comes before it has become another program.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            reset_all()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+    return pid
 
 
 def reset_all() -> None:

@@ -13,6 +13,7 @@ import _guestsys
 
 from init_shim.mounts import READ_ONLY, REMOUNT
 from init_shim.reporter import say
+from init_shim.signals import fork
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def run_in_child(steps: "list[Step]", deadline: float) -> int:
     """How many of the steps were taken before one that hangs. The child is not waited for then."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
-        pid = os.fork()
+        pid = fork()
     except OSError:
         os.close(writer)
         os.close(reader)

@@ -1,5 +1,6 @@
 """The machine's end in namespaces: who is asked, in which order, and that nothing prevents it."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from guest.connection import Connection, Request, Role
 from guest.messages import Hello, Shutdown
 from host_client.address import UnixAddress
 from host_client.agent import Agent
+from host_client.errors import ConnectionLost
 
 RESTARTED = 3  # the launcher's exit code
 
@@ -149,7 +151,8 @@ def test_busyboxs_commands_are_signals_as_any_other(root: Path) -> None:
         with Agent(UnixAddress(str(machine.host / "agent.sock")), TOKEN) as agent:
             agent.exec(["poweroff"], check=True)
             wait_for(lambda: "got USR2" in machine.console, "the signal")
-            agent.exec(["reboot"], check=True)
+            with contextlib.suppress(ConnectionLost):  # the agent may be gone before its answer
+                agent.exec(["reboot"])
         assert machine.wait(10) == 0
         assert rest(machine)[-1][1]["status"] == "shutdown"
 

@@ -173,6 +173,7 @@ def test_every_real_time_signal_is_counted(root: Path) -> None:
         init = machine.init_pid()
         workload = next(pid for pid in children(init) if command_of(pid)[0] == "sleep")
         os.kill(workload, signal.SIGSTOP)
+        wait_for(lambda: state_of(workload) == "T", "the stop")
         for _ in range(100):
             os.kill(init, 40)
             os.kill(init, signal.SIGUSR2)
