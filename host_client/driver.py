@@ -96,6 +96,7 @@ class Driver:
         self._idle: list[Channel] = []
         self._closed = False
         self._clock_looked_at = -CLOCK_EVERY  # monotonic clock
+        self._asks_for_clock = False  # in a hello that no welcome has answered yet
         self._clock_is_out = False
 
     def close(self) -> None:
@@ -283,12 +284,16 @@ class Driver:
     def _greeting(self) -> Hello:
         """The hello, which asks for the time now and then: a guest may have stood still."""
         due = time.monotonic() - self._clock_looked_at >= CLOCK_EVERY
-        return self._hello.replace(clock=True) if due and self.keeps_clock else self._hello
+        if not (due and self.keeps_clock):
+            return self._hello
+        self._asks_for_clock = True
+        return self._hello.replace(clock=True)
 
     def _welcomed(self, welcome: Welcome, began: int) -> None:
         self._features = welcome.features
-        out = renewal.is_out(welcome, began)
-        if out is not None:
+        out = renewal.is_out(welcome, began) if welcome.clock else False
+        if self._asks_for_clock and out is not None:
+            self._asks_for_clock = False
             self._clock_looked_at = time.monotonic()
             self._clock_is_out = out
 

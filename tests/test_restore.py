@@ -360,6 +360,24 @@ def test_clock_that_is_right_costs_nothing(tmp_path: Path) -> None:
         assert [request.op for request in guest.asked] == ["ping"]
 
 
+def test_guest_that_does_not_tell_is_not_asked_again_at_once(tmp_path: Path) -> None:
+    asked = []
+
+    def script(peer: Peer) -> None:
+        hello = peer.next()
+        assert isinstance(hello, Hello)
+        asked.append(hello.clock)
+        peer.send(Welcome(agent="test", features=FEATURES))
+        peer.next()
+        peer.send(Response(result=PingResult(uptime=1.0, root_ready=True)))
+
+    with serving(tmp_path / "s", script, script), agent_at(tmp_path / "s") as agent:
+        agent.close()  # it keeps no connection
+        agent.ping()
+        agent.ping()
+    assert asked == [True, False]
+
+
 def test_clock_is_left_alone_on_request(tmp_path: Path) -> None:
     guest = Guest(-3600.0)
     with serving(tmp_path / "s", guest), agent_at(tmp_path / "s") as agent:
