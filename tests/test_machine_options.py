@@ -90,7 +90,7 @@ def test_everything_at_once(image: str, tmp_path: Path, kind: str) -> None:
         disk = Mount(kind="disk", source=str(tmp_path / "disk"), size="64M", target="/srv/disk")
         options["mounts"] = [*options["mounts"], disk]
         options["hosts"] = {**options["hosts"], "outside": "host-gateway"}
-        options["sysctls"] = {"kernel.msgmax": "4321"}
+        options |= {"sysctls": {"kernel.msgmax": "4321"}, "modules": True}
     with boot(image, machine=kind, **options) as machine:
         check_files(machine, tmp_path)
         check_process(machine)
@@ -153,6 +153,7 @@ def check_virtual_machine(machine: Machine) -> None:
     assert "default via 10.0.2.2" in said(machine, "ip route")
     assert said(machine, "grep outside /etc/hosts").split() == ["10.0.2.2", "outside"]
     assert said(machine, "cat /proc/sys/kernel/msgmax") == "4321\n"
+    assert said(machine, "cat /proc/sys/kernel/modules_disabled") == "0\n"
     assert "ext4" in said(machine, "mount | grep /srv/disk")
 
 
@@ -165,6 +166,7 @@ def check_second_boot(image: str, tmp_path: Path) -> None:
     packed_disk = Mount(kind="disk", source=packed, fstype="erofs", target="/packed")
     with boot(image, upper=upper, mounts=[disk, packed_disk]) as machine:
         assert said(machine, "cat /packed/file") == "seen\n"
+        assert said(machine, "cat /proc/sys/kernel/modules_disabled") == "1\n"
         assert said(machine, "cat /elsewhere/file /opt/state/file") == "kept\nkept\n"
         assert "Read-only" in said(machine, "touch /elsewhere/new")
         with pytest.raises(BootFailed, match="Is another process using the image"):

@@ -66,6 +66,7 @@ def machine_options(options: argparse.Namespace) -> MachineOptions:
         "hosts": dict(_pair(text, "add-host", ":=") for text in options.add_host),
         "sysctls": dict(_pair(text, "sysctl", "=") for text in options.sysctl),
         "hardening": options.hardening,
+        "modules": options.modules,
     }
 
 
@@ -112,6 +113,7 @@ def _add_network(group: Any) -> None:
     _add_list(group, "--dns-option", metavar="OPTION", help="of resolv.conf(5)")
     _add_list(group, "--add-host", metavar="NAME:ADDRESS", help="a line of /etc/hosts")
     _add_list(group, "--sysctl", metavar="NAME=VALUE", help="a kernel parameter")
+    add("--modules", action="store_true", help="kernel modules can be loaded after the boot")
     add("--hardening", default="default", choices=("default", "strict", "off"))
 
 

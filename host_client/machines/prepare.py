@@ -65,7 +65,11 @@ class Preparation:
                 hostname=self._hostname,
                 machine_id=settings.machine_id,
                 network=network_of(settings),
-                hardening=Hardening(profile=hardening, sysctls=dict(settings.sysctls)),
+                hardening=Hardening(
+                    profile=hardening,
+                    sysctls=dict(settings.sysctls),
+                    modules=settings.modules or settings.privileged,
+                ),
                 modules=True,
             )
         except RecordError as error:

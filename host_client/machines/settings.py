@@ -33,6 +33,7 @@ class MachineOptions(TypedDict, total=False):
     dns, dns_search, dns_options   of /etc/resolv.conf; with network user QEMU's name server
     hosts         names and their addresses for /etc/hosts
     hardening     "default", "strict" or "off": see docs/security.md
+    modules       kernel modules can be loaded after the boot
     sysctls       as {"net.core.somaxconn": "1024"}
     timeout       seconds from the launch to the ready agent
 
@@ -77,6 +78,7 @@ class MachineOptions(TypedDict, total=False):
     dns_options: Sequence[str]
     hosts: Mapping[str, str]
     hardening: str
+    modules: bool
     sysctls: Mapping[str, str]
     timeout: float
     read_only: bool
@@ -123,6 +125,7 @@ class Settings:
     dns_options: Sequence[str] = ()
     hosts: Mapping[str, str] = field(default_factory=dict)
     hardening: str = "default"
+    modules: bool = False
     sysctls: Mapping[str, str] = field(default_factory=dict)
     timeout: float = 60.0
     read_only: bool = False
