@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Supervisor"]
 
-REAPED_AT_ONCE = 1024  # children per turn, so that a flood of orphans cannot starve the rest
+REAPED_AT_ONCE = 128  # children per turn: a flood of orphans starves nobody and takes no memory
 MESSAGES_AT_ONCE = 512  # more than the pair's queue holds, but not without an end
 LOOK_AGAIN = 0.05  # seconds between two looks at who is left, should a SIGCHLD be missed
 
