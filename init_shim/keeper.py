@@ -39,6 +39,7 @@ SERVES = b"serves"
 CALLED_OFF = b"called off"
 SENTENCE = 4096  # bytes of what the keeper says instead of SERVES
 KEEPER_ALLOWANCE = 5.0  # seconds beyond those that the agent has
+ANSWER_WAIT = 0.2  # seconds for the agent to answer the host; a quick init ends it at once
 ASK_AGAIN = 1.0  # seconds; an init that has only just started is deaf
 LAST_LOOK = 0.05  # seconds between two looks at what nothing tells of
 
@@ -199,6 +200,8 @@ def end(supervisor: Supervisor, stop_signal: str) -> None:
     """
     signals = supervisor.signals
     deadline = time.monotonic() + supervisor.grace + limits.INIT_ALLOWANCE
+    if not signals.stop_requested:
+        supervisor.outlive(ANSWER_WAIT)
     wait_asking(supervisor, stop_signal, deadline, lambda: signals.stop_requested)
     if signals.stop_requested:
         supervisor.reporter.send(Stopping(status=supervisor.status, boot_ms=boot_ms()))

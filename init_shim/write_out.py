@@ -133,7 +133,8 @@ class Settle:
         self.fd = fd
 
     def __call__(self) -> None:
-        _guestsys.mount(None, f"/proc/self/fd/{self.fd}", None, REMOUNT | READ_ONLY)
+        os.fchdir(self.fd)  # an init may have unmounted /proc
+        _guestsys.mount(None, ".", None, REMOUNT | READ_ONLY)
 
 
 def mounted() -> list[tuple[str, str]]:

@@ -161,6 +161,17 @@ def test_a_host_ends_it_and_then_systemd_does(debian: Machine, upper: Path, stat
     is_clean(upper)
 
 
+def test_busybox_init_leaves_the_disk_clean(state: Path, tmp_path: Path) -> None:
+    upper = tmp_path / "upper.img"  # which it does not know of, and has no /proc left to look for
+    options = {"upper": str(upper), "upper_size": "64M", "command": ["init"]}
+    with handed_off(demo_image(), state, **options) as machine:
+        run(machine.agent, "echo written >/file")
+        ended = machine.stop(GRACE)
+    assert (ended.status, ended.error, ended.vmm_code) == ("shutdown", "", 0)
+    assert "Sent SIGTERM to all processes" in ended.console
+    is_clean(upper)
+
+
 def test_an_init_that_exits_takes_the_kernel_with_it(state: Path) -> None:
     with handed_off(demo_image(), state, command=["sh", "-c", "sleep 0.5; exit 3"]) as machine:
         ended = machine.wait(ANSWER)
