@@ -388,15 +388,15 @@ class Monitor:
         if failure is not None:
             self._on_report(failure)
             return
-        if code == 0 and self.state.phase == "running":
+        panics = panics_on_console(self._console.tail())
+        if code == 0 and self.state.phase == "running" and not panics:
             self._note_end("crashed", "the guest switched itself off, or was restarted")
             return
         if code == LAUNCHER_RESTARTED and self.plan.machine == "namespaces":
             self._note_end("reboot")
             return
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        last = panics_on_console(self._console.tail())[-1:]
-        last = last or printable(self._messages.tail()).strip().splitlines()[-1:]
+        last = panics[-1:] or printable(self._messages.tail()).strip().splitlines()[-1:]
         when = "before the guest was ready" if self.state.phase == "starting" else "unexpectedly"
         status = "boot-failed" if self.state.phase == "starting" else "crashed"
         said = f": {last[0]}"[:500] if last else ""
