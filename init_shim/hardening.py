@@ -37,6 +37,7 @@ MASKED = (
     "/proc/timer_list",
     "/proc/timer_stats",
     "/sys/devices/virtual/powercap",
+    "/sys/firmware",
 )
 READ_ONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
@@ -132,7 +133,8 @@ def lock_kernel_down() -> None:
             finally:
                 os.close(fd)
     finally:
-        _guestsys.umount2(SECURITY)
+        with call("umount2", SECURITY):
+            _guestsys.umount2(SECURITY)
 
 
 def protect_kernel_files() -> None:

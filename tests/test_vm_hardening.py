@@ -39,6 +39,7 @@ cp /bin/busybox /dev/shm/busybox; /dev/shm/busybox true 2>/dev/null; echo "shm $
 cd /tmp; sh -c 'kill -SEGV $$'; sh -c 'ulimit -c unlimited; kill -SEGV $$'
 echo "cores $(ls /tmp | grep -c ^core)"
 test -s /proc/timer_list; echo "timer_list $?"
+test -d /sys/firmware/acpi; echo "firmware $?"
 mount -t securityfs none /sys/kernel/security 2>/dev/null
 echo "lockdown $(grep -o '\\[.*\\]' /sys/kernel/security/lockdown)"
 grep ' /sys ' /proc/mounts | tail -n1 | sed 's/.* \\(r[ow]\\),.*/sys \\1/'
@@ -124,6 +125,7 @@ def test_without_hardening_programs_may_what_the_kernel_lets_them(look: Look) ->
     assert seen["root:init_module"] == "ENOEXEC"
     assert (seen["tmp:fifo"], seen["tmp:regular"]) == ("0", "0")
     assert (seen["shm"], seen["cores"], seen["lockdown"], seen["sys"]) == ("0", "1", "[none]", "rw")
+    assert seen["firmware"] == "0"
     assert int(seen["kallsyms:root"], 16) != 0
 
 
@@ -171,6 +173,7 @@ def test_strict_profile(look: Look) -> None:
         "pids:tester": "0",
         "cores": "0",
         "timer_list": "1",
+        "firmware": "1",
         "lockdown": "[integrity]",
         "sys": "ro",
         "shm": "126",
