@@ -77,7 +77,6 @@ def mount_upper(plan: Root) -> None:
     else:
         disks.mount_disk(plan.upper.serial, "ext4", UPPER, mounts.NODEV, plan.upper.format)
         write_out.remember(UPPER)  # the overlay hides it
-        write_out.remember(UPPER)
 
 
 def mount_root(plan: Root) -> None:

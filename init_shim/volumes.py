@@ -10,7 +10,7 @@ from guest.rootplan import Root, Volume
 from init_shim import disks, mounts
 from init_shim.confined import Opened, RootFolder
 from init_shim.failure import Failure, call
-from init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, mount
+from init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, RECURSIVE, mount
 from init_shim.root import NEW_ROOT
 
 __all__ = ["mount_volumes"]
@@ -58,7 +58,7 @@ def make_writable(root: RootFolder, path: str) -> None:
                 f"{path} cannot be writable: its file system is read-only; give the root an upper",
                 path=path,
             )
-        mount(place.path, place.path, None, BIND)
+        mount(place.path, place.path, None, BIND | RECURSIVE)  # with what is in /dev or /sys
 
 
 def mount_volume(root: RootFolder, volume: Volume) -> Opened:

@@ -228,6 +228,15 @@ def test_a_read_only_root_with_exceptions(image: Path, layers: Layers, user: int
     ]  # fmt: skip
 
 
+def test_a_writable_path_keeps_what_is_mounted_in_it(image: Path, layers: Layers) -> None:
+    script = "awk '{ print $2 }' /proc/mounts | grep ^/dev/ | sort -u; touch /dev/shm/x && echo x"
+    plain = lines(image, layers.config(script))
+    assert {"/dev/pts", "/dev/shm"} < set(plain)
+    config = layers.config(script)
+    config["root"] |= {"read_only": True, "writable": ["/dev"]}
+    assert lines(image, config) == plain
+
+
 def test_a_read_only_root_is_read_only_for_the_workload(image: Path, layers: Layers) -> None:
     config = layers.config("! mkdir /x 2>/dev/null && grep ' / ' /proc/mounts | cut -c 1-22")
     config["root"]["read_only"] = True

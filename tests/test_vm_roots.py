@@ -131,6 +131,7 @@ echo dirty=$(cat /dirty/order) $(touch /dirty/x 2>&1 | grep -c Read-only)
 echo share=$(cat /share/order) fixed=$(cat /fixed/order) $(touch /fixed/x 2>&1 | grep -c Read-only)
 echo written > /share/written
 echo written > /data/file
+echo held=$(ls -l /proc/1/fd | grep -c ' /microguest/upper$')
 echo shmem=$(awk '/Shmem:/ { print $2 }' /proc/meminfo)
 echo types=$(awk '$2 ~ "^/(data|dirty|share|fixed)$" { print $3 }' /proc/mounts | tr '\\n' ' ')
 echo options=$(awk '$2 == "/" { print $4 }' /proc/mounts)
@@ -205,6 +206,7 @@ def test_mixed_layers_on_a_disk_that_is_kept(base: Path, work: Path) -> None:
     assert first["dirty"] == "dirty 1"
     assert first["share"] == "share fixed=fixed 1"
     assert (folders["share"] / "written").read_text() == "written\n"
+    assert first["held"] == "1"  # by PID 1, to leave it clean
     assert int(first["shmem"]) < 20 * 1024  # the junk had 40 MiB; the program stays
     assert first["types"] == "ext4 ext4 virtiofs virtiofs"
     assert "xino=on" in first["options"]
