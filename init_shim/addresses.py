@@ -4,7 +4,11 @@ import _socket
 
 from init_shim.failure import Failure
 
-__all__ = ["Prefix", "packed_address", "parse_prefix", "text_address"]
+TYPE_CHECKING = False  # typing itself is too heavy for PID 1
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Prefix", "check", "packed_address", "parse_prefix", "resolver_address", "text_address"]
 
 
 class Prefix:
@@ -49,6 +53,20 @@ def packed_address(text: str) -> bytes:
         return _socket.inet_pton(family_of(text), text)
     except (OSError, ValueError):
         raise Failure(f"{text!r:.60} is not an IP address") from None
+
+
+def resolver_address(text: str) -> bytes:
+    """As packed_address; a link-local one may name its link, as fe80::1%eth0 in resolv.conf(5)."""
+    address, _, link = text.partition("%")
+    return packed_address(address if link else text)
+
+
+def check(where: str, parse: "Callable[[str], object]", text: str) -> None:
+    """Refuse by its field's name what `parse` refuses. Raises Failure."""
+    try:
+        parse(text)
+    except Failure as failure:
+        raise Failure(f"{where}: {failure.message}") from None
 
 
 def text_address(packed: bytes) -> str:

@@ -9,13 +9,9 @@ import time
 
 from guest import limits
 from guest.netplan import Interface, Network, Route
-from init_shim.addresses import Prefix, packed_address, parse_prefix
+from init_shim.addresses import Prefix, check, packed_address, parse_prefix
 from init_shim.failure import Failure
 from init_shim.netlink import Link, Netlink
-
-TYPE_CHECKING = False  # typing itself is too heavy for PID 1
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["set_up"]
 
@@ -54,13 +50,6 @@ def check_addresses(plan: Network) -> None:
                 check(f"{where}.routes[{number}].to", parse_prefix, route.to)
             if route.via:
                 check(f"{where}.routes[{number}].via", packed_address, route.via)
-
-
-def check(where: str, parse: "Callable[[str], object]", text: str) -> None:
-    try:
-        parse(text)
-    except Failure as failure:
-        raise Failure(f"{where}: {failure.message}") from None
 
 
 def find_links(netlink: Netlink, interfaces: tuple[Interface, ...]) -> list[Link]:

@@ -38,6 +38,8 @@ def configure(config: BootConfig) -> None:
         if given and not named:
             hostname, named = given, True
     set_hostname(hostname)
+    if plan.nameservers or plan.hosts:
+        check_names(plan)
     if plan.interfaces:
         from init_shim.interfaces import set_up
 
@@ -82,6 +84,16 @@ def with_kernel_line(plan: Network) -> tuple[Network, str]:
     from init_shim.kernel_line import planned
 
     return planned(words[-1], plan)  # the last one counts, as for the kernel
+
+
+def check_names(plan: Network) -> None:
+    """Refuse what is no address by its field's name: resolvers pass it over without a word."""
+    from init_shim.addresses import check, resolver_address
+
+    for at, text in enumerate(plan.nameservers):
+        check(f"network.nameservers[{at}]", resolver_address, text)
+    for text in plan.hosts:
+        check("network.hosts", resolver_address, text)
 
 
 def write_files(plan: Network, given_name: str, hostname: str, machine_id: str) -> None:

@@ -344,15 +344,29 @@ def test_a_missing_interface_fails_the_boot_with_its_name(root: Path) -> None:
         machine.wait()
 
 
-def test_an_address_that_is_none_is_refused_by_its_field(root: Path) -> None:
-    wrong = {"routes": [{"via": "10.0.0.1"}, {"to": "10.0.0.0/33"}]}
-    config = {**boot_config(shell("true")), "network": {"interfaces": [wrong]}}
-    with Machine(root, config) as machine:
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (
+            {"interfaces": [{"routes": [{"via": "10.0.0.1"}, {"to": "10.0.0.0/33"}]}]},
+            "network.interfaces[0].routes[1].to: "
+            "'10.0.0.0/33': the length of the network is at most 32",
+        ),
+        (
+            {"nameservers": ["fe80::1%eth0", "dns.example"]},
+            "network.nameservers[1]: 'dns.example' is not an IP address",
+        ),
+        ({"nameservers": ["fe80::1%"]}, "network.nameservers[0]: 'fe80::1%' is not an IP address"),
+        ({"hosts": {"gate": ["10.0.0.1"]}}, "network.hosts: 'gate' is not an IP address"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_by_its_field(
+    root: Path, network: dict[str, Any], message: str
+) -> None:
+    with Machine(root, {**boot_config(shell("true")), "network": network}) as machine:
         failed = machine.report("boot_failed")
         machine.wait()
-    assert failed["message"] == (
-        "network.interfaces[0].routes[1].to: '10.0.0.0/33': the length of the network is at most 32"
-    )
+    assert failed["message"] == message
 
 
 # ── DHCP: what the network says ──────────────────────────────────────────────────────────────────
