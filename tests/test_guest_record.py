@@ -50,6 +50,7 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "schema": st.just(1),
     "hostname": st.just("guest"),
     "target": st.sampled_from(("process", "group", "tree")),
+    "watchdog": st.floats(0.1, 60),
     "token": st.text("abc0123", min_size=16, max_size=40),
     "timeout": st.floats(0, 1e6),
     "drain_idle": st.floats(0, 10),
