@@ -5,23 +5,26 @@ memory with PID 1, and it outlives PID 1's change into an image's own init.
 """
 
 import os
-import select
 import time
+
+import _guestsys
 
 from guest import limits
 from guest.netplan import Network
+from guest.privileges import capability_mask
 from guest.record import Record
 from init_shim.failure import Failure, call
-from init_shim.reporter import say
-
-TYPE_CHECKING = False  # typing itself is too heavy for PID 1
-if TYPE_CHECKING:
-    from typing import NoReturn
+from init_shim.mounts import READ_ONLY
+from init_shim.signals import Signals
 
 __all__ = ["NAME", "Order", "start_clients"]
 
 NAME = "dhcp"  # argv[0]: how the program knows what it is to be
 ANSWER = 1024  # bytes of the client's line
+
+# What it does as root: netlink, raw packets, port 68, and files of an /etc that may be anybody's.
+CAPABILITIES = ("net_admin", "net_raw", "net_bind_service", "chown", "dac_override", "fowner")
+MOUNTING = ("sys_admin",)  # over a file in an /etc that cannot be written to
 
 
 class Order(Record):
@@ -35,13 +38,15 @@ class Order(Record):
     options: tuple[str, ...] = ()  # for the same file
 
 
-def start_clients(plan: Network, hostname: str) -> None:
+def start_clients(plan: Network, hostname: str, signals: Signals, *, read_only: bool) -> None:
     """A client for each interface that has `dhcp`, and a lease for each. Raises Failure.
 
-    Name servers come from the config, or else from the first interface with DHCP.
+    Name servers come from the config, or else from the first interface with DHCP. `read_only`: the
+    root will be. Returns sooner where the machine is told to end.
     """
     waiting: dict[str, int] = {}
     write = not plan.nameservers
+    capabilities = CAPABILITIES + (MOUNTING if read_only or is_read_only("/etc") else ())
     try:
         for interface in plan.interfaces:
             if interface.dhcp:
@@ -53,49 +58,64 @@ def start_clients(plan: Network, hostname: str) -> None:
                     search=plan.search,
                     options=plan.options,
                 )
-                waiting[interface.name] = start_client(order)
+                waiting[interface.name] = start_client(order, capabilities)
                 write = False
         deadline = time.monotonic() + limits.DHCP_WAIT
         for name, pipe in waiting.items():
-            await_lease(name, pipe, deadline)
+            await_lease(name, pipe, deadline, signals)
     finally:
         for pipe in waiting.values():
             os.close(pipe)
 
 
-def start_client(order: Order) -> int:
-    """Fork and exec; returns where the client says that it has a lease."""
-    with call("pipe", NAME):
+def is_read_only(folder: str) -> bool:
+    """Whether it is on something that cannot be written to, as far as can be told."""
+    try:
+        return bool(os.statvfs(folder).f_flag & READ_ONLY)
+    except OSError:
+        return True
+
+
+def start_client(order: Order, capabilities: tuple[str, ...]) -> int:
+    """Start one, with these capabilities and for ever no other; returns where it answers."""
+    kept = capability_mask(capabilities)
+    with call("pipe2", NAME):
         reader, writer = os.pipe2(os.O_CLOEXEC)
-    with call("fork", NAME):
-        pid = os.fork()
-    if pid == 0:
-        become_client(order, writer)
-    os.close(writer)
+    try:
+        with call("spawn", NAME):
+            _, pidfd = _guestsys.spawn(
+                (NAME.encode(), order.to_json().encode()),
+                (),
+                candidates=(b"/proc/self/exe",),
+                cwd=b"/",
+                fds=(0, writer, 2),
+                oom_score_adj=-1000,
+                no_new_privs=True,
+                capability_sets=(kept, kept, kept, 0, 0),
+            )
+        os.close(pidfd)
+    except BaseException:
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
     return reader
 
 
-def become_client(order: Order, writer: int) -> "NoReturn":
-    """In the child: the pipe as stdout, no environment. Never returns."""
-    try:
-        os.setsid()
-        os.dup2(writer, 1)
-        os.execve("/proc/self/exe", [NAME, order.to_json()], {})  # noqa: S606
-    except BaseException as error:  # noqa: BLE001  nothing may run on as a second PID 1
-        say(f"cannot start the DHCP client: {error}")
-    finally:
-        os._exit(127)
+def await_lease(interface: str, pipe: int, deadline: float, signals: Signals) -> None:
+    """Until the client says `bound`, or the machine is told to end.
 
-
-def await_lease(interface: str, pipe: int, deadline: float) -> None:
-    """Until the client says `bound`. Raises Failure with what it says instead, or with the time."""
-    poll = select.poll()
-    poll.register(pipe, select.POLLIN)
-    if not poll.poll(max(0, int((deadline - time.monotonic()) * 1000))):
-        why = f"no DHCP server gave a lease within {limits.DHCP_WAIT:g} s"
-    else:
-        line = os.read(pipe, ANSWER).decode("utf-8", "replace").strip()
-        if line.startswith("bound "):
-            return
-        why = line or "the DHCP client ended; what it said is on the console"
-    raise Failure(f"network interface {interface}: {why}", syscall="dhcp", path=interface)
+    Raises Failure with what it says instead, or with the time.
+    """
+    while not signals.stop_requested:
+        left = deadline - time.monotonic()
+        if pipe in signals.wait(max(0.0, left), read=(pipe,)):
+            line = os.read(pipe, ANSWER).decode("utf-8", "replace").strip()
+            if line.startswith("bound "):
+                return
+            why = line or "the DHCP client ended; what it said is on the console"
+        elif left > 0:
+            continue  # a signal, or a millisecond too soon
+        else:
+            why = f"no DHCP server gave a lease within {limits.DHCP_WAIT:g} s"
+        raise Failure(f"network interface {interface}: {why}", syscall="dhcp", path=interface)

@@ -102,7 +102,7 @@ def bootstrap(supervisor: Supervisor, timeline: Timeline) -> None:
     with step("switch-root"):
         new_root = root.switch_root(config.root, config.volumes)
     with step("network"):
-        network.configure(config)
+        network.configure(config, signals)
     with step("hardening"):
         hardening.harden(config)
         root.make_read_only(config.root)
@@ -198,6 +198,8 @@ def start_main(config: BootConfig, supervisor: Supervisor) -> WorkloadNotStarted
 
     Returns why it could not be started; the host is told when it knows that the machine is up.
     """
+    if supervisor.signals.stop_requested:
+        supervisor.status = "shutdown"
     workload = config.workload
     if workload is None or supervisor.status:
         return None

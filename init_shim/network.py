@@ -11,6 +11,7 @@ import sys
 from guest.bootconfig import BootConfig
 from guest.netplan import Network
 from init_shim.failure import call
+from init_shim.signals import Signals
 
 __all__ = ["configure"]
 
@@ -24,11 +25,11 @@ KERNEL_LINE = "/proc/cmdline"
 LONGEST_LINE = 4096  # bytes; COMMAND_LINE_SIZE is at most that
 
 
-def configure(config: BootConfig) -> None:
+def configure(config: BootConfig, signals: Signals) -> None:
     """Everything about the network, in place when this returns. Raises Failure.
 
     The files in /etc are complete before DHCP is waited for, and its name servers are there when it
-    is done.
+    is done. A machine that is told to end meanwhile does not wait for its leases.
     """
     loopback_up()
     plan, hostname = config.network, config.hostname
@@ -49,7 +50,8 @@ def configure(config: BootConfig) -> None:
     if any(interface.dhcp for interface in plan.interfaces):
         from init_shim.dhcp import start_clients
 
-        start_clients(plan, hostname if named else "")
+        name = hostname if named else ""
+        start_clients(plan, name, signals, read_only=config.root.read_only)
 
 
 def loopback_up() -> None:

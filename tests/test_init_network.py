@@ -31,10 +31,13 @@ from init_machine import (
     wait_for,
 )
 
+from guest.privileges import capability_mask
 from init_shim import dhcp_packets
 from init_shim.dhcp_packets import ACK, DISCOVER, FOREVER, OFFER
 
 MAC = bytes.fromhex("525400123456")
+# As in init_shim/dhcp.py, which cannot be imported here.
+CAPABILITIES = ("net_admin", "net_raw", "net_bind_service", "chown", "dac_override", "fowner")
 SERVER = PROJECT / "tests" / "dhcp_server.py"
 
 
@@ -349,8 +352,8 @@ def test_a_missing_interface_fails_the_boot_with_its_name(root: Path) -> None:
     [
         (
             {"interfaces": [{"routes": [{"via": "10.0.0.1"}, {"to": "10.0.0.0/33"}]}]},
-            "network.interfaces[0].routes[1].to: "
-            "'10.0.0.0/33': the length of the network is at most 32",
+            "network.interfaces[0].routes[1].to: '10.0.0.0/33': "
+            + "the length of the network is at most 32",
         ),
         (
             {"nameservers": ["fe80::1%eth0", "dns.example"]},
@@ -477,6 +480,18 @@ def served(
             server.process.wait()
 
 
+def dhcp_processes(machine: Machine) -> list[int]:
+    """The guard and its worker."""
+    found = sorted(descendants(machine.init_pid()))
+    return [pid for pid in found if command_of(pid)[:1] == ["dhcp"]]
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """/proc/PID/status."""
+    pairs = (line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {name: value.strip() for name, value in pairs}
+
+
 def test_a_lease_is_there_before_the_workload_and_is_kept(root: Path) -> None:
     script = "ip -4 addr show eth0; ip route; cat /etc/resolv.conf; sleep 1000"
     with served(root, script, "good", hostname="web") as (machine, server):
@@ -493,10 +508,14 @@ def test_a_lease_is_there_before_the_workload_and_is_kept(root: Path) -> None:
             ("request", "10.9.0.77", "0a09004d")
         }
         assert server.heard[0]["name"] == "web"
+        # What reads strangers' packets is root for the network and for files only.
+        guard, worker = dhcp_processes(machine)
+        for pid in (guard, worker):
+            held = status_of(pid)
+            kept = {int(held[name], 16) for name in ("CapPrm", "CapEff", "CapBnd")}
+            assert kept == {capability_mask(CAPABILITIES)}
+            assert (held["NoNewPrivs"], held["CapInh"], held["CapAmb"]) == ("1", "0" * 16, "0" * 16)
         # A client that dies is started again and goes on with the lease.
-        worker = max(
-            pid for pid in descendants(machine.init_pid()) if command_of(pid)[:1] == ["dhcp"]
-        )
         os.kill(worker, 9)
         wait_for(
             lambda: "ended (signal 9); starting another" in machine.console, "the guard's word"
@@ -513,9 +532,8 @@ def test_a_lease_is_looked_at_when_asked(root: Path) -> None:
         machine.report("ready")
         time.sleep(0.3)
         assert server.count("request") == 1
-        for pid in descendants(machine.init_pid()):
-            if command_of(pid)[:1] == ["dhcp"]:
-                os.kill(pid, signal.SIGUSR1)
+        for pid in dhcp_processes(machine):
+            os.kill(pid, signal.SIGUSR1)
         wait_for(lambda: server.count("request") == 2, "a renewal")
         assert server.heard[-1]["from"] == "10.9.0.77"
 
@@ -572,6 +590,15 @@ def test_the_configs_name_servers_win(root: Path) -> None:
     with served(root, "cat /etc/resolv.conf", "good", network=NAMES) as (machine, _):
         finish(machine)
         assert machine.console == RESOLV_CONF
+
+
+def test_a_machine_that_is_told_to_end_does_not_wait_for_its_lease(root: Path) -> None:
+    with served(root, "true", "silent") as (machine, server):
+        wait_for(lambda: server.count("discover") == 1, "the question")
+        machine.process.terminate()
+        assert machine.report("stopping")["status"] == "shutdown"
+        machine.no_more_reports()
+        assert machine.wait() == 0
 
 
 @pytest.mark.slow
