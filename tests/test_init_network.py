@@ -352,8 +352,10 @@ def test_a_missing_interface_fails_the_boot_with_its_name(root: Path) -> None:
     [
         (
             {"interfaces": [{"routes": [{"via": "10.0.0.1"}, {"to": "10.0.0.0/33"}]}]},
-            "network.interfaces[0].routes[1].to: '10.0.0.0/33': "
-            + "the length of the network is at most 32",
+            (
+                "network.interfaces[0].routes[1].to: "
+                "'10.0.0.0/33': the length of the network is at most 32"
+            ),
         ),
         (
             {"nameservers": ["fe80::1%eth0", "dns.example"]},
