@@ -31,6 +31,7 @@ __all__ = [
     "mount_api",
     "mount_share",
     "restrict",
+    "restrict_tree",
 ]
 
 # linux/mount.h
@@ -122,6 +123,16 @@ def restrict(path: str, flags: int) -> None:
         told = os.statvfs(path).f_flag
     kept = told & TOLD_FLAGS | (RELATIME if told & TOLD_RELATIME else 0)
     mount(None, path, None, REMOUNT | BIND | kept | flags)
+
+
+def restrict_tree(fd: int, path: str, flags: int) -> None:
+    """Add flags to the mount at a descriptor and to every mount below it. Raises Failure.
+
+    flags: of READ_ONLY, NOSUID, NODEV and NOEXEC, which mount_setattr(2) numbers alike. `path` is
+    for messages.
+    """
+    with call("mount_setattr", path, hint="a bind needs Linux 5.12"):
+        _guestsys.mount_setattr(fd, flags)
 
 
 def is_mount_point(path: str) -> bool:

@@ -104,12 +104,12 @@ def check_place(root: RootFolder, volume: Volume, place: Opened) -> None:
 
 def mount_at(root: RootFolder, volume: Volume, source: Opened | None, place: Opened) -> None:
     """mount(2) on the opened target. mount(2) takes no notice of flags together with BIND: those
-    of a bind are set in a second call."""
+    of a bind, and of what is mounted inside it, are set in a second call."""
     flags = flags_of(volume)
     if source is not None:
-        mount(source.path, place.path, None, BIND)
+        mount(source.path, place.path, None, BIND | RECURSIVE)
         with root.open(volume.target) as bound:
-            mounts.restrict(bound.path, flags)
+            mounts.restrict_tree(bound.fd, volume.target, flags)
     elif volume.kind == "disk":
         # Elsewhere first: the opened target keeps leading to what it was before the mount.
         mounts.ensure_directory(STAGE)

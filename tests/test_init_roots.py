@@ -1,14 +1,21 @@
 """Roots and volumes in namespaces: every kind that needs no block device, and hostile images."""
 
+import importlib
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from init_machine import Config, Machine, boot_config, make_root, require_program
+
+from guest.rootplan import Volume
+from init_shim.failure import Failure
 
 LOWER = "/microguest/lower"  # the initial root's view of the image's folder
 HOST = "/microguest/host"  # and of one that can be written to
@@ -294,6 +301,60 @@ def test_every_kind_of_volume(image: Path, layers: Layers, user: int | None) -> 
         "700", "page", "from the host", "root", "ran", "refused", "written", "no", "no", "no",
         "full",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def shared(image: Path, layers: Layers) -> Iterator[str]:
+    """A folder of the host's in which another file system is mounted, as PID 1 sees it."""
+    inner = layers.add("shared") / "inner"
+    layers.names.remove("shared")
+    inner.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=777", "tmpfs", str(inner)], check=True)
+    try:
+        (inner / "file").write_text("inside\n")
+        (inner / "file").chmod(0o666)
+        yield f"{LOWER}/shared"
+    finally:
+        subprocess.run(["umount", "-l", str(inner)], check=True)
+        shutil.rmtree(inner.parent)
+
+
+@pytest.mark.parametrize("user", [None, NOBODY])
+def test_a_bind_takes_along_what_is_mounted_inside_it(
+    image: Path, layers: Layers, shared: str, user: int | None
+) -> None:
+    volumes: list[dict[str, Any]] = [
+        {"kind": "directory", "target": "/as/is", "path": shared},
+        {"kind": "directory", "target": "/fixed", "path": shared, "read_only": True},
+        {"kind": "bind", "target": "/as/well/bound", "path": "/as/is", "exec": False},
+    ]
+    script = (
+        "for at in /as/is /fixed /as/well/bound; do"
+        " { echo $at >> $at/inner/file; } 2>/dev/null || echo read-only;"
+        " awk -v at=$at/inner '$2 == at { print $4 }' /proc/mounts | cut -d, -f 1-4; done;"
+        "cat /fixed/inner/file"
+    )
+    found = lines(image, layers.config(script, volumes), user=user)
+    assert [line.removesuffix(",relatime").removesuffix(",inode64") for line in found] == [
+        "rw,nosuid,nodev", "read-only", "ro,nosuid,nodev", "rw,nosuid,nodev,noexec",
+        "inside", "/as/is", "/as/well/bound",
+    ]  # fmt: skip
+
+
+def test_a_mount_that_turned_out_to_allow_more_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No kernel is known that does this, so the check is asked about a mount of this one."""
+    monkeypatch.setitem(sys.modules, "_guestsys", types.ModuleType("_guestsys"))
+    volumes = importlib.import_module("init_shim.volumes")
+    confined = importlib.import_module("init_shim.confined")
+    for flag in ("read_only", "exec"):
+        volume = Volume(kind="tmpfs", target="/x", suid=True, dev=True)
+        with confined.Opened(os.open(tmp_path, os.O_PATH)) as there:
+            volumes.check_flags(volume, there)
+            allowed = volume.replace(**{flag: flag == "read_only"})
+            with pytest.raises(Failure, match=r"/x was mounted .* and turned out not to be"):
+                volumes.check_flags(allowed, there)
 
 
 def test_parents_are_mounted_before_what_is_inside_them(image: Path, layers: Layers) -> None:
