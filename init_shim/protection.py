@@ -50,6 +50,15 @@ def resident_pages(pid: int) -> int:
         return 0
 
 
+def is_below(cgroup: str, limit: int) -> bool:
+    """Whether a cgroup has less than this limit, which was more than there is."""
+    try:
+        with open(f"/sys/fs/cgroup{cgroup}/memory.max", encoding="ascii") as file:
+            return int(file.read()) + os.sysconf("SC_PAGE_SIZE") <= limit  # whole pages count
+    except (OSError, ValueError):
+        return False
+
+
 def watch_oom(config: BootConfig, supervisor: Supervisor, reporter: Reporter) -> None:
     """From now on each process that the kernel kills for memory is reported.
 
@@ -63,11 +72,11 @@ def watch_oom(config: BootConfig, supervisor: Supervisor, reporter: Reporter) ->
         log = KernelLog()
     except OSError:
         return  # a kernel without it
-    workload_limited = config.workload is not None and config.workload.memory is not None
+    workload_limit = None if config.workload is None else config.workload.memory
 
     def is_own_limit(cgroup: str) -> bool:
         if cgroup == WORKLOAD_CGROUP:
-            return workload_limited
+            return workload_limit is not None and not is_below(cgroup, workload_limit)
         return not (cgroup.startswith("/microguest/") and cgroup.endswith(HOSTS_PROCESSES))
 
     watch = OomWatch(log, reporter.send, is_own_limit)

@@ -186,24 +186,27 @@ def test_workload_has_a_cgroup_that_leaves_memory_free(hungry: Machine) -> None:
     assert members >= 1
 
 
+@pytest.mark.parametrize(
+    ("limit", "told"), [(32 * MIB, "its own limit"), (1024 * MIB, "the machine's memory")]
+)
 def test_the_workloads_own_limit(
-    state_home: None, elf: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    state_home: None, elf: pathlib.Path, monkeypatch: pytest.MonkeyPatch, limit: int, told: str
 ) -> None:
     """Nothing of the host's asks for one yet; a boot config can."""
     plain = BootConfig.to_json
 
     def limited(self: BootConfig) -> Any:
         if isinstance(self, BootConfig) and self.workload is not None:
-            self = self.replace(workload=self.workload.replace(memory=32 * MIB))
+            self = self.replace(workload=self.workload.replace(memory=limit))
         return plain(self)
 
     monkeypatch.setattr(BootConfig, "to_json", limited)
     with eating_machine() as machine:
         with Pings(machine):
             feed(machine, "new\nline (1)")
-        told = await_kill(machine, 1)
-        assert "its own limit" in told
-        assert "(1)" in told
+        event = await_kill(machine, 1)
+        assert told in event
+        assert "(1)" in event
         exited = machine.stop(grace=0.5).workload_exited
     assert exited is not None
     assert exited.oom_killed
