@@ -81,7 +81,7 @@ async def attach(agent: Agent, channel: Channel, args: Record, early: list[Event
     )
     if await attachment.run(early) and args.write and process.id == MAIN_ID:
         await wait_for_close(channel)
-        agent.link.send(MainCollected())
+        await agent.link.deliver(lambda: (MainCollected(), ()))
 
 
 def starting_points(

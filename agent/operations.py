@@ -8,7 +8,7 @@ import trio
 from agent.channel import Channel, ConnectionLost
 from agent.state import Agent
 from guest import limits
-from guest.connection import Event
+from guest.connection import Event, Response
 from guest.errors import OperationError, RemoteProtocolError
 from guest.messages import (
     Forget,
@@ -125,11 +125,16 @@ async def forget(agent: Agent, _channel: Channel, args: Record, _early: list[Eve
     return ForgetResult()
 
 
-async def shutdown(agent: Agent, _channel: Channel, args: Record, _early: list[Event]) -> Record:
-    """Pass the request on to PID 1, which ends the machine."""
+async def shutdown(agent: Agent, channel: Channel, args: Record, _early: list[Event]) -> None:
+    """Pass the request on to PID 1, which ends the machine; this agent may be the first to go."""
     assert isinstance(args, Shutdown)
-    agent.link.send(ShutdownRequest(grace=args.grace, reboot=args.reboot))
-    return ShutdownResult()
+    request = ShutdownRequest(grace=args.grace, reboot=args.reboot)
+    channel.queue(Response(result=ShutdownResult()))
+    try:
+        channel.flush_now()
+    except ConnectionLost:
+        pass  # a host need not wait for the answer
+    await agent.link.deliver(lambda: (request, ()))
 
 
 def _resident_kib() -> int:

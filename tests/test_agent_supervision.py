@@ -1,8 +1,17 @@
 """What the agent says to PID 1 unasked and when it is asked whether it is there."""
 
-from agentharness import AgentProcess, execute
+from agentharness import AgentProcess, Host, execute
 
-from guest.supervision import MESSAGES, AreYouThere, Deposit, ExecStarted, Here, Message
+from guest.messages import Shutdown, ShutdownResult
+from guest.supervision import (
+    MESSAGES,
+    AreYouThere,
+    Deposit,
+    ExecStarted,
+    Here,
+    Message,
+    ShutdownRequest,
+)
 
 
 def heard(agent: AgentProcess) -> Message:
@@ -30,3 +39,13 @@ def test_an_agent_that_waits_for_its_root_is_there() -> None:
         for number in (1, 2):
             agent.send(AreYouThere(number=number))
             assert heard(agent) == Here(number=number)
+
+
+def test_a_host_that_ends_the_machine_is_answered_before_pid_1_can_end_the_agent() -> None:
+    with AgentProcess() as agent, Host(agent) as host:
+        questions = 1000  # whose answers are more than the pair holds
+        for number in range(questions):
+            agent.send(AreYouThere(number=number))
+        assert isinstance(host.request("shutdown", Shutdown(grace=2.0)), ShutdownResult)
+        answers = [heard(agent) for _ in range(questions + 1)]
+        assert ShutdownRequest(grace=2.0) in answers
