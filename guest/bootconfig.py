@@ -45,6 +45,8 @@ class Endpoint(Record):
             raise RecordError(f"port: {self.port} is not a vsock port")
         if self.transport == "unix" and not self.path.startswith("/"):
             raise RecordError("path: must be absolute for transport unix")
+        if "\0" in self.path:
+            raise RecordError("path: has a NUL byte")
         if self.transport not in ("vsock", "unix"):
             raise RecordError(f"transport: {self.transport!r:.100} is not vsock or unix")
 

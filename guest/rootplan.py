@@ -7,7 +7,7 @@ block device, the tag of a virtiofs or 9p share, a directory of the initial root
 from guest import limits
 from guest.record import Record, RecordError
 
-__all__ = ["Lower", "Root", "Upper", "Volume", "is_inside"]
+__all__ = ["Lower", "Root", "Upper", "Volume"]
 
 SHARED = ("virtiofs", "9p")
 
@@ -15,13 +15,11 @@ SHARED = ("virtiofs", "9p")
 # The checks come first: some records are defaults of others, and so are checked at import.
 
 
-def is_inside(path: str, folder: str) -> bool:
-    """Whether an absolute path is `folder` or below it, by its text."""
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
-
-
 def check_source(kind: str, serial: str, tag: str, path: str) -> None:
-    """Raises RecordError where what `kind` is found by is missing."""
+    """Raises RecordError where what `kind` is found by is missing, or no system call takes it."""
+    for field, text in (("serial", serial), ("tag", tag), ("path", path)):
+        if "\0" in text:
+            raise RecordError(f"{field}: {text!r:.100} has a NUL byte")
     if kind == "disk" and not serial:
         raise RecordError("serial: is needed to find the disk")
     if kind in SHARED and not tag:
