@@ -47,8 +47,8 @@ class Reporter:
     def send(self, report: Report) -> None:
         """Tell the host; a failed boot also goes to the console. Gives up quietly."""
         if isinstance(report, BootFailed):
-            report = report.replace(message=report.message[:MESSAGE], path=report.path[:MESSAGE])
-            say(CONSOLE_MARK + REPORTS.encode(report.replace(steps=())).decode("ascii"))
+            report = shortened(report, MESSAGE)
+            say(console_line(report))
             self._dial_late()
         if self._connection is None:
             return
@@ -90,6 +90,22 @@ class Reporter:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def console_line(report: BootFailed) -> str:
+    """The report without its steps, as much of its texts as fits into one line of the console."""
+    most = MESSAGE
+    while True:
+        part = shortened(report, most).replace(steps=())
+        line = CONSOLE_MARK + REPORTS.encode(part).decode("ascii")
+        if len(line) < CONSOLE_LINE or most == 1:
+            return line
+        most //= 2  # what is not ASCII takes up to twelve characters there
+
+
+def shortened(report: BootFailed, most: int) -> BootFailed:
+    """With `most` characters of each of its texts."""
+    return report.replace(message=report.message[:most], path=report.path[:most])
 
 
 def dial(endpoint: Endpoint) -> _socket.socket:

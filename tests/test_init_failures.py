@@ -70,6 +70,21 @@ def test_a_failing_call_is_told_to_the_host_and_on_the_console(
         assert machine.report("stopping")["status"] == "boot-failed"
 
 
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_a_long_message_is_a_whole_report_on_the_console(root: Path, letter: str) -> None:
+    config = boot_config(["true"])
+    target = "/" + f"{letter * 200}/" * 19
+    config["volumes"] = [{"kind": "tmpfs", "target": target, "create": False}]
+    with Machine(root, config) as machine:
+        assert machine.wait(BOUND) == 0
+        _, failed = machine.console_report()
+        whole = machine.report("boot_failed")
+        assert whole["message"].startswith(f"openat2 {target[:300]}")
+        assert whole["path"].startswith(failed["path"])
+        assert whole["message"].startswith(failed["message"])
+        assert failed["message"].startswith(f"openat2 {target[:200]}")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
