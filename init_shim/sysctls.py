@@ -95,7 +95,8 @@ def write(path: str, value: str) -> None:
         fd = os.open(target, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         with call("write", target, hint=f"does it take {value!r:.100}?"):
-            os.write(fd, f"{value}\n".encode())  # an empty write would change nothing
+            # An empty write would change nothing. What text may hold is the kernel's to judge.
+            os.write(fd, f"{value}\n".encode("utf-8", "surrogatepass"))
     finally:
         os.close(fd)
 

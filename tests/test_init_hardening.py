@@ -113,11 +113,12 @@ def test_a_sysctl_that_is_missing_or_refused_is_named(root: Path) -> None:
     failed = failure_of(root, "net.ipv4.nothing")
     assert (failed["step"], failed["syscall"]) == ("hardening", "open")
     assert failed["path"] == "/proc/sys/net/ipv4/nothing"
-    config = boot_config(["true"])
-    config["hardening"] = {"sysctls": {"net.ipv4.ip_forward": "perhaps"}}
-    with Machine(root, config) as machine:
-        failed = machine.report("boot_failed")
-    assert (failed["syscall"], failed["path"]) == ("write", "/proc/sys/net/ipv4/ip_forward")
+    for value in ("perhaps", "\ud800"):
+        config = boot_config(["true"])
+        config["hardening"] = {"sysctls": {"net.ipv4.ip_forward": value}}
+        with Machine(root, config) as machine:
+            failed = machine.report("boot_failed")
+        assert (failed["syscall"], failed["path"]) == ("write", "/proc/sys/net/ipv4/ip_forward")
 
 
 def test_strict_hides_and_protects(root: Path) -> None:
