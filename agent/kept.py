@@ -146,6 +146,11 @@ class KeptProcess(Process):
         self._owed: dict[int, int] = {}  # bytes that were in a pipe then
         self._last_data: dict[int, float] = {}
         self._kill_at = math.inf if notes.deadline is None else notes.deadline + notes.grace
+        # The workload's terminal waits so long for the first to sit down at it: time.monotonic()
+        self._is_main_terminal = self.tty and self.id == MAIN_ID
+        self._unseen_at = math.inf
+        if self._is_main_terminal:
+            self._unseen_at = self.started + limits.OUTPUT_GRACE
         self._scope = trio.CancelScope()
         self._released = trio.Event()
         self._gone = False  # its descriptors are closed
@@ -284,6 +289,8 @@ class KeptProcess(Process):
         self._alone = trio.Event()
         if write:
             self.writer = attachment
+            if self._is_main_terminal:
+                self._wait_for_reader(True)
 
     def leave(self, attachment: "Attachment") -> None:
         """It has what it gets."""
@@ -291,8 +298,18 @@ class KeptProcess(Process):
         self.attached -= 1
         if self.writer is attachment:
             self.writer = None
+            if self._is_main_terminal:
+                self._wait_for_reader(False)
         if not self.attachments:
             self._alone.set()
+
+    def _wait_for_reader(self, waits: bool) -> None:
+        """Whether what a full ring has no room for waits, or the oldest makes room: without a
+        reader a terminal holds nobody up."""
+        self._unseen_at = math.inf
+        for stream, ring in self.rings.items():
+            ring.drops = not waits
+            self._go_on(stream)
 
     def reaped(self, message: KeptStatus | MainExited) -> None:
         """PID 1 says how it ended."""
@@ -389,6 +406,10 @@ class KeptProcess(Process):
     def acknowledge(self, stream: int, offset: int) -> None:
         """The writer needs nothing before `offset` again."""
         self.rings[stream].acknowledge(offset)
+        self._go_on(stream)
+
+    def _go_on(self, stream: int) -> None:
+        """Its ring may have room again."""
         if stream in self.outputs and stream not in self._watched and self.rings[stream].room:
             self._last_data[stream] = trio.current_time()
             self._watch(stream)
@@ -450,8 +471,7 @@ class KeptProcess(Process):
         """On trio's clock."""
         if self._exit_seen == math.inf:
             moment = self._kill_at if self.notes.timed_out else self.notes.deadline
-            if moment is None:
-                return math.inf
+            moment = min(math.inf if moment is None else moment, self._unseen_at)
             return trio.current_time() + moment - time.monotonic()
         return min((self._cut_at(s) for s in self._watched), default=math.inf)
 
@@ -463,6 +483,8 @@ class KeptProcess(Process):
                     self._end_output(stream, CUT)
             return
         now, deadline = time.monotonic(), self.notes.deadline
+        if now >= self._unseen_at:
+            self._wait_for_reader(False)
         if not self.notes.timed_out and deadline is not None and now >= deadline:
             self.notes = self.notes.replace(timed_out=True)
             self._deposit_due = True

@@ -74,7 +74,7 @@ AGENT_BOOT_CRASHES = 4  # an agent that died so often before it ever served fail
 
 # ── ending ───────────────────────────────────────────────────────────────────────────────────────
 STOP_GRACE = 5.0  # between TERM and KILL of everything that is left
-OUTPUT_GRACE = 10.0  # how long an ended workload's output waits for somebody to collect it
+OUTPUT_GRACE = 10.0  # how long an ended workload's output, or a terminal's first, waits for a host
 AGENT_RESTART_DELAYS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)  # seconds; the last one repeats
 AGENT_CRASH_LIMIT = 20  # crashes after which the agent stays down and the state says so
 RESTART_DELAY_MAX = 3600.0  # of the workload

@@ -16,6 +16,7 @@ from imagefactory import require
 from machinekit import wait_until
 from terminalkit import Person, root_of_programs
 
+from guest import limits
 from host_client.cli.detachkeys import DetachKeys, parse
 from host_client.cli.terminal import ScreenModes
 
@@ -455,6 +456,31 @@ def test_run_detached_with_a_terminal(image: str) -> None:
         person.type("exit 4\r")
         assert person.end() == 4
     machinekit.nothing_is_left("apart", pids, within=5)
+
+
+def test_a_terminal_without_a_reader_holds_nobody_up(image: str) -> None:
+    """Neither one that nobody has seen for OUTPUT_GRACE, nor one that was left."""
+    flood = f"yes {'flood' * 14} | head -c 3000000; touch /done; sleep 1000"
+    for name, script in (("unseen", flood), ("left", f"read go; sleep 0.5; {flood}")):
+        words = ("--name", name, "--machine", "namespaces", image, "sh", "-c", script)
+        microguest("run", "-dt", "--rm", *words)
+    with at_terminal("attach", "left") as person:
+        person.wait_until("it is attached", lambda: person.is_raw)
+        person.type("\r\x10\x11")
+        assert person.end() == 0
+    for name, seconds in (("left", 5), ("unseen", limits.OUTPUT_GRACE + 5)):
+        done = ("exec", name, "test", "-e", "/done")
+        machinekit.wait_until(
+            f"{name} goes on", lambda d=done: microguest(*d).returncode == 0, seconds
+        )
+        logs = microguest("logs", name)
+        assert b"a terminal" in logs.stderr
+        assert f"microguest attach -a {name}".encode() in logs.stderr
+        with at_terminal("attach", "-a", name) as person:
+            person.see("floodflood")
+            person.type("\x10\x11")
+            assert person.end() == 0
+        microguest("stop", "-t", "0", name)
 
 
 def test_run_in_a_terminal_what_is_not_there(image: str) -> None:

@@ -7,6 +7,7 @@ is the real thing: the monitor, the link, the folder.
 import json
 import os
 import shutil
+import socket
 import stat
 import sys
 import time
@@ -22,7 +23,9 @@ from host_client.errors import BootFailed, MachineError
 from host_client.machines.console import HALF_MAX, RotatingLog, printable, read_log
 from host_client.machines.folder import claim, is_alive, names, read_state
 from host_client.machines.machine import Machine
-from host_client.machines.plan import AGENT_EXITS_MAX, EVENTS_MAX
+from host_client.machines.plan import AGENT_EXITS_MAX, EVENTS_MAX, cut
+from host_client.machines.qmp import Qmp
+from host_client.vhost_vsock.loop import EventLoop
 
 GUEST = """#!{python}
 import hashlib, json, os, signal, socket, sys, time
@@ -378,3 +381,39 @@ def test_claims() -> None:
     assert read_state("one") is None
     shutil.rmtree(os.environ["XDG_STATE_HOME"])
     assert names() == []
+
+
+@pytest.mark.parametrize("text", ['"' * 5000, "\x01" * 5000, "\U0001f600" * 5000, "\\" * 5000])
+def test_a_text_is_cut_to_what_it_takes_as_json(text: str) -> None:
+    assert 100 < len(json.dumps(cut(text, 1000))) <= 1002
+    assert 100 < len(json.dumps(cut(text, 1000, tail=True))) <= 1002
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b'{"error": {"desc": "no"}}', "no"),
+        (b'{"error": "no"}', "no"),
+        (b'{"error": {}}', "{}"),
+        (b"[" * 200_000 + b'\n{"return": 1}', ""),
+    ],
+    ids=["an-error", "a-text", "nothing", "nested"],
+)
+def test_whatever_a_vmm_answers_the_monitor_lives(answer: bytes, said: str) -> None:
+    loop = EventLoop()
+    ours, theirs = socket.socketpair()
+    qmp = Qmp(loop, ours, lambda _name: None)
+    heard: list[str] = []
+
+    def answered(error: str) -> None:
+        heard.append(error)
+        loop.stop()
+
+    qmp.execute("stop", answered)
+    theirs.sendall(b'{"return": {}}\n')
+    with theirs:
+        loop.call_later(5, loop.stop)
+        loop.defer(lambda: theirs.sendall(answer + b"\n"))
+        loop.run()
+    qmp.close()
+    assert heard == [said]

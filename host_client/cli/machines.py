@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from guest.report import CONSOLE_MARK
+from host_client.cli import complain
 from host_client.cli.stream import write_all
 from host_client.cli.table import show
 from host_client.errors import MachineError
@@ -31,6 +32,10 @@ FOLLOW_EVERY: Final = 0.1  # seconds between looks at a console that is followed
 NOT_THE_WORKLOADS: Final = re.compile(
     rb"microguest: |" + re.escape(CONSOLE_MARK.encode()) + rb"|\[ *[0-9]+\.[0-9]+\] reboot: "
 )
+ELSEWHERE: Final = {
+    "terminal": "its command has a terminal: microguest attach -a {name}",
+    "attached": "its command's output goes to who has started it",
+}
 ENDED_SHOWN: Final = 40  # characters of how it ended
 
 
@@ -109,6 +114,9 @@ def logs(options: argparse.Namespace) -> int:
     if not os.path.isdir(folder):
         raise MachineError(f"no machine named {name}: see microguest ls -a")
     path = os.path.join(folder, "console.log")
+    state = read_state(name)
+    if state is not None and state.stdio != "console":
+        complain(f"this is the console; {ELSEWHERE[state.stdio].format(name=name)}")
     lines = follow(name, path) if options.follow else iter(read_log(path).splitlines(True))
     sys.stdout.flush()
     for line in lines:

@@ -115,6 +115,7 @@ class Monitor:
             machine=plan.machine,
             image=plan.image,
             command=plan.command,
+            stdio=plan.stdio,
             url=plan.url,
             monitor=os.getpid(),
             created=time.time(),

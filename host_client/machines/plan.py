@@ -1,9 +1,10 @@
 """What a machine's caller and its monitor say to each other, and what state.json holds.
 
 Every message is one packet of a SOCK_SEQPACKET pair: commands go to the monitor, the machine's
-whole state comes back whenever it has changed. Imports nothing but the contract.
+whole state comes back whenever it has changed. Imports next to nothing but the contract.
 """
 
+import json
 import signal
 from typing import Final
 
@@ -63,6 +64,7 @@ class Plan(Record):
     machine: str  # "qemu" or "namespaces"
     image: str  # as the caller named it
     command: str  # the workload, for people
+    stdio: str = "console"  # of the workload, as the boot config has it
     url: str  # where the agent will be
     # The VMM's words. {vsock}, {console} and {qmp}, QEMU's control connection, become numbers of
     # inherited descriptors, {monitor} the monitor's process id.
@@ -124,6 +126,7 @@ class MachineState(Record):
     machine: str = ""
     image: str = ""
     command: str = ""
+    stdio: str = "console"  # of the command: "console", "attached", "terminal"
     url: str = ""
     phase: str = "starting"  # "starting", "running", "stopping", "ended"
     paused: bool = False  # its processors stand still
@@ -190,7 +193,7 @@ def clipped(report: Record) -> Record:
 def cut(text: str, size: int = TEXT_MAX, *, tail: bool = False) -> str:
     """The beginning or end of a text that takes at most about `size` bytes as JSON."""
     text = text[-size:] if tail else text[:size]
-    while len(ascii(text)) > size + 2:
+    while len(json.dumps(text)) > size + 2:
         half = len(text) // 2
         text = text[half:] if tail else text[:half]
     return text

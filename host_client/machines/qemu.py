@@ -134,6 +134,7 @@ class QemuBackend:
             machine=self.name,
             image=settings.image,
             command=preparation.command,
+            stdio=settings.stdio,
             url=str(address),
             argv=command_line(
                 Q35,

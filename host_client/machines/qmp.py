@@ -66,7 +66,7 @@ class Qmp:
         for line in filter(bytes.strip, lines):
             try:
                 message = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 message = None
             self._take(message if isinstance(message, dict) else {})
 
@@ -74,8 +74,9 @@ class Qmp:
         if "event" in message:
             self._on_event(str(message["event"]))
         elif ("return" in message or "error" in message) and self._waiting:
-            error = message.get("error", {"desc": ""})
-            self._waiting.popleft()(str(error.get("desc", error))[:500])
+            error = message.get("error", "")
+            said = error.get("desc", error) if isinstance(error, dict) else error
+            self._waiting.popleft()(str(said)[:500])
 
     def _fail(self, reason: str) -> None:
         if self._sock.fileno() >= 0:
