@@ -14,7 +14,7 @@ from guest.supervision import AgentReady, ExecStarted, MainCollected, ShutdownRe
 from init_shim.agent_process import AgentProcess
 from init_shim.main_process import MainProcess
 from init_shim.reporter import Reporter
-from init_shim.signals import Signals
+from init_shim.signals import KILL, Signals
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
@@ -90,11 +90,22 @@ class Supervisor:
         return self._turns(lambda: done() or self.status not in ("", despite), timeout)
 
     def stop_workload(self) -> None:
-        """Ask it to end, and everything goes on until it has, for at most `grace` seconds."""
+        """Ask it to end, and everything goes on until it has, for at most `grace` seconds.
+
+        With pipes or a terminal it is killed then, before the agent is, and whoever reads them has
+        COLLECT_WAIT for the last of it and the exit code.
+        """
         main = self.main
-        if main is not None and main.running is not None:
+        if main is None:
+            return
+        if main.running is not None:
             main.ask_to_end()
             self._turns(lambda: main.running is None, self.grace)
+        if main.attached:
+            main.signal(KILL)
+            self._turns(
+                lambda: main.running is None and self._collect_until is None, limits.COLLECT_WAIT
+            )
 
     def outlive(self, timeout: float) -> bool:
         """Turn until nobody is left, for at most `timeout` seconds; nobody is started again.
@@ -184,7 +195,7 @@ class Supervisor:
                 self.grace = message.grace
             self._end("reboot" if message.reboot else "shutdown")
         elif isinstance(message, MainCollected) and self._collect_until is not None:
-            self._end("done")
+            self._collected()
         elif isinstance(message, AgentReady) and starts > 1:
             self.reporter.send(AgentServes(starts=starts, boot_ms=message.boot_ms))
         elif isinstance(message, ExecStarted) and not self._first_exec_told:
@@ -217,7 +228,7 @@ class Supervisor:
         """What is due by now."""
         now = time.monotonic()
         if self._collect_until is not None and now >= self._collect_until:
-            self._end("done")
+            self._collected()
         if self.agent is not None and not self._last_phase:
             if is_due(self.agent.restart_at, now):
                 self.agent.start_again()
@@ -228,6 +239,11 @@ class Supervisor:
             self.reporter.send(report)
             if isinstance(report, WorkloadFailed) and report.restart_in is None:
                 self._end("workload-failed")
+
+    def _collected(self) -> None:
+        """The ended workload's output: all of it, or as long as it could wait."""
+        self._collect_until = None
+        self._end("done")
 
     def _end(self, status: str) -> None:
         if self.status in ("", "done"):

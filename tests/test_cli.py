@@ -76,6 +76,24 @@ def test_no_stdin_without_i(image: str) -> None:
     assert run(image, "cat", stdin=b"not seen").stdout == b""
 
 
+@pytest.mark.parametrize(
+    ("at_term", "code"),
+    [("head -c 3000000 /dev/zero | tr '\\0' x; exit 5", 5), ("", 137)],
+    ids=["that-says-goodbye", "that-is-killed"],
+)
+def test_command_whose_machine_is_stopped(image: str, at_term: str, code: int) -> None:
+    """As in docker: the last of its output is shown, and the exit code is its own."""
+    script = f"trap '{at_term}' TERM; echo up; while :; do sleep 0.05; done"
+    script = script.replace("'\\0'", '"\\0"')
+    words = ("run", "--rm", "--name", "goes", "--machine", "namespaces", image, "sh", "-c", script)
+    with subprocess.Popen([PROGRAM, *words], stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"up\n"
+        with subprocess.Popen([PROGRAM, "stop", "-t", "0.5", "goes"], stdout=subprocess.DEVNULL):
+            rest = running.stdout.read()
+    assert (running.returncode, len(rest)) == (code, 3000000 if at_term else 0)
+
+
 def test_command_that_does_not_exist(image: str) -> None:
     done = run(image, "/no/such")
     assert done.returncode == 127
