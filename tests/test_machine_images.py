@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,13 @@ def test_an_init_of_its_own(tmp_path: Path, kind: str) -> None:
         assert machine.agent.exec(["pidof", "sleep"]).returncode == 0
         state = machine.stop(grace=5)
     assert (state.status, state.error) == ("shutdown", "")
+    for asked, status in (("TERM", "reboot"), ("USR2", "done")):  # by reboot(8) and poweroff(8)
+        with boot(own, machine=kind, handoff=True) as machine:
+            up = partial(machine.agent.exec, ["cat", "/run/up"])
+            machinekit.wait_until("it is up", lambda up=up: up().returncode == 0)
+            script = f"sleep 0.2; kill -{asked} 1"
+            machine.agent.start(["sh", "-c", script], keep=True).detach()
+            assert machine.wait(20).status == status
     if kind == "namespaces":
         assert run("-d", "--handoff", "--name", "own", own, left=["own"])[:2] == (0, "own\n")
         assert machinekit.state_of("own").handed_off

@@ -402,7 +402,7 @@ def test_a_text_is_cut_to_what_it_takes_as_json(text: str) -> None:
 def test_whatever_a_vmm_answers_the_monitor_lives(answer: bytes, said: str) -> None:
     loop = EventLoop()
     ours, theirs = socket.socketpair()
-    qmp = Qmp(loop, ours, lambda _name: None)
+    qmp = Qmp(loop, ours, lambda _name, _reason: None)
     heard: list[str] = []
 
     def answered(error: str) -> None:

@@ -20,15 +20,8 @@ import time
 from select import EPOLLIN
 from typing import Final
 
-from guest import limits
 from guest.record import Record, RecordError
-from guest.report import (
-    CONSOLE_MARK,
-    REPORTS,
-    BootFailed,
-    Ready,
-    Stopping,
-)
+from guest.report import BootFailed, Ready, Stopping
 from host_client.machines.boottime import BootTimeline
 from host_client.machines.console import RotatingLog, printable
 from host_client.machines.folder import write_file
@@ -51,6 +44,7 @@ from host_client.machines.plan import (
 from host_client.machines.qmp import Qmp
 from host_client.machines.reports import ReportReader
 from host_client.machines.shares import Shares
+from host_client.machines.verdict import failure_on_console, has_restarted, unexplained
 from host_client.machines.vmm import Device, Vmm
 from host_client.vhost_vsock.loop import EventLoop
 
@@ -125,6 +119,7 @@ class Monitor:
         self._unsent = False
         self._attached = True
         self._over = False
+        self._restarted = False
         self._timeline = BootTimeline(shared_clock=plan.machine == "namespaces")
         self._reports = ReportReader(self.loop, self._on_report, self._on_bad_report)
         self._console = RotatingLog(os.path.join(folder, "console.log"))
@@ -284,9 +279,11 @@ class Monitor:
         if self._qmp is not None:
             self._qmp.execute(command, answered)
 
-    def _on_vmm_event(self, name: str) -> None:
+    def _on_vmm_event(self, name: str, reason: str) -> None:
         if name in ("STOP", "RESUME"):
             self._change(paused=name == "STOP")
+        elif (name, reason) == ("SHUTDOWN", "guest-reset"):
+            self._restarted = True
 
     # ── the guest ────────────────────────────────────────────────────────────────────────────────
 
@@ -369,9 +366,14 @@ class Monitor:
         self._over = True
         code = None
         if self._qmp is not None:
+            self._qmp.drain()
             self._qmp.close()
         if self._vmm is not None:
             code = self._vmm.close()
+        if self.plan.machine == "namespaces":
+            self._restarted = code == LAUNCHER_RESTARTED
+        if has_restarted(self.state, self._console.tail(), restarted=self._restarted):
+            self._change(status="reboot")
         if not self.state.status:
             self._explain_exit(code)
         self._reports.close()
@@ -385,23 +387,20 @@ class Monitor:
 
     def _explain_exit(self, code: int | None) -> None:
         """The VMM ended and nobody had said why."""
-        failure = failure_on_console(self._console.tail())
+        console = self._console.tail()
+        failure = failure_on_console(console)
         if failure is not None:
             self._on_report(failure)
             return
-        panics = panics_on_console(self._console.tail())
-        if code == 0 and self.state.phase == "running" and not panics:
-            self._note_end("crashed", "the guest switched itself off, or was restarted")
-            return
-        if code == LAUNCHER_RESTARTED and self.plan.machine == "namespaces":
-            self._note_end("reboot")
-            return
-        how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        last = panics[-1:] or printable(self._messages.tail()).strip().splitlines()[-1:]
-        when = "before the guest was ready" if self.state.phase == "starting" else "unexpectedly"
-        status = "boot-failed" if self.state.phase == "starting" else "crashed"
-        said = f": {last[0]}"[:500] if last else ""
-        self._note_end(status, f"{self.plan.argv[0]} ended {when} ({how}){said}")
+        status, error = unexplained(
+            self.state,
+            code,
+            restarted=self._restarted,
+            program=self.plan.argv[0],
+            last=self._messages.tail(),
+            console=console,
+        )
+        self._note_end(status, error)
 
     def _farewell(self) -> None:
         """Let a caller that listens have the final state and read the console before it is gone.
@@ -415,28 +414,6 @@ class Monitor:
             if self._unsent:
                 self._link.send(self.state.to_json().encode("ascii"), socket.MSG_NOSIGNAL)
             self._link.recv(PACKET_MAX)
-
-
-def failure_on_console(text: str) -> BootFailed | None:
-    """The report of a failed boot whose connection never came up; None where there is none."""
-    for line in reversed(text.splitlines()):
-        mark = line.find(CONSOLE_MARK)
-        if mark >= 0:
-            try:
-                report = REPORTS.decode(line[mark + len(CONSOLE_MARK) :][: limits.REPORT_LINE])
-            except RecordError:
-                continue
-            if isinstance(report, BootFailed):
-                return report
-    return None
-
-
-def panics_on_console(text: str) -> list[str]:
-    """What the guest's kernel said when it gave up, as at the end of PID 1."""
-    mark = "Kernel panic - not syncing"
-    return [
-        printable(line[line.find(mark) :]).strip() for line in text.splitlines() if mark in line
-    ]
 
 
 def hold_lease(path: str) -> int:

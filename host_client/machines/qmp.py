@@ -25,16 +25,19 @@ class Qmp:
     """Commands one after the other, events as they come."""
 
     def __init__(
-        self, loop: EventLoop, sock: socket.socket, on_event: Callable[[str], None]
+        self, loop: EventLoop, sock: socket.socket, on_event: Callable[[str, str], None]
     ) -> None:
-        """Takes over `sock`. `on_event` is called with the names of events, as "STOP"."""
+        """Takes over `sock`. `on_event` is called with an event's name and reason.
+
+        As with "STOP" and "", "SHUTDOWN" and "guest-reset".
+        """
         self._loop = loop
         self._sock = sock
         self._on_event = on_event
         self._buffer = b""
         self._waiting: deque[Answered] = deque()
         sock.setblocking(False)
-        loop.add(sock.fileno(), lambda _events: self._readable(), EPOLLIN)
+        loop.add(sock.fileno(), self._on_readable, EPOLLIN)
         self.execute("qmp_capabilities", lambda _error: None)
 
     def execute(self, command: str, answered: Answered) -> None:
@@ -48,31 +51,43 @@ class Qmp:
         except OSError as error:
             self._fail(f"its control connection: {error.strerror}")
 
+    def drain(self) -> None:
+        """Take what is there: the VMM has ended."""
+        while self._sock.fileno() >= 0 and self._readable():
+            pass
+
     def close(self) -> None:
         """Close the connection; commands that are not answered never will be."""
         self._fail("the machine has ended")
 
-    def _readable(self) -> None:
+    def _on_readable(self, _events: int) -> None:
+        self._readable()
+
+    def _readable(self) -> bool:
+        """One recv(2). False where nothing was there, or nothing can come any more."""
         try:
             data = self._sock.recv(CHUNK)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         if not data or len(self._buffer) > LINE_MAX:
             self._fail("its control connection has ended")
-            return
+            return False
         for line in filter(bytes.strip, lines):
             try:
                 message = json.loads(line)
             except (ValueError, RecursionError):
                 message = None
             self._take(message if isinstance(message, dict) else {})
+        return True
 
     def _take(self, message: dict[str, Any]) -> None:
         if "event" in message:
-            self._on_event(str(message["event"]))
+            data = message.get("data")
+            reason = data.get("reason", "") if isinstance(data, dict) else ""
+            self._on_event(str(message["event"]), str(reason))
         elif ("return" in message or "error" in message) and self._waiting:
             error = message.get("error", "")
             said = error.get("desc", error) if isinstance(error, dict) else error
