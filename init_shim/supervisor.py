@@ -206,7 +206,8 @@ class Supervisor:
         main, agent = self.main, self.agent
         if agent is not None and pid == agent.pid:
             exited = agent.ended(status)
-            if not self._last_phase:
+            # An init that ends everything in handoff ends the agent as well as the keeper.
+            if not (self._last_phase or self.signals.stop_requested):
                 self.reporter.send(exited)
         elif main is not None and main.running is not None and pid == main.running.pid:
             self._main_ended(main, status)

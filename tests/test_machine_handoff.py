@@ -114,8 +114,8 @@ def end_of(machine: Machine, timeout: float = 10.0) -> str:
     """The status that the machine ends with, after everything of it is gone."""
     everybody = machine.everybody()
     name, fields = machine.next_report()
-    while name in ASIDES or (name, fields.get("signal")) == ("agent_exited", signal.SIGTERM):
-        name, fields = machine.next_report()  # the init has told the agent just before the keeper
+    while name in ASIDES:
+        name, fields = machine.next_report()
     assert name == "stopping", fields
     status: str = fields["status"]
     machine.no_more_reports()
