@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import imagefactory
+import pytest
 
+from host_client.errors import MachineError
 from host_client.machines.folder import machines_root, read_state
 from host_client.machines.plan import MachineState
+from host_client.machines.shares import virtiofsd
 
 PROJECT = Path(__file__).parent.parent
 KINDS = ["namespaces", "qemu"]
@@ -20,6 +23,14 @@ KINDS = ["namespaces", "qemu"]
 def demo_image() -> str:
     """The busybox image, made once per checkout."""
     return imagefactory.busybox_layout(PROJECT / "dist" / "test-images" / "busybox")
+
+
+def require_shares() -> None:
+    """Skip the test, saying what is missing, where no directory can be shared with a VM."""
+    try:
+        virtiofsd()
+    except MachineError as error:
+        pytest.skip(str(error))
 
 
 def wait_until(what: str, check: Callable[[], bool], seconds: float = 5.0) -> float:

@@ -86,6 +86,7 @@ def everything(tmp_path: Path) -> MachineOptions:
 def test_everything_at_once(image: str, tmp_path: Path, kind: str) -> None:
     options = everything(tmp_path)
     if kind == "qemu":
+        machinekit.require_shares()
         options |= {"network": "user", "upper": str(tmp_path / "upper"), "upper_size": "200M"}
         disk = Mount(kind="disk", source=str(tmp_path / "disk"), size="64M", target="/srv/disk")
         options["mounts"] = [*options["mounts"], disk]
@@ -183,6 +184,7 @@ def check_second_boot(image: str, tmp_path: Path) -> None:
 def test_a_share_ends_with_its_machine_and_a_machine_with_its_share(
     image: str, tmp_path: Path, victim: str
 ) -> None:
+    machinekit.require_shares()
     awkward = tmp_path / "a, b\\c"
     awkward.mkdir()
     (awkward / "file").write_text("found\n")
