@@ -18,7 +18,7 @@ SERIAL_SIZE = 20  # bytes of a virtio-blk serial number (virtio 1.2, 5.2.4); the
 POLL = 0.005  # seconds between looks for a disk that the kernel has not found yet
 NEVER_WRITABLE = ("erofs", "squashfs")
 
-_found: dict[str, str] = {}  # devices by serial number, as far as somebody has looked for one
+_found: dict[str, list[str]] = {}  # devices by serial number, as of the last look
 
 
 def mount_disk(serial: str, fstype: str, target: str, flags: int, policy: str = "never") -> None:
@@ -57,12 +57,17 @@ def mount_disk(serial: str, fstype: str, target: str, flags: int, policy: str = 
 
 
 def find_disk(serial: str) -> str:
-    """The device with this serial number; waits DISK_WAIT seconds for it to appear."""
+    """The device with this serial number; waits DISK_WAIT seconds for it to appear.
+
+    Raises Failure where there is none, or more than one: nobody can tell them apart.
+    """
     wanted = serial[:SERIAL_SIZE]
     deadline = time.monotonic() + limits.DISK_WAIT
     while wanted not in _found:
         disks = disk_serials()
-        _found.update((found, f"/dev/{name}") for name, found in disks.items() if found)
+        _found.clear()
+        for name, found in disks.items():
+            _found.setdefault(found, []).append(f"/dev/{name}")
         if wanted in _found:
             break
         if time.monotonic() > deadline:
@@ -74,7 +79,14 @@ def find_disk(serial: str) -> str:
                 errno=errno.ENODEV,
             )
         time.sleep(POLL)
-    return _found[wanted]
+    if len(_found[wanted]) > 1:
+        raise Failure(
+            f"{' and '.join(_found[wanted])} have the same serial {wanted!r}; serials must differ "
+            f"in their first {SERIAL_SIZE} bytes",
+            path="/sys/block",
+            errno=errno.ENOTUNIQ,
+        )
+    return _found[wanted][0]
 
 
 def disk_serials() -> dict[str, str]:

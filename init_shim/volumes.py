@@ -95,6 +95,12 @@ def check_place(root: RootFolder, volume: Volume, place: Opened) -> None:
     """Raises Failure for targets that would take the machine apart."""
     if place.is_same(root):
         raise Failure(f"{volume.target} leads to the root itself", path=volume.target)
+    with root.open("/dev") as devices:
+        if place.is_same(devices):
+            raise Failure(
+                f"{volume.target} leads to /dev, whose devices the machine needs; mount inside it",
+                path=volume.target,
+            )
     with root.open("/proc") as proc:
         if os.fstat(place.fd).st_dev == os.fstat(proc.fd).st_dev:
             raise Failure(

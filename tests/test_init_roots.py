@@ -439,6 +439,7 @@ def test_links_on_the_way_stay_in_the_image(
         ({"target": "/cwd"}, "openat2 /cwd: Symbolic link loop"),
         ({"target": "/proc"}, "/proc leads into /proc, where nothing is mounted"),
         ({"target": "/proc/sys/kernel"}, "/proc/sys/kernel leads into /proc, where nothing is"),
+        ({"target": "/dev"}, "/dev leads to /dev, whose devices the machine needs; mount inside"),
         ({"target": "/file"}, "/file is a file and a directory is to be mounted there"),
         ({"target": "/file/x"}, "openat2 /file/x: Not a directory"),
         (

@@ -302,6 +302,15 @@ def test_what_is_not_there_is_said(base: Path, work: Path) -> None:
     config["volumes"] = [{"kind": "virtiofs", "target": "/share", "tag": "lost"}]
     failed = run_vm(config, disks={"root": base / "root.erofs"}).report()[1]
     assert failed["message"].endswith("; is there a virtiofs share with the tag 'lost'?")
+    # A disk knows only the beginning of its serial.
+    names = [f"a-volume-with-a-name-{number}" for number in (1, 2)]
+    config["volumes"] = [
+        {"kind": "disk", "target": "/data", "serial": names[1], "fstype": "erofs"},
+    ]
+    failed = run_vm(config, disks=dict.fromkeys(["root", *names], base / "root.erofs")).report()[1]
+    assert failed["message"].startswith(
+        "/dev/vdb and /dev/vdc have the same serial 'a-volume-with-a-name'; serials must differ"
+    )
 
 
 NINE = """
