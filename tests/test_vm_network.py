@@ -84,7 +84,8 @@ def test_dhcp_static_addresses_a_new_name_and_the_world_behind(image: Path) -> N
             "set -x; cat /sys/class/net/lan0/mtu; ip -o addr show lan0; ip route; ip -6 route;"
             f"ping -c1 -W5 gate; ping -6 -c1 -W5 fec0::2; wget -qO- http://gate:{port}/;"
             "httpd -p [fec0::77]:80 -h /etc && wget -qO- http://[fec0::77]/hosts;"
-            "cat /etc/resolv.conf; hostname",
+            "cat /etc/resolv.conf; hostname;"
+            "for pid in $(pidof dhcp); do cat /proc/$pid/oom_score_adj; done",
             network=network,
             hostname="web.example",
         )
@@ -101,6 +102,7 @@ def test_dhcp_static_addresses_a_new_name_and_the_world_behind(image: Path) -> N
     assert "10.0.2.2\tgate\r\n" in text
     assert "nameserver 10.0.2.3\r\noptions ndots:2\r\n" in text
     assert "\nweb.example\r\n" in text
+    assert text.count("\n-1000\r\n") == 2  # memory that others use up costs no lease
 
 
 def test_a_root_that_cannot_be_written_to(tmp_path: Path) -> None:
