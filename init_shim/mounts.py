@@ -90,8 +90,14 @@ def mount_api() -> None:
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:
     """mount(2), failing with a sentence that says what was to be mounted."""
-    with call("mount", target, hint=f"type {kind}, source {source}" if kind else f"from {source}"):
-        _guestsys.mount(source, target, kind, flags, options or None)
+    what = f"type {kind}, source {source}" if kind else f"from {source}"
+    try:
+        with call("mount", target, hint=what):
+            _guestsys.mount(source, target, kind, flags, options or None)
+    except Failure as failure:
+        if failure.errno == errno.ENODEV and kind:
+            failure.message += f"; the kernel has no {kind}"
+        raise
 
 
 def mount_share(kind: str, tag: str, target: str, flags: int, cache: str) -> None:
@@ -107,9 +113,7 @@ def mount_share(kind: str, tag: str, target: str, flags: int, cache: str) -> Non
     try:
         mount(tag, target, kind, flags, options)
     except Failure as failure:
-        if failure.errno == errno.ENODEV:
-            failure.message += f"; the kernel has no {kind}"
-        elif failure.errno in (errno.EINVAL, errno.ENOENT):
+        if failure.errno in (errno.EINVAL, errno.ENOENT):
             failure.message += f"; is there a {kind} share with the tag {tag!r}?"
         raise
 

@@ -248,7 +248,7 @@ def damaged(parts: Parts, data: bytes) -> None:
         (share_is_missing, "root-lower", "nothing"),
         (upper_disk_is_missing, "root-upper", "'upper'"),
         (upper_disk_has_foreign_data, "root-upper", "upper"),
-        (no_overlayfs, "root-overlay", "overlay"),
+        (no_overlayfs, "root-overlay", "the kernel has no overlay"),
         (volume_target_is_a_file, "volumes", "/bin/busybox"),
         (volume_disk_is_missing, "volumes", "'data'"),
         (volume_share_is_missing, "volumes", "nothing"),
