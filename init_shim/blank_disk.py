@@ -12,6 +12,10 @@ from guest import disk_template
 from guest.disk_template import BLOCK
 from init_shim.failure import Failure, call
 
+TYPE_CHECKING = False  # typing itself is too heavy for PID 1
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 __all__ = ["format_if_blank", "grow"]
 
 EDGE = 1024 * 1024  # bytes at either end of a disk that must be zero for it to count as blank
@@ -83,11 +87,7 @@ def name_of(begin: bytes) -> str:
 
 def write_file_system(fd: int, device: str, serial: str, size: int) -> None:
     """The template, with the block of the superblock last: it is an ext4 from that write on."""
-    with (
-        call("open", disk_template.PATH, hint="the bundle is not complete"),
-        open(disk_template.PATH, "rb", buffering=0) as file,
-    ):
-        needed, pieces = disk_template.unpack(file.read() or b"")
+    needed, pieces = read_template()
     if size < needed:
         raise Failure(
             f"disk {serial!r} ({device}) has {size} bytes; an ext4 is made on {needed} and more",
@@ -108,6 +108,20 @@ def write_file_system(fd: int, device: str, serial: str, size: int) -> None:
         make_unique(first)
         os.pwrite(fd, first, 0)
         os.fsync(fd)
+
+
+def read_template() -> "tuple[int, Iterator[tuple[int, bytes]]]":
+    """Size and pieces of the file system that the bundle brings. Raises Failure."""
+    hint = "the bundle is not complete: build it anew"
+    with (
+        call("open", disk_template.PATH, hint=hint),
+        open(disk_template.PATH, "rb", buffering=0) as file,
+    ):
+        template = file.read() or b""
+    try:
+        return disk_template.unpack(template)
+    except ValueError as error:
+        raise Failure(f"{disk_template.PATH}: {error}; {hint}", path=disk_template.PATH) from None
 
 
 def extent(begin: int, end: int) -> bytes:

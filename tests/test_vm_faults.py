@@ -35,6 +35,7 @@ class Parts:
     folder: Path
     segments: list[bytes] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
+    writable: list[str] = field(default_factory=list)  # of the disks
     kernel_line: str = ""
     raw_config: bytes | None = None
 
@@ -65,6 +66,7 @@ def boot(image: Path, folder: Path, fault: Fault, **machine: Any) -> Ended:
         segments=parts.segments,
         options=parts.options,
         kernel_line=parts.kernel_line,
+        writable=parts.writable,
         **machine,
     )
 
@@ -179,7 +181,14 @@ def upper_disk_has_foreign_data(parts: Parts) -> None:
     disk = parts.folder / "upper"
     disk.write_bytes(os.urandom(4 << 20))
     parts.disks["upper"] = disk
+    parts.writable = ["upper"]
     parts.config["root"]["upper"] = {"kind": "disk", "serial": "upper", "format": "if-blank"}
+
+
+def disk_template_is_none(parts: Parts) -> None:
+    upper_disk_has_foreign_data(parts)
+    parts.disks["upper"].write_bytes(bytes(4 << 20))
+    overlay_file(parts, "microguest/ext4", b"not a template")
 
 
 def volume_target_is_a_file(parts: Parts) -> None:
@@ -247,7 +256,8 @@ def damaged(parts: Parts, data: bytes) -> None:
         (second_layer_is_missing, "root-lower", "'more'"),
         (share_is_missing, "root-lower", "nothing"),
         (upper_disk_is_missing, "root-upper", "'upper'"),
-        (upper_disk_has_foreign_data, "root-upper", "upper"),
+        (upper_disk_has_foreign_data, "root-upper", "disk 'upper' (/dev/vdb) holds something"),
+        (disk_template_is_none, "root-upper", "/microguest/ext4: it is no disk template"),
         (no_overlayfs, "root-overlay", "the kernel has no overlay"),
         (volume_target_is_a_file, "volumes", "/bin/busybox"),
         (volume_disk_is_missing, "volumes", "'data'"),
@@ -291,8 +301,9 @@ def test_a_machine_without_a_console_runs_and_ends(image: Path, tmp_path: Path) 
     def silent(parts: Parts) -> None:
         parts.kernel_line = "console=ttyS3"
         parts.disks["proof"] = proof
+        parts.writable = ["proof"]
         parts.config["workload"]["argv"] = ["/bin/sh", "-c", WRITE_PROOF]
 
-    ended = boot(image, tmp_path, silent, writable=("proof",))
+    ended = boot(image, tmp_path, silent)
     assert ended.code == 0
     assert proof.read_bytes().startswith(b"it ran\n")
