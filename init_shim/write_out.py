@@ -1,8 +1,8 @@
 """File systems at the end: unmounted or made read-only, latest first, so that disks are clean.
 
 A file system can hang (a share whose host has gone), and who asks it for anything hangs with it. So
-the work is done by a child: where it makes no headway for STEP_WAIT, it is left behind, and another
-one goes on behind that step. Disks come before everything else.
+the work is done by a child: where neither it nor a disk makes headway for STEP_WAIT, it is left
+behind, and another one goes on behind that step. Disks come before everything else.
 """
 
 import os
@@ -27,6 +27,9 @@ NO_FOLLOW = 0x8  # umount2(2): UMOUNT_NOFOLLOW
 
 STEP_WAIT = 1.0  # seconds for one file system, unless all of them have less
 MOUNTS_SIZE = 1024 * 1024  # bytes of /proc/self/mounts; whoever mounts more loses the rest
+
+MEMINFO_SIZE = 16 * 1024  # bytes; it has 1.5 KiB
+UNWRITTEN = (b"Dirty:", b"Writeback:")  # proc_meminfo(5)
 
 KEPT = ("/proc", "/dev", "/sys")  # PID 1 itself needs the first two, and /sys has nothing to write
 
@@ -80,10 +83,15 @@ def run_in_child(steps: "list[Step]", deadline: float) -> int:
     os.close(writer)
     poll = select.poll()
     poll.register(reader, select.POLLIN)
-    done = 0
+    done, unwritten = 0, unwritten_memory()
     while done < len(steps):
         left = min(STEP_WAIT, deadline - time.monotonic())
-        if left <= 0 or not poll.poll(int(left * 1000) + 1):
+        if left <= 0:
+            break
+        if not poll.poll(int(left * 1000) + 1):
+            before, unwritten = unwritten, unwritten_memory()
+            if unwritten < before:
+                continue  # a disk is slow, and not hung
             break
         headway = len(os.read(reader, len(steps)))
         if not headway:
@@ -91,6 +99,16 @@ def run_in_child(steps: "list[Step]", deadline: float) -> int:
         done += headway
     os.close(reader)
     return done
+
+
+def unwritten_memory() -> int:
+    """KiB that wait for a disk or are on their way to one; 0 where the kernel cannot be asked."""
+    try:
+        with open("/proc/meminfo", "rb", buffering=0) as file:
+            lines = (file.read(MEMINFO_SIZE) or b"").split(b"\n")
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(UNWRITTEN))
 
 
 def plan() -> "list[Step]":

@@ -232,6 +232,28 @@ def test_hung_shares_and_full_disks_do_not_prevent_the_end(
     assert_clean(data)
 
 
+def test_a_slow_disk_gets_the_time_that_it_takes(image: Path, tmp_path: Path) -> None:
+    """Longer than a file system has that makes no headway."""
+    data = make_ext4(tmp_path / "data", "64M")
+    script = """
+        mkdir /data && mount -t ext4 $(disk slow) /data
+        yes | head -c 24000000 > /data/big
+    """
+    ended = run_vm(
+        vm_config(shell(script)),
+        disks={"root": image},
+        options=[
+            *("-drive", f"if=none,id=slow,format=raw,file={data},throttling.bps-write=8000000"),
+            *("-device", "virtio-blk-pci,drive=slow,serial=slow"),
+        ],
+        kernel_line="loglevel=7",
+    )
+    assert_powered_off(ended)
+    assert "hangs" not in ended.console
+    assert_clean(data)
+    assert len(content(data, "/big")) == 24000000
+
+
 @contextmanager
 def share_of(
     source: Path, folder: Path, tag: str
