@@ -4,13 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import imagefactory
 import pytest
 
+from host_client import Machine, connect
 from host_client.errors import MachineError
 from host_client.machines.folder import machines_root, read_state
 from host_client.machines.plan import MachineState
@@ -31,6 +34,38 @@ def require_shares() -> None:
         virtiofsd()
     except MachineError as error:
         pytest.skip(str(error))
+
+
+class Pings:
+    """Asks the agent all the time while a `with` block runs: it has to answer within `answer` s."""
+
+    def __init__(self, machine: Machine, answer: float) -> None:
+        self._answer = answer  # seconds
+        self.longest = 0.0
+        self.count = 0
+        token = Path(machines_root(), machine.name, "token").read_text()
+        self._agent = connect(machine.url, token=token.strip())
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._ping)
+
+    def _ping(self) -> None:
+        while not self._over.wait(0.05):
+            begun = time.monotonic()
+            self._agent.ping()
+            self.longest = max(self.longest, time.monotonic() - begun)
+            self.count += 1
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_exc: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._agent.close()
+        if kind is None:
+            assert self.count > 3
+            assert self.longest < self._answer
 
 
 def wait_until(what: str, check: Callable[[], bool], seconds: float = 5.0) -> float:

@@ -2,19 +2,16 @@
 
 import pathlib
 import shlex
-import threading
-import time
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any
 
 import machinekit
 import pytest
-from machinekit import wait_until
+from machinekit import Pings, wait_until
 
 from guest.bootconfig import BootConfig
 from guest.messages import Limits
-from host_client import Machine, boot, connect
-from host_client.machines.folder import machines_root
+from host_client import Machine, boot
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(180)]
 
@@ -31,36 +28,6 @@ while :; do
     rm /tmp/go
 done
 """
-
-
-class Pings:
-    """Asks the agent all the time, over a connection of its own, and remembers the longest wait."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.longest = 0.0
-        self.count = 0
-        token = pathlib.Path(machines_root(), machine.name, "token").read_text()
-        self._agent = connect(machine.url, token=token.strip())
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._ping)
-
-    def _ping(self) -> None:
-        while not self._over.wait(0.05):
-            begun = time.monotonic()
-            self._agent.ping()
-            self.longest = max(self.longest, time.monotonic() - begun)
-            self.count += 1
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._over.set()
-        self._thread.join()
-        self._agent.close()
-        assert self.count > 3
-        assert self.longest < ANSWER
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +79,12 @@ def await_kill(machine: Machine, number: int) -> str:
 def test_whoever_eats_is_killed_and_named_and_nobody_else(hungry: Machine) -> None:
     before = hungry.agent.info()
     number = len(kills(hungry))
-    with Pings(hungry):
+    with Pings(hungry, ANSWER):
         feed(hungry, HOSTILE)
     told = await_kill(hungry, number + 1)
     assert repr(HOSTILE) in told
     assert "the machine's memory" in told
-    with Pings(hungry):
+    with Pings(hungry, ANSWER):
         eater = hungry.agent.exec(["sh", "-c", EATER], env={"NAME": "an eater"})
     assert eater.oom_killed
     told = await_kill(hungry, number + 2)
@@ -164,7 +131,7 @@ def test_a_flood_of_the_log_does_not_end_the_reports(hungry: Machine) -> None:
 def test_two_that_eat_together_do_not_stop_the_agent(hungry: Machine) -> None:
     """Each is below its own limit: it is the whole machine that has no memory left."""
     number = len(kills(hungry))
-    with Pings(hungry):
+    with Pings(hungry, ANSWER):
         order(hungry, "inside")
         hungry.agent.exec(["sh", "-c", EATER], env={"NAME": "outside"})
         wait_until("the workload's is killed", lambda: not exists(hungry, "/tmp/go"), 60)
@@ -202,7 +169,7 @@ def test_the_workloads_own_limit(
 
     monkeypatch.setattr(BootConfig, "to_json", limited)
     with eating_machine() as machine:
-        with Pings(machine):
+        with Pings(machine, ANSWER):
             feed(machine, "new\nline (1)")
         event = await_kill(machine, 1)
         assert told in event
