@@ -13,7 +13,8 @@ import machinekit
 import pytest
 from imagefactory import directory, layer, make_layout, member, symlink
 
-from host_client import boot
+from guest.errors import MicroguestError
+from host_client import Machine, boot
 from host_client.machines.find import find
 from host_client.machines.folder import names
 
@@ -105,7 +106,11 @@ def test_no_shell_and_an_ordinary_user(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["namespaces", QEMU])
 def test_an_init_of_its_own(tmp_path: Path, kind: str) -> None:
-    inittab = b"::sysinit:/bin/sh -c 'echo up > /run/up'\n::respawn:/bin/sleep 1000\n"
+    inittab = b"""\
+::sysinit:/bin/sh -c 'echo up > /run/up'
+::respawn:/bin/sleep 1000
+::ctrlaltdel:/bin/sh -c 'kill -TERM 1'
+"""
     own = image(
         tmp_path,
         *(directory(name) for name in ("bin", "sbin", "etc", "run", "tmp")),
@@ -123,18 +128,38 @@ def test_an_init_of_its_own(tmp_path: Path, kind: str) -> None:
         assert machine.agent.exec(["pidof", "sleep"]).returncode == 0
         state = machine.stop(grace=5)
     assert (state.status, state.error) == ("shutdown", "")
-    for asked, status in (("TERM", "reboot"), ("USR2", "done")):  # by reboot(8) and poweroff(8)
+    # By reboot(8), by poweroff(8), and by a host where nobody is left who could pass that on.
+    for asked, status in (("TERM 1", "reboot"), ("USR2 1", "done"), ("KILL $KEEPER", "shutdown")):
         with boot(own, machine=kind, handoff=True) as machine:
             up = partial(machine.agent.exec, ["cat", "/run/up"])
             machinekit.wait_until("it is up", lambda up=up: up().returncode == 0)
-            script = f"sleep 0.2; kill -{asked} 1"
+            script = f"sleep 0.2; kill -{asked}".replace("$KEEPER", str(keeper_of(machine)))
             machine.agent.start(["sh", "-c", script], keep=True).detach()
-            assert machine.wait(20).status == status
+            if status == "shutdown":
+                machine.agent.driver.timeout = 1.0
+                machinekit.wait_until("it is deaf", lambda m=machine: not answers(m))
+                assert (machine.stop().status, machine.state.error) == (status, "")
+            else:
+                assert machine.wait(20).status == status
     if kind == "namespaces":
         assert run("-d", "--handoff", "--name", "own", own, left=["own"])[:2] == (0, "own\n")
         assert machinekit.state_of("own").handed_off
         find("own").stop()
         assert names() == []
+
+
+def keeper_of(machine: Machine) -> int:
+    """The agent's parent, as the guest numbers it."""
+    stat = machine.agent.exec(["cat", f"/proc/{machine.agent.info().agent_pid}/stat"]).stdout
+    return int(stat.rpartition(b")")[2].split()[1])
+
+
+def answers(machine: Machine) -> bool:
+    try:
+        machine.agent.ping()
+    except MicroguestError:
+        return False
+    return True
 
 
 def test_debian(elf: Path) -> None:

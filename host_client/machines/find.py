@@ -10,7 +10,7 @@ from guest import limits
 from guest.errors import MicroguestError
 from host_client.address import parse
 from host_client.agent import Agent
-from host_client.errors import MachineError
+from host_client.errors import ConnectError, ConnectionLost, MachineError
 from host_client.machines import pausing
 from host_client.machines.folder import (
     check_name,
@@ -20,7 +20,7 @@ from host_client.machines.folder import (
     remove_dead,
 )
 from host_client.machines.machine import KILL_WAIT, POWER_OFF_WAIT
-from host_client.machines.plan import PAUSE_SIGNAL, RESUME_SIGNAL, MachineState
+from host_client.machines.plan import PAUSE_SIGNAL, POWER_SIGNAL, RESUME_SIGNAL, MachineState
 from host_client.renewal import STEP_BEYOND, GuestClock
 
 __all__ = ["FoundMachine", "agent_of", "find"]
@@ -102,8 +102,13 @@ class FoundMachine:
             try:
                 if self.state.paused:
                     self._unpause(watch)
-                with self.agent() as agent:
-                    agent.shutdown(grace=grace)
+                try:
+                    with self.agent() as agent:
+                        agent.shutdown(grace=grace)
+                except (ConnectError, ConnectionLost):
+                    if not self.state.can_outlive_its_agent:
+                        raise
+                    watch.signal(POWER_SIGNAL)
                 ended = watch.wait(grace + POWER_OFF_WAIT)
             except MicroguestError:
                 ended = False

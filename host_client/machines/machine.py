@@ -10,10 +10,10 @@ from guest.errors import MicroguestError
 from guest.report import Step
 from host_client.address import parse
 from host_client.agent import Agent
-from host_client.errors import DeadlineExceeded
+from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
 from host_client.machines import pausing
 from host_client.machines.link import Link
-from host_client.machines.plan import Detach, End, MachineState, Pause, Resume
+from host_client.machines.plan import Detach, End, MachineState, Pause, PowerOff, Resume
 from host_client.renewal import STEP_BEYOND, GuestClock
 
 __all__ = ["Machine"]
@@ -109,7 +109,12 @@ class Machine:
             try:
                 if self.state.paused:
                     self._unpause()
-                self.agent.shutdown(grace=grace)
+                try:
+                    self.agent.shutdown(grace=grace)
+                except (ConnectError, ConnectionLost):
+                    if not self.state.can_outlive_its_agent:
+                        raise
+                    self._link.send(PowerOff())
                 deadline = time.monotonic() + grace + POWER_OFF_WAIT
                 while not self.state.ended and not self._link.over and time.monotonic() < deadline:
                     self._link.listen(1.0)

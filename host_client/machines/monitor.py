@@ -31,12 +31,14 @@ from host_client.machines.plan import (
     CONSOLE_SHOWN,
     PACKET_MAX,
     PAUSE_SIGNAL,
+    POWER_SIGNAL,
     RESUME_SIGNAL,
     Detach,
     End,
     MachineState,
     Pause,
     Plan,
+    PowerOff,
     Resume,
     clipped,
     cut,
@@ -50,6 +52,8 @@ from host_client.vhost_vsock.loop import EventLoop
 
 __all__ = ["Monitor", "main"]
 
+END_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+CTRL_ALT_DEL: Final = [{"type": "qcode", "data": key} for key in ("ctrl", "alt", "delete")]
 LAUNCHER_RESTARTED: Final = 3  # exit code of the namespaces launcher
 STOPPING_WAIT: Final = 15.0  # seconds from PID 1's last report to the VMM's exit
 FAILED_WAIT: Final = 5.0  # seconds from a failed boot's report to the VMM's exit
@@ -120,6 +124,7 @@ class Monitor:
         self._attached = True
         self._over = False
         self._restarted = False
+        self._asked_to_end = False
         self._timeline = BootTimeline(shared_clock=plan.machine == "namespaces")
         self._reports = ReportReader(self.loop, self._on_report, self._on_bad_report)
         self._console = RotatingLog(os.path.join(folder, "console.log"))
@@ -192,7 +197,7 @@ class Monitor:
             self._end("boot-failed", f"it was not ready {seconds:g} s after its launch")
 
     def _take_signals(self) -> None:
-        """A signal ends the machine, or pauses or resumes it for who has no link.
+        """A signal ends the machine, or is a command of somebody who has no link.
 
         It is taken in the loop, not between two of its lines.
         """
@@ -200,13 +205,15 @@ class Monitor:
         for end in self._wakeup:
             end.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, PAUSE_SIGNAL, RESUME_SIGNAL):
+        for number in (*END_SIGNALS, PAUSE_SIGNAL, RESUME_SIGNAL, POWER_SIGNAL):
             signal.signal(number, lambda _number, _frame: None)
 
         def taken(_events: int) -> None:
             for number in reader.recv(64):
                 if number in (PAUSE_SIGNAL, RESUME_SIGNAL):
                     self._tell_vmm("stop" if number == PAUSE_SIGNAL else "cont")
+                elif number == POWER_SIGNAL:
+                    self._ask_to_end()
                 else:
                     self._end("killed")
 
@@ -225,6 +232,8 @@ class Monitor:
             self._attached = False
         elif isinstance(command, End):
             self._end("killed")
+        elif isinstance(command, PowerOff):
+            self._ask_to_end()
         elif isinstance(command, Pause | Resume):
             self._tell_vmm("stop" if isinstance(command, Pause) else "cont")
         elif command is None:
@@ -267,9 +276,9 @@ class Monitor:
             self._unsent = False
             self._tell()
 
-    # ── pauses ───────────────────────────────────────────────────────────────────────────────────
+    # ── by way of the VMM ────────────────────────────────────────────────────────────────────────
 
-    def _tell_vmm(self, command: str) -> None:
+    def _tell_vmm(self, command: str, **arguments: object) -> None:
         """What comes of it is in the state; a refusal is among the VMM's messages."""
 
         def answered(error: str) -> None:
@@ -277,7 +286,16 @@ class Monitor:
                 self._messages.write(f"{command}: {error}\n".encode())
 
         if self._qmp is not None:
-            self._qmp.execute(command, answered)
+            self._qmp.execute(command, answered, **arguments)
+
+    def _ask_to_end(self) -> None:
+        """As a person at its keyboard would; PID 1 and inits of images' own understand that."""
+        self._asked_to_end = True
+        if self.plan.machine == "namespaces":
+            if self._vmm is not None:
+                self._vmm.terminate()
+        else:
+            self._tell_vmm("send-key", keys=CTRL_ALT_DEL)
 
     def _on_vmm_event(self, name: str, reason: str) -> None:
         if name in ("STOP", "RESUME"):
@@ -374,6 +392,8 @@ class Monitor:
             self._restarted = code == LAUNCHER_RESTARTED
         if has_restarted(self.state, self._console.tail(), restarted=self._restarted):
             self._change(status="reboot")
+        if self._asked_to_end and (code == 0 or self._restarted):
+            self._note_end("shutdown")
         if not self.state.status:
             self._explain_exit(code)
         self._reports.close()

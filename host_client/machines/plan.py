@@ -17,6 +17,7 @@ __all__ = [
     "HYBRID_SOCKET",
     "PACKET_MAX",
     "PAUSE_SIGNAL",
+    "POWER_SIGNAL",
     "RESUME_SIGNAL",
     "STATE_MAX",
     "STEPS_MAX",
@@ -27,6 +28,7 @@ __all__ = [
     "MachineState",
     "Pause",
     "Plan",
+    "PowerOff",
     "Resume",
     "Share",
     "clipped",
@@ -38,6 +40,7 @@ HYBRID_SOCKET: Final = "vsock.sock"  # in the run folder; host programs dial the
 # To the monitor, from who has no link to it. What comes of them is in the state.
 PAUSE_SIGNAL: Final = signal.SIGUSR1
 RESUME_SIGNAL: Final = signal.SIGUSR2
+POWER_SIGNAL: Final = signal.SIGPWR  # as PowerOff
 
 PACKET_MAX: Final = 128 * 1024  # bytes; the kernel's default socket buffer takes it in one piece
 STATE_MAX: Final = 120 * 1024
@@ -92,6 +95,10 @@ class End(Record):
     """Kill the machine now."""
 
 
+class PowerOff(Record):
+    """Ask it to end well, past its agent, which is gone; no answer, and it may be deaf."""
+
+
 class Pause(Record):
     """Let its processors stand still; a machine that does already is fine."""
 
@@ -101,7 +108,14 @@ class Resume(Record):
 
 
 COMMANDS = Catalogue(
-    {"plan": Plan, "detach": Detach, "end": End, "pause": Pause, "resume": Resume},
+    {
+        "plan": Plan,
+        "detach": Detach,
+        "end": End,
+        "power-off": PowerOff,
+        "pause": Pause,
+        "resume": Resume,
+    },
     maximum=PACKET_MAX,
 )
 
@@ -160,6 +174,11 @@ class MachineState(Record):
     def ended(self) -> bool:
         """Whether nothing of it runs any more."""
         return self.phase == "ended"
+
+    @property
+    def can_outlive_its_agent(self) -> bool:
+        """Whether something runs on and could end well that no agent can be asked to end."""
+        return not self.ended and (self.agent == "down" or self.handed_off)
 
     def describe_end(self) -> str:
         """How it ended, as one sentence; "" while it runs."""

@@ -40,14 +40,15 @@ class Qmp:
         loop.add(sock.fileno(), self._on_readable, EPOLLIN)
         self.execute("qmp_capabilities", lambda _error: None)
 
-    def execute(self, command: str, answered: Answered) -> None:
-        """Give a command without arguments; a few short ones always fit into the socket."""
+    def execute(self, command: str, answered: Answered, **arguments: object) -> None:
+        """Give a command; a few short ones always fit into the socket."""
         if self._sock.fileno() < 0:
             answered("its control connection is closed")
             return
         self._waiting.append(answered)
+        packet = {"execute": command, **({"arguments": arguments} if arguments else {})}
         try:
-            self._sock.send(json.dumps({"execute": command}).encode("ascii") + b"\n")
+            self._sock.send(json.dumps(packet).encode("ascii") + b"\n")
         except OSError as error:
             self._fail(f"its control connection: {error.strerror}")
 

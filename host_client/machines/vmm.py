@@ -206,6 +206,10 @@ class Vmm:
         self._on_exit = on_exit
         self._loop.add(self._pidfd, lambda _events: self._exited(), EPOLLIN)
 
+    def terminate(self) -> None:
+        """SIGTERM, which the namespaces launcher passes on to PID 1."""
+        self._process.terminate()
+
     def kill(self) -> None:
         """SIGKILL, once it runs."""
         self._process.kill()
