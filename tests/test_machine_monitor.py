@@ -20,7 +20,7 @@ from machinekit import nothing_is_left
 from guest.report import CONSOLE_MARK
 from host_client import boot
 from host_client.errors import BootFailed, MachineError
-from host_client.machines.console import HALF_MAX, RotatingLog, printable, read_log
+from host_client.machines.console import HALF_MAX, LogReader, RotatingLog, printable, read_log
 from host_client.machines.folder import claim, is_alive, names, read_state
 from host_client.machines.machine import Machine
 from host_client.machines.plan import AGENT_EXITS_MAX, EVENTS_MAX, cut
@@ -417,3 +417,19 @@ def test_whatever_a_vmm_answers_the_monitor_lives(answer: bytes, said: str) -> N
         loop.run()
     qmp.close()
     assert heard == [said]
+
+
+def test_a_log_that_is_followed_is_read_once_however_often_it_rotates(tmp_path: Path) -> None:
+    log = RotatingLog(str(tmp_path / "log"), half_max=1000)
+    reader = LogReader(str(tmp_path / "log"))
+    written, read = b"", b""
+    for number, looks in enumerate([1, 1, 3, 1, 2, 12, 1, 9, 1]):
+        for part in range(looks):
+            line = f"{number}.{part} ".encode() * 20
+            log.write(line)
+            written += line
+        read += reader.read()
+        read += reader.read()
+    reader.close()
+    log.close()
+    assert read == written

@@ -6,14 +6,15 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Final
 
 from guest.report import CONSOLE_MARK
 from host_client.cli import complain
 from host_client.cli.stream import write_all
-from host_client.cli.table import show
+from host_client.cli.table import duration, show
 from host_client.errors import MachineError
-from host_client.machines.console import read_log
+from host_client.machines.console import LogReader, read_log
 from host_client.machines.find import find
 from host_client.machines.folder import (
     check_name,
@@ -73,7 +74,7 @@ def up(state: MachineState) -> str:
     exited = state.workload_exited
     if exited is not None and exited.restart_in is not None:
         return f"restarting ({exited.shell_code})"
-    text = f"up {time.time() - state.created:.0f} s"
+    text = f"up {duration(time.time() - state.created)}"
     if state.paused:
         return f"{text} (paused)"
     return text if state.agent == "serving" else f"{text} (agent {state.agent})"
@@ -127,17 +128,14 @@ def logs(options: argparse.Namespace) -> int:
 
 def follow(name: str, path: str) -> Iterator[bytes]:
     """Lines, and at the end what is no whole line."""
-    seen, rest = 0, b""
-    while True:
-        alive = is_alive(name)  # before the last look, so that it misses nothing
-        data = read_log(path)
-        if len(data) < seen:
-            seen = 0  # it has rotated twice since: the rest is all there is
-        fresh, seen = rest + data[seen:], len(data)
-        *whole, rest = fresh.split(b"\n")
-        yield from (line + b"\n" for line in whole)
-        if not alive:
-            break
-        time.sleep(FOLLOW_EVERY)
+    rest = b""
+    with closing(LogReader(path)) as log:
+        while True:
+            alive = is_alive(name)  # before the last look, so that it misses nothing
+            *whole, rest = (rest + log.read()).split(b"\n")
+            yield from (line + b"\n" for line in whole)
+            if not alive:
+                break
+            time.sleep(FOLLOW_EVERY)
     if rest:
         yield rest

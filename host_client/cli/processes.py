@@ -12,7 +12,7 @@ from host_client.agent import Agent
 from host_client.cli import INTERRUPTED, complain
 from host_client.cli.detachkeys import parse as parse_keys
 from host_client.cli.foreground import Detached, Interrupted, in_foreground
-from host_client.cli.table import show
+from host_client.cli.table import duration, show
 from host_client.cli.terminal import Terminal
 from host_client.errors import ConnectionLost
 from host_client.machines.find import agent_of
@@ -25,9 +25,6 @@ __all__ = ["attach", "kill", "list_processes", "wait"]
 FROM_NOW: Final = {"stdout": -1, "stderr": -1}
 MAIN: Final = "main"
 LOOK_EVERY: Final = 0.1  # seconds between looks at a machine's state
-MINUTE: Final = 60
-HOUR: Final = 3600
-DAY: Final = 86400
 
 
 def attach(options: argparse.Namespace) -> int:
@@ -102,14 +99,6 @@ def status(process: ProcessInfo) -> str:
         if applies
     ]
     return f"up {long}" + (f" ({', '.join(about)})" if about else "")
-
-
-def duration(seconds: float) -> str:
-    """The largest unit that fits, as `docker ps` has it."""
-    for unit, name in ((DAY, "d"), (HOUR, "h"), (MINUTE, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds // unit:.0f} {name}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def kill(options: argparse.Namespace) -> int:

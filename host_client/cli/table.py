@@ -1,8 +1,13 @@
-"""Rows for people, in columns."""
+"""Rows for people, in columns, and what stands in them."""
 
 from collections.abc import Sequence
+from typing import Final
 
-__all__ = ["show"]
+__all__ = ["duration", "show"]
+
+MINUTE: Final = 60
+HOUR: Final = 3600
+DAY: Final = 86400
 
 
 def show(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -12,3 +17,11 @@ def show(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in table:
         padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         print("  ".join([*padded, row[-1]]).rstrip())
+
+
+def duration(seconds: float) -> str:
+    """The largest unit that fits, as `docker ps` has it."""
+    for unit, name in ((DAY, "d"), (HOUR, "h"), (MINUTE, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds // unit:.0f} {name}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

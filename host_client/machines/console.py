@@ -4,9 +4,9 @@ Used by the monitor, so it imports next to nothing.
 """
 
 import os
-from typing import Final
+from typing import BinaryIO, Final
 
-__all__ = ["HALF_MAX", "TAIL_MAX", "RotatingLog", "printable", "read_log"]
+__all__ = ["HALF_MAX", "TAIL_MAX", "LogReader", "RotatingLog", "printable", "read_log"]
 
 HALF_MAX: Final = 4 * 1024 * 1024  # bytes of the current and of the previous file, each
 TAIL_MAX: Final = 16 * 1024  # bytes at the end that stay in memory, for errors
@@ -61,6 +61,49 @@ def read_log(path: str) -> bytes:
         except FileNotFoundError:
             continue
     return data
+
+
+class LogReader:
+    """Reads a log piece by piece while it is written, and becomes PATH.1, and again."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+
+    def read(self) -> bytes:
+        """What has come since the last call; at the first one all that there is."""
+        data = b"" if self._file is None else self._file.read()
+        try:
+            newest = open(self._path, "rb")  # noqa: SIM115  stays open
+        except FileNotFoundError:
+            return data
+        if self._file is not None and is_same(self._file, newest):
+            newest.close()
+            return data
+        if self._file is not None:
+            data += self._file.read()  # it will get nothing more
+        data += self._previous()
+        self.close()
+        self._file = newest
+        return data + newest.read()
+
+    def close(self) -> None:
+        """Nothing more is read."""
+        if self._file is not None:
+            self._file.close()
+
+    def _previous(self) -> bytes:
+        """PATH.1, where that is not what was read last."""
+        try:
+            with open(f"{self._path}.1", "rb") as file:
+                return b"" if self._file is not None and is_same(self._file, file) else file.read()
+        except FileNotFoundError:
+            return b""
+
+
+def is_same(one: BinaryIO, other: BinaryIO) -> bool:
+    """Whether two open files are one."""
+    return os.path.samestat(os.fstat(one.fileno()), os.fstat(other.fileno()))
 
 
 def printable(text: str) -> str:
