@@ -25,9 +25,9 @@ def step(name: str, start: float, end: float) -> Step:
     return Step(name=name, start_ms=start, end_ms=end)
 
 
-def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+def command(*arguments: str, under: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "host_client.cli", "boot-chart", *arguments],
+        [*under, sys.executable, "-m", "host_client.cli", "boot-chart", *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -95,6 +95,17 @@ def test_what_cannot_be_drawn_or_written_is_one_line(tmp_path: Path) -> None:
     assert "no machine named no-such-machine" in unknown.stderr
     with host_client.boot(demo_image(), machine="namespaces") as machine:
         refused = command(machine.name, "-o", str(tmp_path / "missing" / "boot.svg"))
+        picture, link = tmp_path / "boot.svg", tmp_path / "link"
+        picture.write_text("the one before")
+        link.symlink_to(picture)
+        full = command(machine.name, "-o", str(link), under=("prlimit", "--fsize=64"))
+        assert picture.read_text() == "the one before"
+        special = command(machine.name, "-o", "/dev/stdout")
+        assert command(machine.name, "-o", str(link)).returncode == 0
+    assert sorted(os.listdir(tmp_path)) == ["boot.svg", "link"]
+    assert link.is_symlink()
+    assert picture.read_text() == special.stdout != ""
+    assert (full.returncode, full.stderr.count("\n")) == (125, 1)
     assert refused.returncode == 125
     assert refused.stderr.count("\n") == 1
     assert "cannot write" in refused.stderr

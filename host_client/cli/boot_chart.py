@@ -1,6 +1,7 @@
 """`microguest boot-chart`: where the time of a machine's boot went."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -39,15 +40,31 @@ def state_of(name: str) -> MachineState:
 
 def put(path: str | None, text: str) -> int:
     """Write it whole, or leave an earlier file as it is."""
+    data = text.encode("ascii", "xmlcharrefreplace")
     if path is None:
         sys.stdout.flush()
-        write_all(1, text.encode("ascii", "xmlcharrefreplace"))
+        write_all(1, data)
         return 0
-    temporary = f"{path}.{os.getpid()}"
     try:
-        with open(temporary, "x", encoding="ascii", errors="xmlcharrefreplace") as file:
-            file.write(text)
-        os.replace(temporary, path)
+        replace(path, data)
     except OSError as error:
         raise MachineError(f"cannot write {path}: {error.strerror}") from error
     return 0
+
+
+def replace(path: str, data: bytes) -> None:
+    """A file's content at once; what is no file, as /dev/stdout, is written to. Raises OSError."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "wb") as file:
+            file.write(data)
+        return
+    path = os.path.realpath(path)
+    temporary = f"{path}.{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
