@@ -43,7 +43,7 @@ def run(image: str, *command: str, options: tuple[str, ...] = (), stdin: bytes =
 def complaint(done: Done) -> str:
     """The one line of an error of ours."""
     text = done.stderr.decode()
-    assert text.startswith("microguest: "), text
+    assert text.startswith(("microguest: ", "microguest run: ")), text
     assert text.count("\n") == 1, text
     return text
 
@@ -350,3 +350,7 @@ def test_doctor(image: str) -> None:
 def test_help_and_version() -> None:
     assert b"doctor" in microguest("--help").stdout
     assert microguest("--version").stdout.startswith(b"microguest ")
+
+
+def test_only_what_is_missing_is_asked_for() -> None:
+    assert complaint(microguest("run")).endswith("required: IMAGE: see microguest run --help\n")

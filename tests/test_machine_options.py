@@ -17,8 +17,8 @@ from host_client import Machine, Mount, boot, seccomp
 from host_client.errors import BootFailed, ConnectionLost, MachineError
 from host_client.machines.folder import names, sweep
 from host_client.machines.mounts import parse_mount, parse_tmpfs, parse_volume
-from host_client.machines.settings import MachineOptions, Settings
-from host_client.machines.workload import capabilities_of, restart_of
+from host_client.machines.settings import MachineOptions, Settings, restart_of
+from host_client.machines.workload import capabilities_of
 
 ALL_CAPABILITIES = 41
 
@@ -445,6 +445,8 @@ def test_volumes_as_docker_writes_them(tmp_path: Path, monkeypatch: pytest.Monke
         (["--add-host", "db"], "NAME:VALUE"),
         (["--sysctl", "x"], "NAME=VALUE"),
         (["--restart", "always"], "run -d"),
+        (["--restart", "sometimes"], "none of: no, on-failure"),
+        (["--umask", "9"], "'9' is not an octal number"),
         (["--handoff"], "run -d"),
         (["--network", "bridge"], "--network"),
     ],

@@ -64,7 +64,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_detach_keys(parser)
     add_options(parser)
     add("image", metavar="IMAGE", help="oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:ROOTFS")
-    add("command", nargs=argparse.REMAINDER, metavar="CMD", help="instead of the image's")
+    command = add("command", nargs=argparse.REMAINDER, metavar="CMD", help="instead of the image's")
+    command.required = False  # not a word that is missing where IMAGE is
     parser.set_defaults(run=_command("run"))
 
 

@@ -122,7 +122,10 @@ def _add_list(group: Any, *names: str, **how: str) -> None:
 
 
 def _octal(text: str) -> int:
-    return int(text, 8)
+    try:
+        return int(text, 8)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.20} is not an octal number, as 022") from None
 
 
 def _rlimit(text: str) -> tuple[str, tuple[int, int]]:

@@ -7,10 +7,11 @@ from typing import Final, TypedDict
 
 from guest.record import RecordError
 from guest.rootplan import Upper
+from guest.workload import Restart
 from host_client.errors import MachineError
 from host_client.machines.mounts import Mount, byte_size
 
-__all__ = ["MachineOptions", "Settings", "mebibytes"]
+__all__ = ["MachineOptions", "Settings", "mebibytes", "restart_of"]
 
 MEMORY: Final = re.compile(r"([0-9]{1,9})([kKmMgG]?)")
 MEMORY_MIN: Final = 64  # MiB; the kernel and the initramfs need most of that
@@ -169,6 +170,7 @@ class Settings:
             raise MachineError(f"network {self.network!r:.40} is not none or user")
         if self.writable and not self.read_only:
             raise MachineError("writable: the root is not read_only, all of it can be written to")
+        restart_of(self.restart)
         if self.restart != "no" and self.stdio != "console":
             raise MachineError(
                 "restart: only a command that writes to the console can be started again (run -d)"
@@ -203,3 +205,15 @@ def mebibytes(memory: str) -> int:
     if size < MEMORY_MIN:
         raise MachineError(f"memory {memory} is too little: a machine needs {MEMORY_MIN}M")
     return size
+
+
+def restart_of(text: str) -> Restart:
+    """docker's policies: no, on-failure[:N], always. MachineError."""
+    policy, colon, limit = text.partition(":")
+    if text == "no":
+        return Restart()
+    if policy == "on-failure" and (not colon or (limit.isascii() and limit.isdecimal())):
+        return Restart(policy="on-failure", limit=int(limit or 0))
+    if text in ("always", "unless-stopped"):  # a machine that was stopped is gone
+        return Restart(policy="always")
+    raise MachineError(f"restart {text!r:.40} is none of: no, on-failure, on-failure:N, always")

@@ -7,13 +7,13 @@ from typing import Final
 
 from guest.errors import OperationError
 from guest.privileges import CAPABILITIES, capability_mask, resource_limits, seccomp_program
-from guest.workload import Capabilities, ImageDefaults, Restart, Workload
+from guest.workload import Capabilities, ImageDefaults, Workload
 from host_client import seccomp
 from host_client.errors import MachineError
 from host_client.images import ImageConfig, process_for
-from host_client.machines.settings import Settings
+from host_client.machines.settings import Settings, restart_of
 
-__all__ = ["capabilities_of", "defaults_of", "restart_of", "workload_of"]
+__all__ = ["capabilities_of", "defaults_of", "workload_of"]
 
 ALL: Final = "all"
 
@@ -127,15 +127,3 @@ def rlimits_of(settings: Settings) -> dict[str, tuple[int, ...]]:
     except OperationError as error:
         raise MachineError(error.message) from None
     return wanted
-
-
-def restart_of(text: str) -> Restart:
-    """docker's policies: no, on-failure[:N], always. MachineError."""
-    policy, colon, limit = text.partition(":")
-    if text == "no":
-        return Restart()
-    if policy == "on-failure" and (not colon or (limit.isascii() and limit.isdecimal())):
-        return Restart(policy="on-failure", limit=int(limit or 0))
-    if text in ("always", "unless-stopped"):  # a machine that was stopped is gone
-        return Restart(policy="always")
-    raise MachineError(f"restart {text!r:.40} is none of: no, on-failure, on-failure:N, always")
