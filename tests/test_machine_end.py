@@ -13,7 +13,7 @@ import pytest
 from machinekit import family, kill, nothing_is_left, state_of, wait_until
 
 from guest.manifest import MANIFEST
-from host_client import boot, connect
+from host_client import Mount, boot, connect
 from host_client.errors import BootFailed, ConnectionLost, ImageError, MachineError
 from host_client.machines.folder import is_alive, machines_root, names, sweep
 
@@ -85,6 +85,16 @@ def test_idle_machine_stays_until_it_is_stopped(image: str) -> None:
     nothing_is_left(machine.name, pids, within=1)
     with pytest.raises(ConnectionLost, match=machine.name):
         machine.agent.exec(["true"])
+
+
+def test_a_machine_whose_agent_cannot_be_reached_ends_well(image: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    last = ["sh", "-c", "trap 'echo last > /data/file; exit' TERM; while :; do sleep 0.05; done"]
+    mounts = [Mount(source=str(tmp_path / "data"), target="/data")]
+    with boot(image, machine="namespaces", command=last, mounts=mounts) as machine:
+        os.unlink(os.path.join(machines_root(), machine.name, "run", "host", "agent.sock"))
+        assert machine.stop().status == "shutdown"
+    assert (tmp_path / "data" / "file").read_text() == "last\n"
 
 
 def test_stop_is_bounded_by_its_grace(image: str) -> None:

@@ -106,8 +106,6 @@ class FoundMachine:
                     with self.agent() as agent:
                         agent.shutdown(grace=grace)
                 except (ConnectError, ConnectionLost):
-                    if not self.state.can_outlive_its_agent:
-                        raise
                     watch.signal(POWER_SIGNAL)
                 ended = watch.wait(grace + POWER_OFF_WAIT)
             except MicroguestError:

@@ -112,9 +112,7 @@ class Machine:
                 try:
                     self.agent.shutdown(grace=grace)
                 except (ConnectError, ConnectionLost):
-                    if not self.state.can_outlive_its_agent:
-                        raise
-                    self._link.send(PowerOff())
+                    self._link.send(PowerOff())  # PID 1 outlives its agent
                 deadline = time.monotonic() + grace + POWER_OFF_WAIT
                 while not self.state.ended and not self._link.over and time.monotonic() < deadline:
                     self._link.listen(1.0)

@@ -175,11 +175,6 @@ class MachineState(Record):
         """Whether nothing of it runs any more."""
         return self.phase == "ended"
 
-    @property
-    def can_outlive_its_agent(self) -> bool:
-        """Whether something runs on and could end well that no agent can be asked to end."""
-        return not self.ended and (self.agent == "down" or self.handed_off)
-
     def describe_end(self) -> str:
         """How it ended, as one sentence; "" while it runs."""
         if not self.status:
