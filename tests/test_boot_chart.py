@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 from machinekit import demo_image
 
 import host_client
-from guest.report import Step
+from guest.report import REPORTS, Step
 from host_client.chart import ROWS_MAX, boot_chart
+from host_client.machines.boottime import BootTimeline
+from host_client.machines.plan import MachineState
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -59,6 +62,18 @@ def test_a_guest_cannot_write_markup() -> None:
     chart.encode("ascii")
     assert "<script" not in chart
     assert len([text for text in texts(chart) if "alert(1)" in text]) == ROWS_MAX + 2
+
+
+def test_a_guest_s_moments_stay_numbers_whatever_they_are() -> None:
+    """As the largest of both signs, whose sum is none."""
+    line = (
+        b'{"ready":{"steps":[{"name":"a","start_ms":1.7e308,"end_ms":-1.7e308}],"token_proof":""}}'
+    )
+    timeline = BootTimeline(shared_clock=False)
+    timeline.launched(time.monotonic())
+    assert timeline.take(REPORTS.decode(line))
+    assert "kernel" in MachineState(name="m", timeline=timeline.steps).to_json()
+    assert "svg" in boot_chart(timeline.steps, title="Boot")
 
 
 @pytest.mark.parametrize("end", [0.0, 0.4, 1.0, 9.99, 10.0, 123.4, 59_000.0, 1e9])

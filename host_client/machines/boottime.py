@@ -13,6 +13,7 @@ from host_client.machines.plan import STEPS_MAX
 
 __all__ = ["BootTimeline"]
 
+MS_MAX: Final = 1e12  # thirty years; sums of what a guest says have to stay numbers
 WITH_MOMENT: Final = (WorkloadStarted, FirstExec, HandedOff)
 
 
@@ -48,7 +49,7 @@ class BootTimeline:
         if isinstance(report, WITH_MOMENT):
             sent = report.boot_ms
         if sent is not None and not self._shared:
-            bound = self.now() - sent
+            bound = self.now() - sane(sent)
             self._offset = bound if self._offset is None else min(bound, self._offset)
         if isinstance(report, Ready):
             self._guest, self._ready_ms = report.steps[:STEPS_MAX], self.now()
@@ -70,16 +71,21 @@ class BootTimeline:
         found = [
             Step(
                 name=s.name,
-                start_ms=round(s.start_ms + offset, 3),
-                end_ms=round(s.end_ms + offset, 3),
+                start_ms=round(sane(s.start_ms) + offset, 3),
+                end_ms=round(sane(s.end_ms) + offset, 3),
             )
             for s in self._guest
         ]
         if found and not self._shared:
             start = round(max(0.0, offset), 3)
             found.insert(0, Step(name="kernel", start_ms=start, end_ms=found[0].start_ms))
-        moments = [(name, round(at + offset, 3)) for name, at in self._moments.items()]
+        moments = [(name, round(sane(at) + offset, 3)) for name, at in self._moments.items()]
         if self._ready_ms is not None:
             moments.append(("ready", self._ready_ms))
         found += [Step(name=name, start_ms=at, end_ms=at) for name, at in moments]
         return (launch, *sorted(found, key=lambda step: step.start_ms))
+
+
+def sane(moment: float) -> float:
+    """A guest's moment, or the most that one can be."""
+    return max(-MS_MAX, min(moment, MS_MAX))
