@@ -390,12 +390,15 @@ def test_mounts_that_make_no_sense(fields: dict[str, str], message: str) -> None
 
 @pytest.mark.qemu
 def test_disks_that_are_refused(image: str, tmp_path: Path) -> None:
+    fifo = str(tmp_path / "fifo")  # which nobody would open the other end of
+    os.mkfifo(fifo)
     used = tmp_path / "used"
     used.write_bytes(b"my letters" * 1000 + bytes(64 * 1024 * 1024))
     for mount, message in (
         (Mount(kind="disk", source=str(tmp_path / "none"), target="/mnt"), "there is no disk"),
         (Mount(kind="disk", source=str(tmp_path), target="/mnt"), "Is a directory"),
         (Mount(kind="disk", source="/dev/null", target="/mnt"), "no regular file"),
+        (Mount(kind="disk", source=fifo, target="/mnt", read_only=True), "no regular file"),
     ):
         with pytest.raises(MachineError, match=message):
             boot(image, mounts=[mount])

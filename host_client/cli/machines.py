@@ -66,7 +66,7 @@ def status(state: MachineState, *, alive: bool) -> str:
     exited = state.workload_exited
     if exited is not None:
         return f"exited ({exited.shell_code})"
-    return (state.error or state.status or "gone")[:ENDED_SHOWN]
+    return " ".join((state.error or state.status or "gone").split())[:ENDED_SHOWN]
 
 
 def up(state: MachineState) -> str:

@@ -28,9 +28,12 @@ def image_disk(path: str, serial: str, *, size: str, read_only: bool = False) ->
     try:
         if size and not read_only:
             make_sparse(absolute, byte_size(size))
-        with open(absolute, "rb" if read_only else "r+b") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise MachineError(f"disk {absolute} is no regular file")
+        # A FIFO would hold us up until somebody opens its other end.
+        fd = os.open(absolute, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK)
+        kind = os.fstat(fd).st_mode
+        os.close(fd)
+        if not stat.S_ISREG(kind):
+            raise MachineError(f"disk {absolute} is no regular file")
     except FileNotFoundError:
         raise MachineError(f"there is no disk {absolute}: give size=2G to have one made") from None
     except OSError as error:
