@@ -461,14 +461,14 @@ def test_run_detached_with_a_terminal(image: str) -> None:
 def test_a_terminal_without_a_reader_holds_nobody_up(image: str) -> None:
     """Neither one that nobody has seen for OUTPUT_GRACE, nor one that was left."""
     flood = f"yes {'flood' * 14} | head -c 3000000; touch /done; sleep 1000"
-    for name, script in (("unseen", flood), ("left", f"read go; sleep 0.5; {flood}")):
+    for name, script in (("unseen", flood), ("seen", f"read go; sleep 0.5; {flood}")):
         words = ("--name", name, "--machine", "namespaces", image, "sh", "-c", script)
         microguest("run", "-dt", "--rm", *words)
-    with at_terminal("attach", "left") as person:
+    with at_terminal("attach", "seen") as person:
         person.wait_until("it is attached", lambda: person.is_raw)
         person.type("\r\x10\x11")
         assert person.end() == 0
-    for name, seconds in (("left", 5), ("unseen", limits.OUTPUT_GRACE + 5)):
+    for name, seconds in (("seen", 5), ("unseen", limits.OUTPUT_GRACE + 5)):
         done = ("exec", name, "test", "-e", "/done")
         machinekit.wait_until(
             f"{name} goes on", lambda d=done: microguest(*d).returncode == 0, seconds
