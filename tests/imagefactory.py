@@ -226,7 +226,7 @@ def debian_layout(path: Path, packages: str = "python3-minimal", command: str = 
 
 
 def debian_root(path: Path, packages: str = "python3-minimal") -> None:
-    """Make a minimal Debian root with `packages` in the new directory `path`; the host's release."""
+    """A minimal Debian root of the host's release with `packages`, in the new directory `path`."""
     require("mmdebstrap", root=True)
     release = dict(
         line.split("=", 1)
