@@ -15,7 +15,7 @@ import pytest
 
 from host_client import Machine, connect
 from host_client.errors import MachineError
-from host_client.machines.folder import machines_root, read_state
+from host_client.machines.folder import is_alive, machines_root, names, read_state
 from host_client.machines.plan import MachineState
 from host_client.machines.shares import virtiofsd
 
@@ -106,6 +106,14 @@ def state_of(name: str) -> MachineState:
     state = read_state(name)
     assert state is not None
     return state
+
+
+def end_machines() -> None:
+    """Those of this state home that a failed test has left running."""
+    for name in names():
+        state = read_state(name)
+        if state is not None and is_alive(name):
+            os.kill(state.monitor, signal.SIGTERM)
 
 
 def nothing_is_left(name: str, pids: set[int], *, within: float) -> None:

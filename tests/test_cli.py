@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import machinekit
@@ -18,9 +19,10 @@ Done = "subprocess.CompletedProcess[bytes]"
 
 
 @pytest.fixture(autouse=True)
-def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return tmp_path / "state" / "microguest" / "machines"
+    yield tmp_path / "state" / "microguest" / "machines"
+    machinekit.end_machines()
 
 
 @pytest.fixture
