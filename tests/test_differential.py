@@ -55,6 +55,10 @@ done
 (mkdir /tmp/made && echo mkdir allowed) 2>/dev/null || echo mkdir refused
 """
 
+# Signals 32 and 33, which a C library keeps for itself: make ignores them for all that it starts,
+# and crun passes that on.
+LIBC_SIGNALS = 0b11 << 31
+
 # Of /proc/PID/status, what says how much and where, and not what it is.
 UNSTEADY = (
     *("Name", "State", "Tgid", "Ngid", "Pid", "PPid", "FDSize", "NS*", "Vm*", "Rss*", "Hugetlb*"),
@@ -294,11 +298,13 @@ def facts(text: str) -> Facts:
 
 def status(lines: list[str]) -> Facts:
     pairs = [line.split(":", 1) for line in lines]
-    return {
+    found = {
         f"status {name}": " ".join(value.split())
         for name, value in pairs
         if not any(fnmatch.fnmatch(name, pattern) for pattern in UNSTEADY)
     }
+    ignored = int(found["status SigIgn"], 16) & ~LIBC_SIGNALS
+    return found | {"status SigIgn": f"{ignored:016x}"}
 
 
 def limits(lines: list[str]) -> Facts:
