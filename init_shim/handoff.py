@@ -6,6 +6,8 @@ Imported in that mode only. The child that stays behind for the host is `init_sh
 import os
 import resource
 
+import _guestsys
+
 from guest import process
 from guest.bootconfig import BootConfig
 from guest.report import Ready
@@ -15,7 +17,7 @@ from init_shim.agent_process import AgentProcess
 from init_shim.failure import call
 from init_shim.main import proof
 from init_shim.reporter import Reporter
-from init_shim.signals import Signals, reset_all
+from init_shim.signals import Signals
 from init_shim.timeline import Timeline
 from init_shim.workload import WorkloadNotStarted
 
@@ -97,7 +99,7 @@ def leave_nothing(umask: int) -> None:
         except OSError:
             pass  # namespaces without the right to it
     keep_only_console()
-    reset_all()
+    _guestsys.reset_signals()
 
 
 def keep_only_console() -> None:

@@ -8,6 +8,8 @@ import os
 import select
 import time
 
+import _guestsys
+
 from guest import limits
 from init_shim.failure import Failure
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 else:
     import _signal as signal  # `signal` itself makes enums, whose module is larger than PID 1
 
-__all__ = ["CONTINUE", "KILL", "STOP_SIGNALS", "TERMINATE", "Signals", "fork", "reset_all"]
+__all__ = ["CONTINUE", "KILL", "STOP_SIGNALS", "TERMINATE", "Signals", "fork"]
 
 TERMINATE, KILL, CONTINUE = signal.SIGTERM, signal.SIGKILL, signal.SIGCONT
 
@@ -136,18 +138,7 @@ def fork() -> int:
     try:
         pid = os.fork()
         if pid == 0:
-            reset_all()
+            _guestsys.reset_signals()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
     return pid
-
-
-def reset_all() -> None:
-    """Every signal's default, none blocked: execve(2) keeps what is ignored or blocked."""
-    for number in range(1, signal.NSIG):
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            try:
-                signal.signal(number, signal.SIG_DFL)
-            except (OSError, ValueError):
-                pass  # those that the C library keeps for itself
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())

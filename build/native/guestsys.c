@@ -405,7 +405,7 @@ close_other_fds(void)
 /* Back to what a program expects: default dispositions (an ignored signal would stay ignored over
  * exec, and Python ignores SIGPIPE) and nothing blocked. */
 static long
-reset_signals(void)
+default_signals(void)
 {
     static const uint64_t default_action[4]; /* the kernel's struct sigaction; 0 is SIG_DFL */
     static const uint64_t nothing;
@@ -413,6 +413,16 @@ reset_signals(void)
         if (number != SIGKILL && number != SIGSTOP)
             syscall(SYS_rt_sigaction, number, default_action, NULL, SIGNAL_SET_SIZE);
     return syscall(SYS_rt_sigprocmask, SIG_SETMASK, &nothing, NULL, SIGNAL_SET_SIZE);
+}
+
+/* reset_signals(): rt_sigaction(2) of every signal, those included that the C library keeps for
+ * itself and that whoever started us may have ignored */
+static PyObject *
+sys_reset_signals(PyObject *module, PyObject *args)
+{
+    if (default_signals())
+        return os_error();
+    Py_RETURN_NONE;
 }
 
 static long
@@ -486,7 +496,7 @@ prepare_and_execute(struct plan *plan)
     if (plan->no_new_privs || filter_last) /* without it a filter is for the privileged */
         STEP("no_new_privs", syscall(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
     STEP("close_range", close_other_fds());
-    STEP("signals", reset_signals());
+    STEP("signals", default_signals());
     if (filter_last) /* so that it has to allow no other call than execve */
         STEP("seccomp", set_filter(&plan->filter));
     plan->step = "exec";
@@ -775,6 +785,7 @@ static PyMethodDef guestsys_methods[] = {
     {"pivot_root", sys_pivot_root, METH_VARARGS, NULL},
     {"prctl", sys_prctl, METH_VARARGS, NULL},
     {"reboot", sys_reboot, METH_VARARGS, NULL},
+    {"reset_signals", sys_reset_signals, METH_NOARGS, NULL},
     {"setns", sys_setns, METH_VARARGS, NULL},
     {"spawn", _PyCFunction_CAST(sys_spawn), METH_VARARGS | METH_KEYWORDS, NULL},
     {"umount2", sys_umount2, METH_VARARGS, NULL},
