@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -78,6 +79,11 @@ def make_root(folder: Path) -> Path:
     )
     (folder / "etc" / "group").write_text("root:x:0:\ntester:x:1000:\nextra:x:2000:tester\n")
     return folder
+
+
+def shell(script: str) -> list[str]:
+    """The arguments of a process that runs a script."""
+    return ["/bin/sh", "-c", script]
 
 
 def boot_config(argv: list[str] | None = None, **workload: object) -> Config:
@@ -235,6 +241,16 @@ class Machine:
             lambda: next((pid for pid in children(init) if command_of(pid) == ["agent"]), 0),
             "the agent",
         )
+
+    def kill_every_agent(self) -> list[Report]:
+        """As soon as it is there, until the machine has ended. All of its reports."""
+        killed: set[int] = set()
+        while self.process.poll() is None:
+            for pid in self.everybody() - killed:
+                if command_of(pid) == ["agent"]:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+        return list(iter(self.next_report, ("", {})))
 
     def everybody(self) -> set[int]:
         """Every process inside, and the launcher."""

@@ -12,7 +12,6 @@ from init_machine import (
     TOKEN,
     Machine,
     boot_config,
-    command_of,
     make_root,
     require_program,
     state_of,
@@ -134,13 +133,7 @@ def test_agent_is_named_and_has_no_environment(root: Path) -> None:
 
 def test_an_agent_that_keeps_dying_fails_the_boot(root: Path) -> None:
     with Machine(root, boot_config(["true"])) as machine:
-        killed: set[int] = set()
-        while machine.process.poll() is None:
-            for pid in machine.everybody() - killed:
-                if command_of(pid) == ["agent"]:
-                    os.kill(pid, signal.SIGKILL)
-                    killed.add(pid)
-        reports = list(iter(machine.next_report, ("", {})))
+        reports = machine.kill_every_agent()
         crashes = [fields["crashes"] for name, fields in reports if name == "agent_exited"]
         assert crashes == [1, 2, 3, 4]
         (failed,) = [fields for name, fields in reports if name == "boot_failed"]

@@ -5,17 +5,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from init_machine import STEPS, TOKEN, Machine, boot_config, make_root, require_program
+from init_machine import STEPS, TOKEN, Machine, boot_config, make_root, require_program, shell
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     require_program()
     return make_root(tmp_path_factory.mktemp("image"))
-
-
-def shell(script: str) -> list[str]:
-    return ["/bin/sh", "-c", script]
 
 
 def output_of(root: Path, script: str, **workload: object) -> str:

@@ -17,6 +17,7 @@ from init_machine import (
     command_of,
     make_root,
     require_program,
+    shell,
     wait_for,
 )
 
@@ -34,10 +35,6 @@ RESTARTED = 3  # the launcher's exit code
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     require_program()
     return make_root(tmp_path_factory.mktemp("image"))
-
-
-def shell(script: str) -> list[str]:
-    return ["/bin/sh", "-c", script]
 
 
 def rest(machine: Machine) -> list[Report]:

@@ -28,6 +28,7 @@ from init_machine import (
     descendants,
     make_root,
     require_program,
+    shell,
     wait_for,
 )
 
@@ -47,10 +48,6 @@ def root(tmp_path: Path) -> Path:
     if shutil.which("ip") is None:
         pytest.skip("needs ip: apt install iproute2")
     return make_root(tmp_path / "image")
-
-
-def shell(script: str) -> list[str]:
-    return ["/bin/sh", "-c", script]
 
 
 def output_of(image: Path, script: str, **config: Any) -> str:

@@ -15,6 +15,7 @@ from init_machine import (
     command_of,
     make_root,
     require_program,
+    shell,
     state_of,
     wait_for,
 )
@@ -29,10 +30,6 @@ EACH = ("HUP", "QUIT", "ABRT", "USR1", "USR2", "ALRM", "TSTP", "WINCH", "CONT", 
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     require_program()
     return make_root(tmp_path_factory.mktemp("image"))
-
-
-def shell(script: str) -> list[str]:
-    return ["/bin/sh", "-c", script]
 
 
 def lives(machine: Machine) -> list[Report]:

@@ -22,6 +22,7 @@ from init_machine import (
     descendants,
     make_root,
     require_program,
+    shell,
     state_of,
     wait_for,
 )
@@ -46,10 +47,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def handoff(argv: list[str], **workload: object) -> Config:
     return {**boot_config(argv, **workload), "mode": "handoff"}
-
-
-def shell(script: str) -> list[str]:
-    return ["/bin/sh", "-c", script]
 
 
 @pytest.fixture
@@ -177,13 +174,7 @@ def test_an_init_has_to_be_root(root: Path) -> None:
 
 def test_an_agent_that_keeps_dying_fails_the_boot(root: Path) -> None:
     with Machine(root, handoff(["init"])) as machine:
-        killed: set[int] = set()
-        while machine.process.poll() is None:
-            for pid in machine.everybody() - killed:
-                if command_of(pid) == ["agent"]:
-                    os.kill(pid, signal.SIGKILL)
-                    killed.add(pid)
-        reports = list(iter(machine.next_report, ("", {})))
+        reports = machine.kill_every_agent()
         assert [name for name, _ in reports] == [
             *("agent_exited", "agent_exited", "agent_exited", "agent_exited"),
             *("boot_failed", "stopping"),
