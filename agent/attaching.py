@@ -40,6 +40,8 @@ OUTPUTS = (1, 2)
 # held here, for each host that does not read: so frames are short, and several go at a time.
 FRAME = 16 * 1024
 ROUNDS = 16  # of sending before other connections get their turn
+WRITER_LOOKS = 125  # for a connection that was closed to be seen so
+WRITER_LOOK = 0.002  # seconds between two of them
 
 
 async def start(agent: Agent, channel: Channel, args: Record, early: list[Event]) -> None:
@@ -63,8 +65,10 @@ async def attach(agent: Agent, channel: Channel, args: Record, early: list[Event
     process = await find_main(agent) if args.id == MAIN_ID else agent.find(args.id)
     if not isinstance(process, KeptProcess):
         raise OperationError("no_such_process", f"process {args.id} is not kept")
-    if args.write and process.writer is not None:
-        await trio.lowlevel.checkpoint()  # it may have left before this host came: let it be seen
+    for _ in range(WRITER_LOOKS):  # it may have left before this host came: let it be seen
+        if not args.write or process.writer is None:
+            break
+        await trio.sleep(WRITER_LOOK)
     if args.write and process.writer is not None:
         raise OperationError("stdin_taken", f"another connection may write to {process.id}")
     offsets, dropped = starting_points(process, args.offsets or {})
