@@ -41,7 +41,19 @@ FILTER = (
 )
 
 
-class Everybody:
+class ClientSocket:
+    """A `with` block closes it."""
+
+    socket: _socket.socket
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.socket.close()
+
+
+class Everybody(ClientSocket):
     """Broadcast from an interface that may have no address: whole IP packets."""
 
     def __init__(self, link: Link, own: bytes = bytes(4)) -> None:
@@ -52,12 +64,6 @@ class Everybody:
             self.socket = _socket.socket(_socket.AF_PACKET, kind, 0)  # 0: deaf until bound
             attach_filter(self.socket)
             self.socket.bind((link.name, ETHERTYPE_IP))
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.socket.close()
 
     def send(self, payload: bytes) -> None:
         """A lost packet is repeated later; so is one that could not be sent."""
@@ -73,7 +79,7 @@ class Everybody:
         return None if packet is None else dhcp_packets.parse_datagram(packet)
 
 
-class OneServer:
+class OneServer(ClientSocket):
     """From the leased address to the server that leased it."""
 
     def __init__(self, link: Link, own: bytes, server: bytes) -> None:
@@ -85,12 +91,6 @@ class OneServer:
             self.socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
             self.socket.bind((text_address(own), dhcp_packets.CLIENT_PORT))
             self.socket.connect((text_address(server), dhcp_packets.SERVER_PORT))
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.socket.close()
 
     def send(self, payload: bytes) -> None:
         """See Everybody."""
