@@ -49,7 +49,22 @@ START_CODES = frozenset(
 
 
 class MicroguestError(Exception):
-    """Base of every error that this project raises on purpose."""
+    """Base of every error that this project raises on purpose.
+
+    Each can be pickled and copied with its message, its fields and its notes, whatever its
+    `__init__` asks for; without its traceback and its cause, as any exception.
+    """
+
+    # An exception is made anew from `args`, which lacks what is given by keyword.
+    def __reduce__(self) -> "tuple[object, ...]":
+        return _made_again, (type(self), self.args), self.__dict__
+
+
+def _made_again(kind: type[MicroguestError], args: tuple[object, ...]) -> MicroguestError:
+    """An error without its fields, which whoever unpickles or copies it sets next."""
+    error = kind.__new__(kind)
+    error.args = args
+    return error
 
 
 class ProtocolError(MicroguestError):

@@ -42,7 +42,7 @@ class Result:
     user_seconds: float = 0.0
     system_seconds: float = 0.0
     max_rss_kib: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict, hash=False)  # a dict has none
 
     @classmethod
     def of(cls, argv: tuple[str, ...], exited: Exited, stdout: bytes, stderr: bytes) -> "Result":

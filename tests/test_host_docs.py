@@ -35,5 +35,6 @@ def test_examples(
         "stdout b'1\\n",
         "was killed by signal",
         "job",
+        "not_found exec 2",
     ):
         assert text in shown

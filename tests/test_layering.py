@@ -86,8 +86,16 @@ PUBLIC = {
         "signal_number",
     ],
     "host_client": [
-        "Agent", "Interface", "Keep", "Limits", "Machine", "Mount", "Process", "Result", "Route",
-        "StagedFile", "aio", "boot", "connect", "errors",
+        "Agent", "AgentExited", "Attach", "BootConfigError", "BootFailed", "BootFailure",
+        "CommandFailed", "ConnectError", "ConnectionLost", "DeadlineExceeded", "Event",
+        "Exited", "GuestClock", "HybridAddress", "ImageError", "InfoResult", "Interface",
+        "Keep", "Limits", "LocalProtocolError", "Machine", "MachineError", "MachineOptions",
+        "MachineState", "ManifestError", "MicroguestError", "Mount", "OperationError",
+        "Options", "OutputStalled", "OutputTooLarge", "PingResult", "Process",
+        "ProcessInfo", "ProcessStream", "ProtocolError", "RemoteProtocolError", "Renewed",
+        "Result", "Route", "StagedFile", "Start", "StartError", "Step", "UnixAddress",
+        "VsockAddress", "Winsize", "WorkloadExited", "WorkloadFailed", "__version__", "aio",
+        "boot", "connect", "errors", "seccomp",
     ],
     "host_client.aio": ["Agent", "Process", "connect"],
 }  # fmt: skip
