@@ -4,8 +4,10 @@ The connection is the process's: while it is open the process runs, and when it 
 that descends from the process is killed. Each child is waited for by nobody else.
 """
 
+import contextlib
 import os
 import signal
+import stat
 import time
 from collections.abc import Iterable
 
@@ -26,6 +28,8 @@ from guest.process import Plan, plan, shell_argv, start_failure
 from guest.record import Record
 
 __all__ = ["ChildProcess", "begin", "start"]
+
+NULL_DEVICE = os.makedev(1, 3)  # admin-guide/devices.txt
 
 Resources = tuple[tuple[int, int, int], ...]
 Channels = tuple[int, dict[int, int]]  # stdin, outputs: our ends
@@ -249,29 +253,47 @@ class Starting:
             theirs += (slave, slave, slave)
             ours.append(os.dup(master))  # each stream is closed by itself
             return
+        uid = self.plan.identity.uid
         if self.args.stdin:
             reader, writer = os.pipe2(os.O_CLOEXEC)
             os.set_blocking(writer, False)
             ours.append(writer)
             theirs.append(reader)
+            give_to(uid, reader)
         else:
             ours.append(-1)
-            theirs.append(null_input())
+            theirs.append(null_input(uid))
         for _ in (1, 2):
             reader, writer = os.pipe2(os.O_CLOEXEC)
-            os.set_blocking(reader, False)  # anybody in the guest may open the other end again
+            os.set_blocking(reader, False)  # the user may open the other end again
             ours.append(reader)
             theirs.append(writer)
+            give_to(uid, writer)
 
 
-def null_input() -> int:
-    """An input that is at its end. Raises OSError."""
-    try:
-        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:  # a root without /dev
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        os.close(writer)
-        return reader
+def give_to(uid: int, pipe: int) -> None:
+    """Let the user open it again, as /dev/stdout or in /proc/self/fd. As runc does."""
+    if uid != os.geteuid():
+        with contextlib.suppress(OSError):  # what cannot be this user is told so by its start
+            os.fchown(pipe, uid, -1)
+
+
+def null_input(uid: int) -> int:
+    """An input that is at its end. Raises OSError.
+
+    What stands at /dev/null is the image's affair: it may be missing, or a FIFO.
+    """
+    with contextlib.suppress(OSError):
+        fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        status = os.fstat(fd)
+        if stat.S_ISCHR(status.st_mode) and status.st_rdev == NULL_DEVICE:
+            os.set_blocking(fd, True)
+            return fd
+        os.close(fd)
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    os.close(writer)
+    give_to(uid, reader)
+    return reader
 
 
 def not_started(planned: Plan, step: str, error: OSError) -> OperationError:

@@ -48,7 +48,7 @@ def open_terminal(size: Winsize, uid: int) -> tuple[int, int]:
     try:
         fcntl.ioctl(master, TIOCSPTLCK, bytes(4))
         slave = fcntl.ioctl(master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-        os.fchown(slave, uid, -1)
+        _give_to(slave, uid)
         os.fchmod(slave, OWN_MODE)
         _set_size(master, size.rows, size.columns)
     except OSError as error:
@@ -108,6 +108,15 @@ def _open_multiplexer() -> tuple[int, str]:
         os.close(fd)
         problem = NoTerminal(errno.ENODEV, os.strerror(errno.ENODEV), path)
     raise problem
+
+
+def _give_to(slave: int, uid: int) -> None:
+    """The user's own. Raises OSError."""
+    try:
+        os.fchown(slave, uid, -1)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # this user namespace has no such user: nobody can be it
+            raise
 
 
 def _set_size(master: int, rows: int, columns: int) -> None:

@@ -199,20 +199,20 @@ class Streams:
     def __init__(self, workload: Workload, uid: int) -> None:
         self.stdin = self.stdout = self.stderr = self.terminal = -1
         self.theirs = (-1, -1, -1)
-        self.lent: tuple[int, ...] = ()  # of `theirs`, those that are not PID 1's own as well
+        self.lent: tuple[int, ...] = ()  # `theirs`, until it has them
         if workload.stdio == "terminal":
             from init_shim.terminal import open_terminal
 
             self.terminal, slave = open_terminal(workload.rows, workload.columns, uid)
             self.theirs, self.lent = (slave, slave, slave), (slave,)
         elif workload.stdio == "attached":
-            self._open_pipes()
+            self._open_pipes(uid)
         else:
-            with call("open", os.devnull):
-                nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-            self.theirs, self.lent = (nothing, 1, 2), (nothing,)
+            from init_shim.console import open_console
 
-    def _open_pipes(self) -> None:
+            self.theirs = self.lent = open_console()
+
+    def _open_pipes(self, uid: int) -> None:
         opened: list[int] = []
         try:
             with call("pipe2"):
@@ -224,6 +224,11 @@ class Streams:
             raise
         in_read, self.stdin, self.stdout, out_write, self.stderr, err_write = opened
         self.theirs = self.lent = (in_read, out_write, err_write)
+        for fd in self.theirs:  # so that its user can open them again, as /dev/stdout: as runc does
+            try:
+                os.fchown(fd, uid, -1)
+            except OSError:
+                pass  # what cannot be this user is told so by its start
 
     def close_lent(self) -> None:
         """It has them, or will never have."""

@@ -205,6 +205,72 @@ def test_account_files_that_are_traps_do_not_hold_the_agent(small_root: pathlib.
         assert agent.resident_kib() - resident < 2 * 1024
 
 
+# ── whose the streams are ────────────────────────────────────────────────────────────────────────
+
+AGAIN = """
+read line </dev/stdin; echo "got $line" >/dev/stdout; echo err >/dev/stderr
+echo 1 >>/proc/self/fd/1; echo 2 >>/proc/$$/fd/2; stat -L -c %u /dev/stdin /dev/stdout /dev/stderr
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("user", ["65534", "1234:4321", "0"])
+def test_streams_can_be_opened_again_by_the_user(agent: AgentProcess, user: str) -> None:
+    with Host(agent) as host:
+        host.start("sh", "-c", AGAIN, user=user, stdin=True)
+        host.write(b"line\n", end=True)
+        result = host.collect()
+    uid = user.partition(":")[0].encode() + b"\n"
+    assert (result.stdout, result.stderr) == (b"got line\n1\n" + 3 * uid, b"err\n2\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_streams_of_others_cannot(agent: AgentProcess) -> None:
+    """They are the user's, not everybody's."""
+    with Host(agent) as host:
+        host.start("sh", "-c", "echo $$; read wait", user="1234", stdin=True)
+        pid = int(host.read_until(b"\n"))
+        result = shell(agent, f"echo x >/proc/{pid}/fd/1 || echo refused", user="1235")
+        host.write(b"", end=True)
+        assert host.collect().stdout == b""
+    assert result.stdout == b"refused\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_server_without_root_logs_to_its_streams(agent: AgentProcess) -> None:
+    """As nginx and apache do in their images: log files that are links to /dev/stdout."""
+    script = """
+    dir=$(mktemp -d) && ln -s /dev/stdout $dir/access.log && ln -s /dev/stderr $dir/error.log
+    sh -c "echo GET >>$dir/access.log; echo oops >>$dir/error.log"
+    rm -r $dir
+    """
+    result = shell(agent, script, user="65534:65534")
+    assert (result.stdout, result.stderr) == (b"GET\n", b"oops\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its root")
+def test_input_is_the_users_in_a_root_without_devices(small_root: pathlib.Path) -> None:
+    (small_root / "proc").mkdir()
+    with AgentProcess(root=str(small_root)) as agent:
+        mount = ["busybox", "mount", "-t", "proc", "proc", "/proc"]
+        if execute(agent, *mount).exited.code:
+            pytest.skip("no proc can be mounted here")
+        try:
+            script = "busybox cat /proc/self/fd/0 && echo whole >/proc/self/fd/1"
+            result = execute(agent, "busybox", "sh", "-c", script, user="77:78")
+        finally:
+            execute(agent, "busybox", "umount", "/proc")
+    assert (result.stdout, result.stderr) == (b"whole\n", b"")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its root")
+def test_a_fifo_as_null_device_does_not_hold_the_agent(small_root: pathlib.Path) -> None:
+    (small_root / "dev").mkdir()
+    os.mkfifo(small_root / "dev" / "null")
+    with AgentProcess(root=str(small_root)) as agent:
+        assert execute(agent, "busybox", "cat").stdout == b""
+
+
 # ── what cannot be started ───────────────────────────────────────────────────────────────────────
 
 

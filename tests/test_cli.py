@@ -69,6 +69,24 @@ def test_stdin(image: str, kind: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"data\n", b"")
 
 
+REOPENED = "echo out >/dev/stdout; echo err >>/proc/self/fd/2; cat /dev/stdin"
+
+
+@KIND
+def test_streams_are_the_users(image: str, kind: str) -> None:
+    """What servers without root log to, wherever they run."""
+    words = ("-u", "65534", "--machine", kind, image, "sh", "-c", REOPENED)
+    done = microguest("run", "--rm", "-i", *words, stdin=b"in\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"out\nin\n", b"err\n")
+
+    name = f"owned-{kind}"
+    words = ("-u", "65534", "--machine", kind, image, "sh", "-c", f"{REOPENED}; sleep 600")
+    assert microguest("run", "-d", "--name", name, *words).returncode == 0
+    wait_until("it has logged", lambda: microguest("logs", name).stdout == b"out\nerr\n")
+    done = microguest("exec", "-i", "-u", "65534", name, "sh", "-c", REOPENED, stdin=b"in\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"out\nin\n", b"err\n")
+
+
 def test_much_stdin(image: str) -> None:
     data = os.urandom(8 * 1024 * 1024)
     assert run(image, "cat", options=("-i",), stdin=data).stdout == data

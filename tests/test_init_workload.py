@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from init_machine import TOKEN, Machine, boot_config, make_root, require_program, wait_for
+from init_machine import (
+    TOKEN,
+    Machine,
+    boot_config,
+    make_root,
+    require_program,
+    shell,
+    wait_for,
+)
 from test_host_seccomp import ENGINES
 from vm_machine import make_erofs, run_vm, vm_config
 
@@ -192,6 +200,48 @@ def test_a_filter_that_kills_is_a_start_that_failed_or_an_end(root: Path) -> Non
 
 def test_no_new_privs(root: Path) -> None:
     assert status(root, no_new_privs=True)["NoNewPrivs"] == "1"
+
+
+# ── whose the streams are ────────────────────────────────────────────────────────────────────────
+
+AGAIN = "echo out >/dev/stdout; echo err >>/proc/self/fd/2; cat /dev/stdin"
+# The end of nobody's business: to read what goes to the console, or to let others do so.
+TAKE = "head -c 1 /dev/stdout || echo unread; chmod 0666 /proc/self/fd/1 || echo unchanged"
+
+
+@pytest.mark.parametrize("user", ["tester", "4711:4712", "0"])
+def test_pipes_can_be_opened_again_by_the_user(root: Path, user: str) -> None:
+    config = boot_config(shell(f"{AGAIN}; head -c 0 /dev/stdin"), user=user, stdio="attached")
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        with attached(machine) as process:
+            result = process.communicate(b"in\n")
+    assert (result.stdout, result.stderr) == (b"out\nin\n", b"err\n")
+
+
+def test_console_can_be_opened_again_to_write_only(root: Path) -> None:
+    reader, writer = os.pipe()
+    config = boot_config(shell(f"({AGAIN}; {TAKE}) 2>/dev/stdout"), user="4711:4712")
+    with open(reader, "rb") as console, Machine(root, config, console_fd=writer) as machine:
+        os.close(writer)
+        assert machine.wait() == 0
+        lines = console.read().decode().splitlines()
+    assert [line for line in lines if "denied" not in line and "permitted" not in line] == [
+        "out", "err", "unread", "unchanged",
+    ]  # fmt: skip
+
+
+@pytest.mark.qemu
+def test_console_of_a_vm_can_be_opened_again_to_write_only(root: Path, tmp_path: Path) -> None:
+    disk = make_erofs(root, tmp_path / "root.erofs")
+    script = f"""
+    {AGAIN}; ({TAKE}) 2>/dev/null
+    ls /dev | grep -c microguest; echo x 2>/dev/null >/dev/console || echo closed
+    setsid -c true 2>/dev/null; test -t 1 && echo terminal
+    """
+    config = vm_config(shell(script), user="4711:4712")
+    lines = run_vm(config, disks={"root": disk}).lines
+    assert lines == ["out", "err", "unread", "unchanged", "0", "closed", "terminal"]
 
 
 # ── where it is ──────────────────────────────────────────────────────────────────────────────────

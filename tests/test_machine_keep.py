@@ -143,6 +143,18 @@ def wait(machine: Machine, process_id: str) -> Exited:
     return exited
 
 
+def test_streams_stay_the_users_after_the_agents_death(machine: Machine) -> None:
+    script = "read a; echo $a >/dev/stdout; read b </dev/stdin; echo $b >>/proc/self/fd/2"
+    started = start(machine, "sh", "-c", script, user="tester", stdin=True)
+    os.kill(machine.agent_pid(), signal.SIGKILL)
+    host, _ = attach(machine, started.id)
+    with host:
+        host.write(b"one\n")
+        assert host.read_until(b"one\n") == b"one\n"
+        host.write(b"two\n")
+        assert host.read_until(b"two\n", outputs=(2,)) == b"two\n"
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_output_is_whole_however_often_the_agent_is_killed(machine: Machine, seed: int) -> None:
     chance = random.Random(seed)
