@@ -20,11 +20,12 @@ from init_shim.signals import Signals
 __all__ = ["NAME", "Order", "start_clients"]
 
 NAME = "dhcp"  # argv[0]: how the program knows what it is to be
+SPARE = 1024 * 1024  # bytes that are left of an /etc which can be written to
 ANSWER = 1024  # bytes of the client's line
 
 # What it does as root: netlink, raw packets, port 68, and files of an /etc that may be anybody's.
 CAPABILITIES = ("net_admin", "net_raw", "net_bind_service", "chown", "dac_override", "fowner")
-MOUNTING = ("sys_admin",)  # over a file in an /etc that cannot be written to
+MOUNTING = ("sys_admin",)  # over a file in an /etc that takes none
 
 
 class Order(Record):
@@ -46,7 +47,7 @@ def start_clients(plan: Network, hostname: str, signals: Signals, *, read_only: 
     """
     waiting: dict[str, int] = {}
     write = not plan.nameservers
-    capabilities = CAPABILITIES + (MOUNTING if read_only or is_read_only("/etc") else ())
+    capabilities = CAPABILITIES + (MOUNTING if read_only or takes_little("/etc") else ())
     try:
         for interface in plan.interfaces:
             if interface.dhcp:
@@ -68,12 +69,14 @@ def start_clients(plan: Network, hostname: str, signals: Signals, *, read_only: 
             os.close(pipe)
 
 
-def is_read_only(folder: str) -> bool:
-    """Whether it is on something that cannot be written to, as far as can be told."""
+def takes_little(folder: str) -> bool:
+    """Whether what it is on is read-only or all but full, as far as can be told."""
     try:
-        return bool(os.statvfs(folder).f_flag & READ_ONLY)
+        found = os.statvfs(folder)
     except OSError:
         return True
+    full = found.f_blocks and found.f_bavail * found.f_frsize < SPARE
+    return bool(found.f_flag & READ_ONLY or full or (found.f_files and not found.f_favail))
 
 
 def start_client(order: Order, capabilities: tuple[str, ...]) -> int:

@@ -11,6 +11,7 @@ from guest import limits
 from init_shim import mounts
 from init_shim.failure import Failure, call
 from init_shim.mounts import mount
+from init_shim.reporter import say
 
 __all__ = ["find_disk", "is_read_only", "mount_disk"]
 
@@ -53,7 +54,10 @@ def mount_disk(serial: str, fstype: str, target: str, flags: int, policy: str = 
         failure.message += f"; disk {serial!r} is said to have an {fstype}"
         raise
     if writable and policy == "if-blank":
-        blank_disk.grow(device, target)
+        try:
+            blank_disk.grow(device, target)
+        except Failure as failure:  # what is on it can be used as it is, and mended
+            say(f"disk {serial!r} ({device}) does not grow: {failure.message}")
 
 
 def find_disk(serial: str) -> str:

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["hosts_text", "name_host", "resolv_conf_text", "write"]
 
 ETC = "/etc"
-STORE = "/run/microguest/etc"  # where files lie that are mounted over a read-only root's
+OWN = "/run/microguest"  # a tmpfs: /run may be anybody's in an image, what is mounted is not moved
+STORE = f"{OWN}/etc"  # where files lie that are mounted over those of a root that takes none
+# A root that is full, over somebody's quota, read-only or broken: it takes no file, and is left to
+# its owner to mend from inside.
+TAKES_NOTHING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+MOUNTS = "/proc/self/mounts"
+MOUNTS_SIZE = 1024 * 1024  # bytes of it that are looked through
+STORE_SIZE = "4m"  # holds the image's longest hosts file, and the few others
 LONGEST_KEPT = 1024 * 1024  # bytes of an image's /etc/hosts; a larger one is left alone
 OWN_ADDRESS = "127.0.1.1"  # of a host that has no other; Debian's convention
 LOCALHOST = """\
@@ -30,44 +37,50 @@ LOCALHOST = """\
 """
 
 
-def write(name: str, text: str, mode: int = 0o644, *, required: bool = True) -> None:
+def write(name: str, text: str, mode: int = 0o644) -> None:
     """Make /etc/`name` a file with this text, owned by root. Raises Failure.
 
     A symlink is replaced, not followed. A file that is a mount of its own stays as it is. Where
-    the root is read-only, the new file is mounted over the old one; where there is none, that is
-    only said if the file is not `required`.
+    the root takes nothing, the new file is mounted over the old one; where that cannot be either,
+    it is said: nobody shall be locked out of a machine by what it has filled.
     """
     try:
         put(name, text.encode("utf-8", "surrogateescape"), mode)
-    except Failure as failure:
-        if required or failure.errno != errno.EROFS:
-            raise
-        say(failure.message)
+    except NotTaken as failure:
+        say(f"{ETC}/{name} is not as the machine was told: {failure}")
+
+
+class NotTaken(Failure):
+    """The root takes nothing, and there is nothing to mount over."""
 
 
 def put(name: str, data: bytes, mode: int) -> None:
     path = f"{ETC}/{name}"
-    with RootFolder("/") as root, open_etc(root, path) as etc:
+    with RootFolder("/") as root, open_etc(root) as etc:
         try:
             if not has(etc.fd, name, data, mode):
                 replace(etc.fd, name, data, mode)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 say(f"{path} is a mount of its own and stays as it is")
-            elif error.errno == errno.EROFS:
-                cover(root, etc, name, data, mode)
+            elif error.errno in TAKES_NOTHING:
+                try:
+                    cover(root, etc, name, data, mode)
+                except Failure as failure:
+                    why = f"{os.strerror(error.errno)}; {failure.message}"
+                    raise NotTaken(why) from None
             else:
                 with call("write", path):
                     raise
 
 
-def open_etc(root: RootFolder, path: str) -> Opened:
-    """The image's /etc, which is made where it is missing. Raises Failure for `path` in it."""
+def open_etc(root: RootFolder) -> Opened:
+    """The image's /etc, which is made where it is missing. Raises Failure."""
     try:
         return root.open_target(ETC, directory=True, create=True)
     except Failure as failure:
-        if failure.errno == errno.EROFS:
-            raise nowhere(path) from None
+        if failure.errno in TAKES_NOTHING:
+            raise NotTaken(failure.message) from None
         raise
 
 
@@ -99,7 +112,10 @@ def replace(folder: int, name: str, data: bytes, mode: int) -> None:
         fill(fd, data, mode)
         os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except OSError:
-        os.unlink(temporary, dir_fd=folder)
+        try:
+            os.unlink(temporary, dir_fd=folder)
+        except OSError:
+            pass  # the first error says more
         raise
     finally:
         os.close(fd)
@@ -113,41 +129,59 @@ def fill(fd: int, data: bytes, mode: int) -> None:
     os.fchmod(fd, mode)
 
 
-# ── a read-only root ─────────────────────────────────────────────────────────────────────────────
+# ── a root that takes nothing ────────────────────────────────────────────────────────────────────
 
 
 def cover(root: RootFolder, etc: Opened, name: str, data: bytes, mode: int) -> None:
-    """Let /etc/`name` have this text where /etc cannot be written to. Raises Failure.
+    """Let /etc/`name` have this text where /etc takes no file. Raises Failure.
 
-    A link that leads out of the read-only part (as into /run) is written through; a file has one
-    from STORE mounted over it.
+    A link that leads to another file system (as into /run) is written through; a file has one from
+    STORE mounted over it, and where none is there, an empty one is made for it, which often takes
+    no space.
     """
-    path = f"{ETC}/{name}"
     stored = f"{STORE}/{name}"
-    if os.path.exists(stored):  # mounted already
+    if has_store() and os.path.exists(stored):  # mounted already
         with call("write", stored):
             overwrite(stored, data, mode)
+    elif not write_through(root, etc, name, data, mode):
+        with root.open_target(f"{ETC}/{name}", directory=False, create=True) as target:
+            make_store()
+            with call("write", stored):
+                overwrite(stored, data, mode)
+            mounts.mount(stored, target.path, None, mounts.BIND)
+
+
+def has_store() -> bool:
+    """Whether OWN is the tmpfs that `make_store` makes: nobody but root can have mounted one."""
+    with call("open", MOUNTS), open(MOUNTS, "rb", buffering=0) as file:
+        lines = (file.read(MOUNTS_SIZE) or b"").split(b"\n")
+    return any(line.split(b" ")[1:3] == [OWN.encode(), b"tmpfs"] for line in lines)
+
+
+def make_store() -> None:
+    """A small tmpfs that only root can write to, with STORE in it. Raises Failure."""
+    if has_store():
         return
-    if write_through(root, etc, name, data, mode):
-        return
-    try:
-        target = root.resolve(path)
-    except OSError:
-        raise nowhere(path) from None
-    with target:
-        with call("write", stored):
-            os.makedirs(STORE, exist_ok=True)
-            overwrite(stored, data, mode)
-        mounts.mount(stored, target.path, None, mounts.BIND)
+    mounts.ensure_directory(OWN)
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with call("open", OWN), Opened(os.open(OWN, flags)) as place:
+        options = f"mode=0755,size={STORE_SIZE}"
+        mounts.mount("tmpfs", place.path, "tmpfs", mounts.NOSUID | mounts.NODEV, options)
+    with call("mkdir", STORE):
+        os.mkdir(STORE, 0o755)
 
 
 def write_through(root: RootFolder, etc: Opened, name: str, data: bytes, mode: int) -> bool:
-    """Write the file that a symlink leads to, made with its directories; False if it cannot be."""
+    """Write the file that a symlink leads to, made with its directories; False if it cannot be.
+
+    Not one of the same file system: that takes nothing either, and would lose what it has.
+    """
     try:
         leads_to = os.readlink(name, dir_fd=etc.fd)
         place = os.path.normpath(os.path.join(ETC, leads_to))
         with root.open_target(place, directory=False, create=True) as target:
-            if not stat.S_ISREG(os.fstat(target.fd).st_mode):
+            info = os.fstat(target.fd)
+            if not stat.S_ISREG(info.st_mode) or info.st_dev == os.fstat(etc.fd).st_dev:
                 return False  # /dev/null, say
             overwrite(target.path, data, mode)
     except (OSError, Failure):
@@ -160,17 +194,6 @@ def overwrite(path: str, data: bytes, mode: int) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC
     with Opened(os.open(path, flags, 0o600)) as file:
         fill(file.fd, data, mode)
-
-
-def nowhere(path: str) -> Failure:
-    """What to tell of a read-only root that lacks the file."""
-    return Failure(
-        f"write {path}: the root is read-only and has no such file to mount over; have it in the "
-        f"image, or {ETC} among root.writable",
-        syscall="open",
-        path=path,
-        errno=errno.EROFS,
-    )
 
 
 # ── what is in them ──────────────────────────────────────────────────────────────────────────────
@@ -205,12 +228,12 @@ def name_host(hostname: str, address: str) -> None:
     if hostname in names:
         return
     if not names:
-        write("hosts", hosts_text(hostname, address, {}), required=False)
+        write("hosts", hosts_text(hostname, address, {}))
         return
     line = f"{address or OWN_ADDRESS}\t{own_names(hostname)}\n"
     if "\n" not in text[-1:]:
         text += "\n"
-    write("hosts", text + line, required=False)
+    write("hosts", text + line)
 
 
 def read_hosts() -> str:

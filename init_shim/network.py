@@ -103,7 +103,7 @@ def write_files(plan: Network, given_name: str, hostname: str, machine_id: str) 
     from init_shim import etcfiles
 
     if given_name:
-        etcfiles.write("hostname", f"{given_name}\n", required=False)
+        etcfiles.write("hostname", f"{given_name}\n")
     if machine_id:
         etcfiles.write("machine-id", f"{machine_id}\n", 0o444)
     if plan.nameservers or plan.search or plan.options:

@@ -4,6 +4,7 @@ Targets, and sources in the image, are resolved inside the new root (init_shim/c
 mount may not allow is looked up afterwards, because more than one thing takes no notice of a flag.
 """
 
+import errno
 import os
 
 from guest.rootplan import Root, Volume
@@ -51,7 +52,7 @@ def make_writable(root: RootFolder, path: str) -> None:
     try:
         place = root.open(path)
     except Failure:
-        place = root.open_target(path, directory=True, create=True)
+        place = open_place(root, path, directory=True, create=True)
     with place:
         if place.flags & READ_ONLY:
             raise Failure(
@@ -61,12 +62,24 @@ def make_writable(root: RootFolder, path: str) -> None:
         mount(place.path, place.path, None, BIND | RECURSIVE)  # with what is in /dev or /sys
 
 
+def open_place(root: RootFolder, path: str, *, directory: bool, create: bool) -> Opened:
+    """As `RootFolder.open_target`; on a full disk it says how its owner gets in all the same."""
+    try:
+        return root.open_target(path, directory=directory, create=create)
+    except Failure as failure:
+        if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+            failure.message += (
+                "; the root is full: start the machine without what is mounted there, and make room"
+            )
+        raise
+
+
 def mount_volume(root: RootFolder, volume: Volume) -> Opened:
     """Mount one, and return what is seen at its target then."""
     source = open_source(root, volume)
     try:
         directory = source is None or source.is_directory
-        with root.open_target(volume.target, directory=directory, create=volume.create) as place:
+        with open_place(root, volume.target, directory=directory, create=volume.create) as place:
             check_place(root, volume, place)
             mount_at(root, volume, source, place)
     finally:

@@ -334,6 +334,55 @@ def test_a_volume_over_a_file_stays(root: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["over-the-images", "none-in-the-image"])
+def test_a_full_root_boots_with_the_right_names(root: Path, *, there: bool) -> None:
+    """A page is all that the root's tmpfs holds, and the first file takes it."""
+    names = ("hostname", "machine-id", "resolv.conf", "hosts")
+    if there:
+        for name in names:
+            (root / "etc" / name).write_text("127.0.0.1 old\n")
+    config: Config = {"network": NAMES, "hostname": "web", "machine_id": "0" * 31 + "1"}
+    config["root"] = {**boot_config()["root"], "upper": {"size": "4k"}}
+    script = (
+        "echo more > /more || echo full; cd /etc; cat hostname machine-id resolv.conf hosts;"
+        "stat -c '%F %a %u:%g' hostname resolv.conf machine-id; ls -A /etc | grep microguest;"
+        "grep -c /etc/ /proc/mounts"
+    )
+    told = output_of(root, script, **config).splitlines()
+    assert told[0].endswith("No space left on device")
+    assert told[1:4] == ["full", "web", "0" * 31 + "1"]
+    assert "\n".join(told[4:8]) + "\n" == RESOLV_CONF
+    assert "127.0.1.1\tweb" in told
+    assert told[-4:] == [
+        "regular file 644 0:0",
+        "regular file 644 0:0",
+        "regular file 444 0:0",
+        "3",
+    ]
+
+
+def test_a_read_only_root_that_has_no_such_file_boots_and_says_so(root: Path) -> None:
+    config: Config = {"network": NAMES, "hostname": "web"}
+    config["root"] = {**boot_config()["root"], "upper": None}
+    for folder in ("proc", "sys", "dev", "run"):
+        (root / folder).mkdir()
+    (root / "etc" / "hostname").write_text("old\n")
+    told = output_of(root, "cat /etc/hostname; hostname; ls /etc", **config)
+    assert "/etc/resolv.conf is not as the machine was told: Read-only file system" in told
+    assert told.endswith("web\nweb\ngroup\nhostname\npasswd\n")
+
+
+def test_a_link_of_a_full_root_is_written_through_where_there_is_room(root: Path) -> None:
+    (root / "etc" / "resolv.conf").symlink_to(STUB)
+    (root / "etc" / "hosts").symlink_to("own-hosts")
+    (root / "etc" / "own-hosts").write_text("127.0.0.1 localhost\n")
+    config: Config = {"network": NAMES, "hostname": "web"}
+    config["root"] = {**boot_config()["root"], "upper": {"size": "4k"}}
+    script = "cat /etc/resolv.conf /etc/own-hosts; readlink /etc/resolv.conf"
+    told = output_of(root, script, **config)
+    assert told == RESOLV_CONF + f"127.0.0.1 localhost\n127.0.1.1\tweb\n{STUB}\n"
+
+
 def test_a_missing_interface_fails_the_boot_with_its_name(root: Path) -> None:
     config = {**boot_config(shell("true")), "network": {"interfaces": [{"name": "eth7"}]}}
     with Machine(root, config) as machine:

@@ -229,6 +229,53 @@ def test_mixed_layers_on_a_disk_that_is_kept(base: Path, work: Path) -> None:
     assert superblock(disks["upper"], "Filesystem UUID") == uuids[0]
 
 
+FILL = """
+echo names=$(cat /etc/hostname) $(hostname) $(tail -1 /etc/hosts) $(grep -c /etc/ /proc/mounts)
+dd if=/dev/zero of=/full bs=64k 2>/dev/null; dd if=/dev/zero of=/full2 bs=1 2>/dev/null; sync
+echo left=$(df -k / | awk 'END { print $4 }')
+[ -e /room ] && rm /full /full2 && sync
+exit 0
+"""
+
+
+def test_who_fills_a_kept_disk_can_still_start_the_machine(base: Path, work: Path) -> None:
+    """With another name each time: all that PID 1 would write is new."""
+    disks = {"root": base / "root.erofs", "upper": blank(work / "upper.img", 64 << 20)}
+    config = vm_config(["/bin/sh", "-c", FILL])
+    config["root"]["upper"] = {"kind": "disk", "serial": "upper", "format": "if-blank"}
+
+    def boot(name: str, **more: object) -> Ended:
+        more = {**config, "hostname": name, "machine_id": f"{len(name):032x}", **more}
+        return run_vm(more, disks=disks, writable=["upper"])
+
+    assert fields(boot("first"))["names"] == "first first 127.0.1.1 first 0"
+    second = fields(boot("second-one"))
+    assert second == {"names": "second-one second-one 127.0.1.1 second-one 3", "left": "0"}
+    check_clean(disks["upper"])
+    volume = {"kind": "tmpfs", "target": f"/new/{'x' * 200}/{'y' * 200}"}
+    step = boot("third", volumes=[volume]).report()
+    assert step[0] == "boot_failed"
+    assert "the root is full: start the machine without what is mounted there" in step[1]["message"]
+    os.truncate(disks["upper"], 128 << 20)  # more room is the other way out
+    grown = fields(boot("third"))
+    assert grown["names"] == "third third 127.0.1.1 third 0"
+    check_clean(disks["upper"])
+
+
+def test_a_disk_that_cannot_grow_is_used_as_it_is(base: Path, work: Path) -> None:
+    """The kernel grows no file system that has had an error; its owner has to get at the data."""
+    disks = {"root": base / "root.erofs", "upper": blank(work / "upper.img", 64 << 20)}
+    config = vm_config(["/bin/sh", "-c", "echo kept=$(cat /kept); echo data > /kept; sync"])
+    config["root"]["upper"] = {"kind": "disk", "serial": "upper", "format": "if-blank"}
+    assert fields(run_vm(config, disks=disks, writable=["upper"]))["kept"] == ""
+    debugfs = ["/usr/sbin/debugfs", "-w", "-R", "set_super_value state 2", str(disks["upper"])]
+    subprocess.run(debugfs, check=True, capture_output=True, timeout=60)
+    os.truncate(disks["upper"], 128 << 20)
+    ended = run_vm(config, disks=disks, writable=["upper"])
+    assert fields(ended)["kept"] == "data"
+    assert "disk 'upper' (/dev/vdb) does not grow: ioctl" in ended.console
+
+
 def test_plain_roots(base: Path, work: Path) -> None:
     """An ext4 that is written to as it is, and an erofs that nobody can write to."""
     disk = make_ext4(work / "root.img", "64M", base / "root")
