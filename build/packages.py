@@ -10,8 +10,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 from stages import BuildError, run, say
+
+LOCK_WAIT = 600  # seconds that another apt-get may take
 
 # Debian's and Ubuntu's names, by what needs them.
 APT_PACKAGES = {
@@ -86,7 +89,9 @@ def ensure_packages(group: str) -> None:
     missing = sorted(wanted - _installed(dpkg_query, wanted))
     if not missing:
         return
-    command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
+    # Somebody else may be installing something, another checkout's make for example.
+    wait = f"DPkg::Lock::Timeout={LOCK_WAIT}"
+    command = ["apt-get", "-o", wait, "install", "-y", "--no-install-recommends", *missing]
     if os.geteuid() != 0:
         raise BuildError(f"missing packages; run as root: {' '.join(command)}")
     say(f"installing {' '.join(missing)}")
@@ -94,8 +99,22 @@ def ensure_packages(group: str) -> None:
     try:
         run(command, env=environment)
     except BuildError:  # the machine's package lists are old or were never fetched
-        run(["apt-get", "update"], env=environment)
+        update_lists(environment)
         run(command, env=environment)
+
+
+def update_lists(environment: dict[str, str]) -> None:
+    """Fetch the package lists. apt-get itself does not wait for another that does the same."""
+    deadline = time.monotonic() + LOCK_WAIT
+    while True:
+        try:
+            run(["apt-get", "update"], env=environment)
+        except BuildError as error:
+            if "lock" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
+        else:
+            return
 
 
 def _installed(dpkg_query: str, names: set[str]) -> set[str]:

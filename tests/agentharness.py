@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import pytest
+from patience import PATIENCE
 
 from guest.connection import Connection, Data, End, Event, Request, Response, Role
 from guest.messages import (
@@ -48,7 +49,7 @@ from guest.workload import ImageDefaults
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOKEN = "correct horse battery staple"
-WAIT = 20.0  # seconds that no single answer may take
+WAIT = PATIENCE  # seconds that no single answer may take
 
 
 def program() -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from sleepers import Sleeper
 
 PROJECT = Path(__file__).parent.parent
 LEAK_GRACE = 2.0  # seconds in which what a test stopped may still be going away
@@ -92,6 +93,14 @@ RESOURCES: dict[str, Callable[[], dict[str, str]]] = {
     "thread": _threads,
     "child process": _children,
 }
+
+
+@pytest.fixture
+def sleeper() -> Iterator[Sleeper]:
+    """Processes that this test can tell from all others of the host; none is left of them."""
+    found = Sleeper()
+    yield found
+    found.end()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from patience import PATIENCE
+
 from guest.connection import Connection, End, Request, Response, Role
 from guest.messages import FEATURES, Exited, Hello, PingResult, Started, Welcome
 from host_client.address import UnixAddress
@@ -81,19 +83,19 @@ def serving(path: Path, *scripts: Script) -> Iterator[str]:
         threads = []
         for script in scripts:
             sock, _ = listener.accept()
-            sock.settimeout(10)
+            sock.settimeout(PATIENCE)
             threads.append(threading.Thread(target=converse, args=(sock, script)))
             threads[-1].start()
         listener.close()
         for each in threads:
-            each.join(20)
+            each.join(PATIENCE)
 
     thread = threading.Thread(target=serve)
     thread.start()
     try:
         yield f"unix://{path}"
     finally:
-        thread.join(20)
+        thread.join(PATIENCE)
         assert not thread.is_alive(), "a script waits for a connection that never came"
         listener.close()
     assert not failures, failures

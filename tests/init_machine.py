@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import pytest
+from patience import PATIENCE
 
 PROJECT = Path(__file__).parent.parent
 PROGRAM = PROJECT / "dist" / "guest" / platform.machine() / "microguest"
@@ -172,7 +173,7 @@ class Machine:
         self.process.kill()
         self.process.wait()
 
-    def wait(self, timeout: float = 10.0) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         """The launcher's exit code."""
         return self.process.wait(timeout)
 
@@ -207,7 +208,7 @@ class Machine:
         assert found == name, f"{found} {fields}; console: {self.console}"
         return fields
 
-    def next_report(self, timeout: float = 20.0) -> Report:
+    def next_report(self, timeout: float = PATIENCE) -> Report:
         """The next report, whatever it is; ("", {}) after the last."""
         if self._reports is None:
             self._reports = self._read_reports(timeout)
@@ -301,7 +302,7 @@ def command_of(pid: int) -> list[str]:
         return []
 
 
-def wait_for(look: Callable[[], Found], what: str, timeout: float = 10.0) -> Found:
+def wait_for(look: Callable[[], Found], what: str, timeout: float = PATIENCE) -> Found:
     """What `look()` returns, once that is true."""
     deadline = time.monotonic() + timeout
     while not (found := look()):

@@ -12,6 +12,7 @@ from typing import Self
 
 import imagefactory
 import pytest
+from patience import PATIENCE
 
 from host_client import Machine, connect
 from host_client.errors import MachineError
@@ -68,7 +69,7 @@ class Pings:
             assert self.longest < self._answer
 
 
-def wait_until(what: str, check: Callable[[], bool], seconds: float = 5.0) -> float:
+def wait_until(what: str, check: Callable[[], bool], seconds: float = PATIENCE) -> float:
     """Seconds that it took until `check()`."""
     began = time.monotonic()
     while not check():
@@ -106,6 +107,26 @@ def state_of(name: str) -> MachineState:
     state = read_state(name)
     assert state is not None
     return state
+
+
+def has_folder(name: str) -> bool:
+    """The first of the moments of a boot: the machine's name is taken."""
+    return name in names()
+
+
+def has_vmm(name: str) -> bool:
+    """Its VMM runs."""
+    state = read_state(name)
+    return state is not None and state.vmm > 0
+
+
+def has_spoken(name: str) -> bool:
+    """The guest has written its first line to the console."""
+    console = Path(machines_root(), name, "console.log")
+    return console.exists() and console.stat().st_size > 0
+
+
+MOMENTS = [has_folder, has_vmm, has_spoken]
 
 
 def end_machines() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyte
+from patience import PATIENCE
 
 READ = 65536
 
@@ -80,7 +81,7 @@ class Person:
         """Press keys; what the screen shows meanwhile is looked at."""
         data = text.encode() if isinstance(text, str) else text
         while data:
-            _, writable, _ = select.select([], [self._master], [], 5)
+            _, writable, _ = select.select([], [self._master], [], PATIENCE)
             assert writable, "the terminal takes no keys"
             data = data[os.write(self._master, data[:512]) :]
             self.look()
@@ -124,11 +125,11 @@ class Person:
         self._stream.feed(data)
         return True
 
-    def see(self, text: str, seconds: float = 10.0) -> None:
+    def see(self, text: str, seconds: float = PATIENCE) -> None:
         """Wait until the screen shows it."""
         self.wait_until(f"{text!r} on the screen", lambda: text in self.screen, seconds)
 
-    def wait_until(self, what: str, check: Callable[[], bool], seconds: float = 10.0) -> None:
+    def wait_until(self, what: str, check: Callable[[], bool], seconds: float = PATIENCE) -> None:
         """Look until it is so."""
         deadline = time.monotonic() + seconds
         while not check():
@@ -136,7 +137,7 @@ class Person:
             assert left > 0, f"not within {seconds} s: {what}; the screen shows\n{self.screen}"
             self.look(min(left, 0.05))
 
-    def end(self, seconds: float = 10.0) -> int:
+    def end(self, seconds: float = PATIENCE) -> int:
         """Wait until the program has ended; its exit code, or minus a signal's number."""
         self.wait_until("the program ends", lambda: self.program.poll() is not None, seconds)
         while self.look():

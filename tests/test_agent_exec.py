@@ -12,12 +12,13 @@ from collections.abc import Iterator
 
 import pytest
 from agentharness import AgentProcess, Host, Refused, Result, execute
+from patience import PATIENCE, SLACK
 
 from guest import frames, limits, messages
 from guest.workload import ImageDefaults
 
 MIB = 1024 * 1024
-GONE = 5.0  # seconds in which a killed process must have disappeared
+GONE = PATIENCE  # seconds in which a killed process must have disappeared
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_output_and_errors_are_separate(agent: AgentProcess) -> None:
     result = shell(agent, "echo out; echo err >&2")
     assert (result.stdout, result.stderr) == (b"out\n", b"err\n")
     assert result.exited.code == 0
-    assert 0 < result.exited.duration < 10
+    assert 0 < result.exited.duration < 10 + SLACK
     assert result.exited.open_streams == ()
 
 
@@ -335,7 +336,7 @@ def test_grandchild_that_holds_stdout_does_not_hold_the_result(agent: AgentProce
     started = time.monotonic()
     result = shell(agent, "sleep 30 & echo $!; exit 4")
     os.kill(int(result.stdout), signal.SIGKILL)
-    assert time.monotonic() - started < limits.STREAM_CAP_AFTER_EXIT + 0.5
+    assert time.monotonic() - started < limits.STREAM_CAP_AFTER_EXIT + SLACK
     assert result.exited.code == 4
     assert result.exited.open_streams == ("stdout", "stderr")
 
@@ -346,7 +347,7 @@ def test_grandchild_that_keeps_writing_is_cut_at_the_cap(agent: AgentProcess) ->
     result = shell(agent, script)
     os.kill(int(result.stderr), signal.SIGKILL)
     elapsed = time.monotonic() - started
-    assert limits.STREAM_CAP_AFTER_EXIT <= elapsed < limits.STREAM_CAP_AFTER_EXIT + 0.5
+    assert limits.STREAM_CAP_AFTER_EXIT <= elapsed < limits.STREAM_CAP_AFTER_EXIT + SLACK
     assert result.exited.open_streams == ("stdout",)
     assert result.stdout.count(b"tick") > 5
 
@@ -427,7 +428,7 @@ def test_timeout_ends_what_ignores_it(agent: AgentProcess) -> None:
     result = shell(agent, "trap '' TERM; echo $$; while :; do sleep 0.02; done", timeout=0.5)
     assert result.exited.timed_out
     assert result.exited.signal == signal.SIGKILL
-    assert time.monotonic() - started < 0.5 + limits.TIMEOUT_GRACE + 3
+    assert time.monotonic() - started < 0.5 + limits.TIMEOUT_GRACE + SLACK
     wait_until_gone(int(result.stdout))
 
 
@@ -484,7 +485,7 @@ def test_a_host_that_does_not_read_disturbs_nobody(agent: AgentProcess) -> None:
         started = time.monotonic()
         for _ in range(10):
             assert execute(agent, "echo", "ok").stdout == b"ok\n"
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < SLACK
         assert agent.resident_kib() - resident < 4096
     finally:
         for host in stalled:

@@ -9,11 +9,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 from agentharness import WAIT, AgentProcess, Host, Refused
+from sleepers import Sleeper
 
 from guest import limits
 from guest.connection import Data, Event, Request, Response, State
@@ -468,31 +468,19 @@ def test_retention_ends(agent: KeepingAgent) -> None:
         assert host.refusal().code == "no_such_process"
 
 
-def test_forgetting_what_runs_kills_everything_of_it(agent: KeepingAgent) -> None:
-    script = "setsid sleep 4242 & sh -c 'sleep 4242 & sleep 4242' & sleep 4242"
-    process_id = start(agent, "sh", "-c", script)
-    eventually(lambda: len(sleepers()) == 4, "its children")
+def test_forgetting_what_runs_kills_everything_of_it(agent: KeepingAgent, sleeper: Sleeper) -> None:
+    sleep = f"sleep {sleeper.argument}"
+    process_id = start(agent, "sh", "-c", f"setsid {sleep} & sh -c '{sleep} & {sleep}' & {sleep}")
+    sleeper.wait_for(4)
     watcher = Host(agent)
     with watcher:
         attach(watcher, process_id, write=False)
         forget(agent, process_id)
         assert watcher.refusal().code == "no_such_process"
-    eventually(lambda: not sleepers(), "the end of its children")
+    sleeper.wait_until_gone()
     assert process_id not in listed(agent)
     assert process_id not in agent.deposits
     assert agent.children() == []
-
-
-def sleepers() -> list[int]:
-    found = []
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if command == b"sleep\0004242\0":
-            found.append(int(pid))
-    return found
 
 
 def test_timeout_goes_on_without_anybody(agent: KeepingAgent) -> None:
@@ -562,26 +550,23 @@ def test_nothing_is_left_of_many(agent: KeepingAgent) -> None:
     assert agent.children() == []
 
 
-def test_the_next_agent_ends_what_was_not_kept() -> None:
+def test_the_next_agent_ends_what_was_not_kept(sleeper: Sleeper) -> None:
+    sleep = f"sleep {sleeper.argument}"
     with KeepingAgent() as first:
         with Host(first) as host:
-            host.start("sh", "-c", "setsid sleep 4242 > /dev/null 2>&1 & exit 0")
+            host.start("sh", "-c", f"setsid {sleep} > /dev/null 2>&1 & exit 0")
             host.collect()
-        (left_behind,) = sleepers()
+        sleeper.wait_for(1)  # the shell may have ended before setsid has become it
+        (left_behind,) = sleeper.pids()
         with Host(first) as host:
-            host.start("sh", "-c", "setsid sleep 4242 & (sleep 4242 &); sleep 4242")
-            eventually(lambda: len(sleepers()) == 4, "all of it")
+            host.start("sh", "-c", f"setsid {sleep} & ({sleep} &); {sleep}")
+            sleeper.wait_for(4)
             first.hear()
             first.popen.kill()
             first.popen.wait()
     if "agent" not in first.deposits:
-        os.kill(left_behind, signal.SIGKILL)
         pytest.skip("needs a writable cgroup v2")
-    try:
-        with KeepingAgent(first.deposits["agent"]):
-            eventually(lambda: sleepers() == [left_behind], "the end of what was not kept")
-            time.sleep(0.1)
-            assert sleepers() == [left_behind]
-    finally:
-        for pid in sleepers():
-            os.kill(pid, signal.SIGKILL)
+    with KeepingAgent(first.deposits["agent"]):
+        eventually(lambda: sleeper.pids() == [left_behind], "the end of what was not kept")
+        time.sleep(0.1)
+        assert sleeper.pids() == [left_behind]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from agentharness import AgentProcess, Host, Refused
+from patience import PATIENCE
 
 from guest.connection import Data, Request
 from guest.messages import Attach
@@ -111,7 +112,7 @@ def test_losing_the_host_does_not_end_the_workload(agent: AgentProcess) -> None:
         host.attach()
         host.write(b"first\n")
         host.receive()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while True:
         with Host(agent) as host:
             try:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from agentharness import AgentProcess, Host, Refused, execute
+from patience import PATIENCE, SLACK
 
 from guest import limits
 from guest.connection import Request
@@ -37,7 +38,7 @@ def listed(agent: AgentProcess) -> list[ProcessInfo]:
 
 
 def wait_until_unlisted(agent: AgentProcess) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while listed(agent):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -105,7 +106,7 @@ def test_wait_ends_when_it_has_waited_long_enough(agent: AgentProcess) -> None:
         for timeout in (0, 0.1):
             begun = time.monotonic()
             assert refused(agent, "wait", Wait(id=started.id, timeout=timeout)) == "still_running"
-            assert timeout <= time.monotonic() - begun < timeout + 5
+            assert timeout <= time.monotonic() - begun < timeout + SLACK
 
 
 def test_wait_is_given_up_with_its_connection(agent: AgentProcess) -> None:
@@ -114,7 +115,7 @@ def test_wait_is_given_up_with_its_connection(agent: AgentProcess) -> None:
         connections = owner_connections(agent)
         with Host(agent) as waiting:
             waiting.send(Request(op="wait", args=Wait(id=started.id, timeout=600)))
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + PATIENCE
             while owner_connections(agent) == connections:
                 assert time.monotonic() < deadline
         while owner_connections(agent) > connections:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from agentharness import TOKEN, AgentProcess, Closed, Host, execute
+from patience import PATIENCE, SLACK
 
 from guest import frames, limits, messages
 from guest.connection import Request
@@ -84,7 +85,7 @@ def test_a_request_behind_a_wrong_token_is_not_served(agent: AgentProcess) -> No
     agent.pid1.settimeout(0.2)
     with pytest.raises(TimeoutError):
         agent.receive()
-    agent.pid1.settimeout(20)
+    agent.pid1.settimeout(PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -93,10 +94,8 @@ def test_a_request_behind_a_wrong_token_is_not_served(agent: AgentProcess) -> No
     ids=["http", "zeros", "text mode", "version"],
 )
 def test_garbage_is_refused_at_once(stranger: Host, garbage: bytes) -> None:
-    started = time.monotonic()
     stranger.send_raw(garbage)
-    answer = stranger.read_until_closed()
-    assert time.monotonic() - started < limits.HELLO_TIMEOUT / 2
+    answer = stranger.read_until_closed()  # and not "hello_timeout"
     assert answer.startswith(PREFACE)
     assert b"bad_preface" in answer or b"unsupported_version" in answer
 
@@ -157,7 +156,7 @@ def test_silence_is_not_waited_for_longer_than_the_limit(stranger: Host) -> None
     started = time.monotonic()
     stranger.send_raw(PREFACE)
     assert b"hello_timeout" in stranger.read_until_closed()
-    assert limits.HELLO_TIMEOUT - 0.1 < time.monotonic() - started < limits.HELLO_TIMEOUT + 1
+    assert limits.HELLO_TIMEOUT - 0.1 < time.monotonic() - started < limits.HELLO_TIMEOUT + SLACK
 
 
 def test_five_hundred_silent_connections(agent: AgentProcess) -> None:
@@ -172,10 +171,10 @@ def test_five_hundred_silent_connections(agent: AgentProcess) -> None:
             silent.append(sock)
         started = time.monotonic()
         assert execute(agent, "echo", "ok").stdout == b"ok\n"
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < SLACK
         settle(agent, before + limits.UNAUTHENTICATED)
         assert agent.resident_kib() - resident < 4096
-        silent[0].settimeout(1)
+        silent[0].settimeout(PATIENCE)
         assert silent[0].recv(100) == b"", "the oldest must have been dropped"
     finally:
         for sock in silent:
@@ -185,7 +184,7 @@ def test_five_hundred_silent_connections(agent: AgentProcess) -> None:
 
 def settle(agent: AgentProcess, descriptors: int) -> None:
     """What is dropped or done is closed by its own task, a moment later."""
-    deadline = time.monotonic() + 1
+    deadline = time.monotonic() + PATIENCE
     while agent.open_descriptors() > descriptors:
         assert time.monotonic() < deadline, agent.open_descriptors()
         time.sleep(0.01)
@@ -203,7 +202,7 @@ def test_a_start_waits_for_the_root() -> None:
             host.sock.settimeout(0.2)
             with pytest.raises(TimeoutError):
                 host.receive()
-            host.sock.settimeout(20)
+            host.sock.settimeout(PATIENCE)
             agent.send_root("/")
             host.receive()
             assert host.collect().stdout == b"late\n"
@@ -213,8 +212,8 @@ def test_the_agent_ends_with_pid_1_and_takes_its_processes_along() -> None:
     with AgentProcess() as agent, Host(agent) as host:
         started = host.start("sleep", "100")
         agent.pid1.close()
-        assert agent.popen.wait(5) == 0
-        deadline = time.monotonic() + 5
+        assert agent.popen.wait(PATIENCE) == 0
+        deadline = time.monotonic() + PATIENCE
         while is_running(started.pid):
             assert time.monotonic() < deadline
             time.sleep(0.01)

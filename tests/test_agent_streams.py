@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 from agentharness import AgentProcess, Closed, Host, Result, execute
+from patience import PATIENCE, SLACK
 
 from guest import limits
 from guest.connection import Data, End
@@ -21,7 +22,7 @@ from guest.messages import Acknowledge, Detach, Exited
 MIB = 1024 * 1024
 ROUNDS = 500  # of each race, over THREADS connections at a time
 THREADS = 4
-GONE = 5.0  # seconds in which a killed process must have disappeared
+GONE = PATIENCE  # seconds in which a killed process must have disappeared
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,7 @@ def test_stalled_readers_cost_the_agent_no_memory() -> None:
             with Host(agent) as other:
                 started = time.monotonic()
                 other.ping()
-                assert time.monotonic() - started < 1.0
+                assert time.monotonic() - started < SLACK
         wait_for_children(agent)
 
 
@@ -302,14 +303,16 @@ def test_acknowledging_what_is_not_kept_changes_nothing(agent: AgentProcess) -> 
 # ── the drain ────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("idle", "cap", "expected"), [(0.3, 9.0, 0.3), (9.0, 0.4, 0.4), (0, 0, 0)])
+@pytest.mark.parametrize(
+    ("idle", "cap", "expected"), [(0.3, 90.0, 0.3), (90.0, 0.4, 0.4), (0, 0, 0)]
+)
 def test_drain_is_as_asked(agent: AgentProcess, idle: float, cap: float, expected: float) -> None:
     started = time.monotonic()
-    script = "exec 2>&-; setsid sleep 30 & echo $!; exit 6"
+    script = "exec 2>&-; setsid sleep 300 & echo $!; exit 6"
     result = shell(agent, script, drain_idle=idle, drain_cap=cap)
     elapsed = time.monotonic() - started
     os.kill(int(result.stdout), signal.SIGKILL)
-    assert expected <= elapsed < expected + 0.5
+    assert expected <= elapsed < expected + SLACK
     assert result.exited.open_streams == ("stdout",)
     assert result.exited.code == 6
 
@@ -349,7 +352,7 @@ def test_grace_is_as_asked(agent: AgentProcess) -> None:
     started = time.monotonic()
     script = "trap '' TERM; while :; do sleep 0.02; done"
     exited = shell(agent, script, timeout=0.5, grace=2.0).exited
-    assert 2.5 <= time.monotonic() - started < 8.0
+    assert 2.5 <= time.monotonic() - started < 2.5 + SLACK
     assert exited.timed_out
     assert exited.signal == signal.SIGKILL
 

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 
 import pytest
 from agentharness import AgentProcess, Host, Refused, Result
+from patience import PATIENCE, SLACK
 
 from guest.connection import Data, End
 from guest.messages import Detach, Exited, Winsize
 
 SIZE = Winsize(rows=33, columns=101)
-GONE = 5.0  # seconds in which a killed process must have disappeared
+GONE = PATIENCE  # seconds in which a killed process must have disappeared
 INTERRUPT, QUIT, SUSPEND, END_OF_FILE = b"\x03", b"\x1c", b"\x1a", b"\x04"
 
 
@@ -204,7 +205,7 @@ def test_every_byte_arrives_before_the_end(agent: AgentProcess) -> None:
 def test_process_that_stays_on_the_terminal_does_not_hold_the_result(agent: AgentProcess) -> None:
     started = time.monotonic()
     result = run(agent, "trap '' HUP; setsid sleep 30 & echo $!; exit 4")
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 1.5 + SLACK
     assert result.exited.code == 4
     assert re.fullmatch(rb"\d+\r\n", result.stdout)
 
@@ -220,7 +221,7 @@ def test_leaving_hangs_up(agent: AgentProcess, leave: str, tmp_path: pathlib.Pat
             assert host.sock.recv(1) == b""
     deadline = time.monotonic() + GONE
     for pid in (tmp_path / "pids").read_text().split():
-        while os.path.exists(f"/proc/{pid}") and agent.children():
+        while os.path.exists(f"/proc/{pid}"):
             assert time.monotonic() < deadline
             time.sleep(0.01)
 

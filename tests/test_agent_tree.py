@@ -9,15 +9,15 @@ import os
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from agentharness import AgentProcess, Host, execute
+from sleepers import Sleeper
 
 from agent.cgroups import MOUNTS, Cgroups, Leaf, open_cgroups
 from guest.messages import Signal, SignalProcess, SignalResult
 
-GONE = 5.0  # seconds in which killed processes must have disappeared
 STORM = 500  # processes that each of four loops starts, at most
 LIBC = ctypes.CDLL(None, use_errno=True)
 NEW_MOUNTS = 0x20000  # CLONE_NEWNS
@@ -64,45 +64,6 @@ def require_cgroups() -> Cgroups:
     if cgroups is None:
         pytest.skip("this machine has no cgroup v2 that can be written")
     return cgroups
-
-
-class Sleeper:
-    """A number of seconds that only this test's processes sleep, to know them by."""
-
-    def __init__(self) -> None:
-        self.argument = f"{10**6 + time.monotonic_ns() % 10**9}.5"
-
-    def pids(self) -> list[int]:
-        found = []
-        for folder in pathlib.Path("/proc").glob("[0-9]*"):
-            try:
-                argv = (folder / "cmdline").read_bytes().split(b"\0")
-                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if argv[:2] == [b"sleep", self.argument.encode()] and state != "Z":
-                found.append(int(folder.name))
-        return found
-
-    def wait_for(self, count: int) -> None:
-        self._until(lambda: len(self.pids()) >= count, "were not started")
-
-    def wait_until_gone(self) -> None:
-        self._until(lambda: not self.pids(), "are still there")
-
-    def _until(self, reached: Callable[[], bool], failure: str) -> None:
-        deadline = time.monotonic() + GONE
-        while not reached():
-            assert time.monotonic() < deadline, f"{failure}: {self.pids()}"
-            time.sleep(0.01)
-
-
-@pytest.fixture
-def sleeper() -> Iterator[Sleeper]:
-    found = Sleeper()
-    yield found
-    for pid in found.pids():
-        os.kill(pid, signal.SIGKILL)
 
 
 def start_daemon(host: Host, sleeper: Sleeper, **options: object) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import anyio
 import pytest
 from hostkit import TOKEN, Peer, Script, agent_at, answer_pings, serving
+from patience import PATIENCE
 
 from guest import limits
 from guest.connection import Data, End, Response
@@ -218,7 +219,7 @@ def test_tasks_share_a_process(play: Play) -> None:
                     read.extend(piece)
 
             async def await_end() -> None:
-                assert (await process.wait(20)).returncode == 0
+                assert (await process.wait(PATIENCE)).returncode == 0
 
             for task in (feed, collect, await_end):
                 tasks.start_soon(task)

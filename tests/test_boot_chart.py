@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from machinekit import demo_image
+from patience import PATIENCE
 
 import host_client
 from guest.report import REPORTS, Step
@@ -34,7 +35,7 @@ def command(*arguments: str, under: tuple[str, ...] = ()) -> "subprocess.Complet
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=PATIENCE,
     )
 
 

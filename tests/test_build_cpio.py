@@ -8,6 +8,7 @@ import subprocess
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import PATIENCE
 
 from guest import cpio
 
@@ -33,7 +34,7 @@ def test_cpio_lists_names_modes_and_times():
         capture_output=True,
         check=True,
         env={"TZ": "UTC", "LC_ALL": "C", "PATH": os.environ["PATH"]},
-        timeout=30,
+        timeout=PATIENCE,
     )
     lines = [line.split() for line in done.stdout.decode().splitlines()]
     assert [line[0] for line in lines] == [stat.filemode(entry.mode) for entry in ENTRIES]
@@ -47,7 +48,7 @@ def test_cpio_unpacks_contents_and_modes(tmp_path):
     archive = cpio.segment([entry for entry in ENTRIES if entry.path != "dev/console"])
     command = ["cpio", "-id", "--no-preserve-owner"]
     subprocess.run(
-        command, input=archive, capture_output=True, check=True, cwd=tmp_path, timeout=30
+        command, input=archive, capture_output=True, check=True, cwd=tmp_path, timeout=PATIENCE
     )
     for entry in ENTRIES:
         path = tmp_path / entry.path

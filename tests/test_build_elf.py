@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import PATIENCE
 
 from guest.manifest import MANIFEST, PROGRAM, Manifest
 
@@ -45,7 +46,9 @@ def sha256_of(path):
 
 
 def run(*argv, **options):
-    return subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False, **options)
+    return subprocess.run(
+        argv, capture_output=True, text=True, timeout=PATIENCE, check=False, **options
+    )
 
 
 def test_elf_is_static():

@@ -16,6 +16,7 @@ sys.path.insert(0, BUILD)  # the build's modules import each other by bare name
 from archive import MAIN_ARCHIVE, SECURITY_ARCHIVE, mirror_in_lines, mirror_in_stanzas  # noqa: E402
 from freeze import Source, imported_modules, imports_of  # noqa: E402
 from kernel import kernel_source, load_order  # noqa: E402
+from patience import PATIENCE  # noqa: E402
 from pins import load_pins  # noqa: E402
 from sources import cpython_source  # noqa: E402
 from stages import BuildError, Cache, open_cache, run  # noqa: E402
@@ -139,7 +140,7 @@ def test_two_builds_take_turns(tmp_path, monkeypatch):
         )
         assert "waiting for another build" in other.stderr.readline()
         assert other.poll() is None
-    said, _ = other.communicate(timeout=20)
+    said, _ = other.communicate(timeout=PATIENCE)
     assert said == "entered\n"
 
 

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import machinekit
 import pytest
 from machinekit import wait_until
+from patience import PATIENCE
 
 PROGRAM = str(Path(sys.executable).parent / "microguest")
 KIND = pytest.mark.parametrize("kind", ["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
@@ -155,7 +157,7 @@ def test_reader_that_leaves(image: str, state_home: Path) -> None:
         assert program.stdout is not None
         assert program.stdout.readline() == b"y\n"
         program.stdout.close()
-        assert program.wait(20) == 125
+        assert program.wait(PATIENCE) == 125
     assert os.listdir(state_home) == []
 
 
@@ -175,7 +177,7 @@ def test_signals_are_passed_on(image: str, state_home: Path) -> None:
     script = "trap 'echo got it; exit 3' TERM; echo up; while :; do sleep 0.1; done"
     with foreground(image, script) as program:
         program.send_signal(signal.SIGTERM)
-        assert program.communicate(timeout=20)[0] == b"got it\n"
+        assert program.communicate(timeout=PATIENCE)[0] == b"got it\n"
     assert program.returncode == 3
     assert os.listdir(state_home) == []
 
@@ -187,7 +189,7 @@ def test_second_interrupt_kills_the_machine(image: str, state_home: Path) -> Non
         time.sleep(0.3)
         assert program.poll() is None
         program.send_signal(signal.SIGINT)
-        program.communicate(timeout=20)
+        program.communicate(timeout=PATIENCE)
     assert program.returncode == 130
     assert os.listdir(state_home) == []
 
@@ -197,18 +199,18 @@ def test_second_interrupt_kills_the_machine(image: str, state_home: Path) -> Non
 )
 def test_interrupted_boot(image: str, state_home: Path, number: int, code: int) -> None:
     """At several moments before the command runs, on the slow kind of machine."""
-    for delay in (0.15, 0.4, 0.8):
+    for moment in machinekit.MOMENTS:
         with subprocess.Popen(
             [PROGRAM, "run", "--rm", "--machine", "qemu", "--name", "early", image, "true"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         ) as program:
-            time.sleep(delay)
+            machinekit.wait_until("it has come so far", partial(moment, "early"))
             pids = machinekit.family(program.pid)
             program.send_signal(number)
-            program.communicate(timeout=10)
+            program.communicate(timeout=PATIENCE)
         assert program.returncode == code
-        machinekit.nothing_is_left("early", pids, within=2)
+        machinekit.nothing_is_left("early", pids, within=PATIENCE)
 
 
 def test_killed_cli(image: str, state_home: Path) -> None:
@@ -216,7 +218,7 @@ def test_killed_cli(image: str, state_home: Path) -> None:
         (name,) = os.listdir(state_home)
         pids = machinekit.family(machinekit.state_of(name).monitor)
         program.kill()
-        machinekit.nothing_is_left(name, pids, within=2)
+        machinekit.nothing_is_left(name, pids, within=PATIENCE)
         program.communicate()
 
 
@@ -302,7 +304,7 @@ def test_detached_machine(image: str, kind: str) -> None:
     ) as follower:
         stopped = microguest("stop", "-t", "2", name)
         assert (stopped.returncode, stopped.stdout) == (0, f"{name}\n".encode())
-        followed, errors = follower.communicate(timeout=20)
+        followed, errors = follower.communicate(timeout=PATIENCE)
     assert (followed.splitlines()[0], followed.splitlines()[-1], errors) == (b"hello", b"bye", b"")
     assert not any(map(machinekit.runs, pids))
 
@@ -347,7 +349,7 @@ def test_exec_signal(image: str) -> None:
         assert program.stdout is not None
         assert program.stdout.readline() == b"up\n"
         program.send_signal(signal.SIGINT)
-        assert program.communicate(timeout=20)[0] == b"int\n"
+        assert program.communicate(timeout=PATIENCE)[0] == b"int\n"
     assert program.returncode == 9
     assert microguest("stop", "-t", "0", "sig").returncode == 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import machinekit
 import pytest
 from machinekit import wait_until
+from patience import PATIENCE
 
 PROGRAM = str(Path(sys.executable).parent / "microguest")
 Done = "subprocess.CompletedProcess[bytes]"
@@ -75,7 +76,7 @@ def test_watching(box: str) -> None:
         assert watcher.stdout is not None
         assert watcher.stdout.readline() == b"seen\n"
         watcher.send_signal(signal.SIGINT)
-        watcher.communicate(timeout=10)
+        watcher.communicate(timeout=PATIENCE)
     assert watcher.returncode == 130
     assert name in microguest("ps", "-q", box).stdout.decode().split()
     assert microguest("kill", box, name).stdout.decode() == f"{name}\n"

@@ -14,6 +14,7 @@ import machinekit
 import pytest
 from imagefactory import require
 from machinekit import wait_until
+from patience import PATIENCE
 from terminalkit import Person, root_of_programs
 
 from guest import limits
@@ -149,7 +150,7 @@ def test_much_is_typed_and_shown(box: str) -> None:
         person.type("stty raw -echo; echo re''ady; dd bs=1 count=100000 2>/dev/null | md5sum\r")
         person.see("ready")
         person.type("0123456789" * 10000)
-        person.see(md5(b"0123456789" * 10000), 30)
+        person.see(md5(b"0123456789" * 10000))
         person.type("stty sane\r")
         person.see(PROMPT)
         before = len(person.raw)
@@ -234,7 +235,7 @@ def test_killed(box: str) -> None:
     with in_shell(box) as person:
         person.send(signal.SIGKILL)
         assert person.end() == -signal.SIGKILL
-        person.wait_until("the modes are back", lambda: person.is_as_before, 2)
+        person.wait_until("the modes are back", lambda: person.is_as_before)
 
 
 def test_window_closed(box: str) -> None:
@@ -242,7 +243,7 @@ def test_window_closed(box: str) -> None:
         person.type("sleep 2000\r")
         wait_until("it sleeps", lambda: runs_in(box, "sleep 2000"))
         person.hang_up()
-        assert person.program.wait(10) == -signal.SIGHUP
+        assert person.program.wait(PATIENCE) == -signal.SIGHUP
     wait_until("nothing of it runs", lambda: not runs_in(box, "sleep 2000"))
 
 
@@ -251,7 +252,7 @@ def test_ended_while_nobody_reads_the_screen(box: str) -> None:
         person.see("screenful")
         time.sleep(0.5)  # the terminal is full
         person.send(signal.SIGTERM)
-        assert person.program.wait(10) == -signal.SIGTERM
+        assert person.program.wait(PATIENCE) == -signal.SIGTERM
         assert person.is_as_before
     wait_until("nothing of it runs", lambda: not runs_in(box, "yes screenful"))
 
@@ -313,7 +314,7 @@ def test_signal_while_a_pipe_is_full(box: str) -> None:
         time.sleep(0.3)
         program.send_signal(signal.SIGINT)
         wait_until("it ends in the guest", lambda: not runs_in(box, "yes pipeful"))
-        program.communicate(timeout=20)
+        program.communicate(timeout=PATIENCE)
     assert program.returncode == 130
 
 
@@ -361,7 +362,7 @@ def test_attach_that_is_killed_ends_nothing(box: str) -> None:
             person.wait_until("it is attached", lambda: person.is_raw)
             person.send(number)
             assert person.end() == -number
-            person.wait_until("the modes are back", lambda: person.is_as_before, 2)
+            person.wait_until("the modes are back", lambda: person.is_as_before)
     assert command[1] in microguest("ps", "-q", box).stdout.decode().split()
     assert microguest("kill", *command).returncode == 0
 
@@ -407,7 +408,7 @@ def test_run_in_a_terminal(image: str, kind: str) -> None:
     with at_terminal(
         *("run", "-it", "--rm", "--name", "term", "--machine", kind, "-e", "A=b", image, "sh")
     ) as person:
-        person.see(PROMPT, 60)
+        person.see(PROMPT)
         pids = machinekit.family(machinekit.state_of("term").monitor)
         person.type("echo $A $(hostname); stty size; exit 8\r")
         assert person.end(30) == 8
@@ -584,7 +585,7 @@ def test_program_of_this_host(workbench: str, story: Story) -> None:
         person.see("\nready>")
         story(person)
         person.type("\r")
-        person.wait_until("the shell is back", lambda: last_line(person).startswith("ready>"), 10)
+        person.wait_until("the shell is back", lambda: last_line(person).startswith("ready>"))
         person.type("exit 7\r")
         assert person.end() == 7
         assert person.is_as_before

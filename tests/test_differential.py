@@ -5,6 +5,7 @@ that is not there is a failure, and so is one that has gone.
 """
 
 import base64
+import ctypes
 import fnmatch
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 from init_machine import TOKEN, Machine, boot_config, make_root, require_program
+from patience import PATIENCE
 
 from host_client import seccomp
 from host_client.agent import connect
@@ -44,11 +46,13 @@ for name in oom_score_adj coredump_filter personality; do
 done
 echo tty $(tty)
 echo size $(stty size 2>/dev/null)
+echo keyring $(grep -o "$KEYRING:" /proc/keys 2>/dev/null || echo another)
 section hidden
-for path in /proc/kcore /proc/keys /proc/timer_list /sys/firmware; do
+for path in /proc/kcore /proc/timer_list /sys/firmware; do
     if [ -d $path ]; then echo $path $(ls -A $path | wc -l) entries
     elif [ -e $path ]; then echo $path $(head -c 10 $path 2>/dev/null | wc -c) bytes; fi
 done
+[ -f /proc/keys ] && echo /proc/keys shown || echo /proc/keys covered
 for path in /proc/sys/kernel/domainname /proc/irq/default_smp_affinity /proc/sysrq-trigger; do
     (echo x > $path) 2>/dev/null && echo $path writable || echo $path refused
 done
@@ -77,7 +81,10 @@ PROFILE = {
 NONE: tuple[str, ...] = ()
 THREE = dict.fromkeys(("bounding", "permitted", "effective"), DOCKERS)
 
-BASE: dict[str, Any] = {"env": {"COLOUR": "red"}, "capabilities": THREE}
+# Of the test: what is started without one of its own is in it. Whatever other keys the host has do
+# not matter.
+KEYRING = f"microguest-test-{os.getpid()}"
+BASE: dict[str, Any] = {"env": {"COLOUR": "red", "KEYRING": KEYRING}, "capabilities": THREE}
 
 # As Workload fields, over BASE. The runtime's config is made from them.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -107,7 +114,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 EVERYWHERE = tuple(VARIANTS)
-NOT_ROOT = ("user", "ambient", "terminal", "filter")
+NOT_ROOT = ("user", "ambient", "terminal", "filter")  # root sees the keys of all of root's
 HIDDEN = ("hidden",)
 TERMINAL = ("terminal",)
 
@@ -119,7 +126,7 @@ DIFFERENCES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("mount /dev/[fnrtuz]*", EVERYWHERE, "the launcher makes no devices: it binds the host's"),
     ("mount /sys/fs/cgroup", EVERYWHERE, "the bundle does not ask for it; a machine has it"),
     ("device core", EVERYWHERE, "/proc/kcore by another name, which a guest should not offer"),
-    ("value /proc/keys", NOT_ROOT, "crun gives it a keyring, as it shares the kernel with others"),
+    ("value keyring", NOT_ROOT, "crun gives it one, as it shares the kernel with others"),
     ("mount /proc/[bfis]*", HIDDEN, "nosuid, nodev and noexec stay when it becomes read-only"),
     ("mount /sys/firmware", HIDDEN, "what covers it is nosuid, nodev and noexec too"),
     ("mount /proc/[kt]*", HIDDEN, "/dev/null covers it; that it is read-only changes nothing"),
@@ -134,7 +141,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     require_program()
     if shutil.which("crun") is None:
         pytest.skip("needs crun: apt install crun")
+    join_session_keyring(KEYRING)
     return make_root(tmp_path_factory.mktemp("image"))
+
+
+def join_session_keyring(name: str) -> None:
+    """keyctl_join_session_keyring(3). It ends with the last process that is in it."""
+    number = {"x86_64": 250, "aarch64": 219}[platform.machine()]
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(number, 1, name.encode()) < 0:
+        pytest.skip(f"keyctl: {os.strerror(ctypes.get_errno())}")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -198,7 +214,12 @@ def under_crun(root: Path, wanted: dict[str, Any], folder: Path) -> str:
     if wanted.get("stdio") == "terminal":
         return on_a_terminal(command).replace("\r", "")
     done = subprocess.run(
-        command, input=b"", capture_output=True, timeout=30, check=False, env={"PATH": "/usr/bin"}
+        command,
+        input=b"",
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+        env={"PATH": "/usr/bin"},
     )
     if done.returncode != 0:
         pytest.skip(f"crun cannot run here: {done.stderr.decode()[-300:]}")
@@ -211,7 +232,7 @@ def on_a_terminal(command: list[str]) -> str:
     output = b""
     with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave) as process:
         os.close(slave)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             ready, _, _ = select.select([master], [], [], 1.0)
             try:

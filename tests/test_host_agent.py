@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hostkit import TOKEN, Peer, Script, agent_at, answer_pings, serving
+from patience import PATIENCE, SLACK
 
 import host_client
 from guest import frames, limits
@@ -102,7 +103,7 @@ def test_nobody_listens(path: Path) -> None:
         bound.bind(str(path))
         with pytest.raises(ConnectError, match="refused"):
             connect(f"unix://{path}", token=TOKEN)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < SLACK
 
 
 def test_long_socket_path(tmp_path: Path) -> None:
@@ -414,7 +415,7 @@ def test_silent_agent(path: Path) -> None:
             agent.exec(["x"])
         with pytest.raises(DeadlineExceeded):
             agent.ping()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < SLACK
 
 
 def test_dead_machine_is_noticed_while_waiting(path: Path) -> None:
@@ -432,7 +433,7 @@ def test_dead_machine_is_noticed_while_waiting(path: Path) -> None:
         began = time.monotonic()
         with pytest.raises(ConnectionLost, match="machine m1 was killed"):
             agent.exec(["sleep", "inf"])
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < SLACK
 
 
 # ── small requests and the connections kept for them ─────────────────────────────────────────────
@@ -514,7 +515,7 @@ def test_idle_connections_are_bounded(path: Path) -> None:
     agent = agent_at(path)
 
     def ping() -> None:
-        barrier.wait(10)
+        barrier.wait(PATIENCE)
         agent.ping()
 
     callers = [threading.Thread(target=ping) for _ in range(count)]
@@ -524,7 +525,7 @@ def test_idle_connections_are_bounded(path: Path) -> None:
     for peer in peers:
         script(peer)
     for caller in callers:
-        caller.join(10)
+        caller.join(PATIENCE)
     for peer in peers:
         peer.sock.setblocking(False)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hostkit import TOKEN, Peer, agent_at, answer_pings, serving
+from patience import PATIENCE
 
 from guest import limits
 from guest.connection import Data, End, Request, Response
@@ -214,7 +215,7 @@ def test_order_is_bounded_and_loses_no_byte(path: Path) -> None:
 
     with serving(path, script), agent_at(path) as agent, agent.start(["x"], stdin=True) as process:
         process.stdin.write(b"go")
-        process.wait(10)
+        process.wait(PATIENCE)
         assert len(process._session._runs) <= 1025
         counted = {"stdout": 0, "stderr": 0}
         for name, data in process:
@@ -293,9 +294,9 @@ def test_two_threads_read_one_output_each(path: Path) -> None:
         threads = [threading.Thread(target=read, args=(name,)) for name in ("stdout", "stderr")]
         for thread in threads:
             thread.start()
-        assert process.wait(20).returncode == 0
+        assert process.wait(PATIENCE).returncode == 0
         for thread in threads:
-            thread.join(20)
+            thread.join(PATIENCE)
     assert sizes == {"stdout": FLOOD, "stderr": 2 * FLOOD}
 
 
@@ -310,7 +311,7 @@ def test_communicate(path: Path) -> None:
         peer.finish(code=0)
 
     with serving(path, echo), agent_at(path) as agent, agent.start(["x"], stdin=True) as process:
-        result = process.communicate(payload, timeout=30)
+        result = process.communicate(payload, timeout=PATIENCE)
     assert result.stdout == payload
     assert result.stderr == payload
 
@@ -364,7 +365,7 @@ def test_writing_while_another_thread_reads(path: Path) -> None:
         feeder = threading.Thread(target=feed)
         feeder.start()
         assert b"".join(process.stdout) == payload
-        feeder.join(10)
+        feeder.join(PATIENCE)
         process.stdin.write(b"too late, and dropped")
         process.stdin.close()
 
@@ -388,7 +389,7 @@ def test_controls(path: Path) -> None:
         process.resize(25, 81)
         process.kill()
         process.stdin.close()
-        result = process.wait(5)
+        result = process.wait(PATIENCE)
         process.signal("TERM")  # too late is no error
         with pytest.raises(ValueError, match="signal"):
             process.signal("NONSENSE")
@@ -415,7 +416,7 @@ def test_wait_with_a_timeout(path: Path) -> None:
         with pytest.raises(DeadlineExceeded, match="still runs"):
             process.wait(0.1)
         process.stdin.write(b"end")
-        assert process.wait(5).returncode == 0
+        assert process.wait(PATIENCE).returncode == 0
 
 
 def test_loss_comes_after_what_had_arrived(path: Path) -> None:
@@ -451,7 +452,7 @@ def test_closing_wakes_who_waits(path: Path) -> None:
         time.sleep(0.1)
         process.close()
         process.close()
-        waiter.join(5)
+        waiter.join(PATIENCE)
         with pytest.raises(ConnectionLost, match="closed here"):
             process.wait()
     assert len(raised) == 1
@@ -502,7 +503,7 @@ def test_acknowledging_by_hand(path: Path) -> None:
         assert process.stdout.read(5) == b"12345"
         process.acknowledge(stdout=2)
         process.acknowledge()
-        process.wait(5)
+        process.wait(PATIENCE)
     assert seen == [Acknowledge(), Acknowledge(stdout=2), Acknowledge(stdout=5)]
 
 
@@ -675,7 +676,7 @@ def test_a_silent_process_of_a_guest_that_lives(
         threading.Thread(target=finish_later, args=(peer.sock.dup(), peer), daemon=True).start()
 
     def finish_later(sock: Any, peer: Peer) -> None:
-        done.wait(5)
+        done.wait(PATIENCE)
         with sock:
             sock.sendall(
                 b"".join(map(peer.connection.send, (End(stream=1), End(stream=2), Exited(code=0))))

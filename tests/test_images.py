@@ -12,6 +12,7 @@ from typing import Any
 
 import imagefactory as factory
 import pytest
+from patience import PATIENCE
 
 from host_client import images
 from host_client.errors import ImageError
@@ -274,7 +275,9 @@ def test_archive_by_skopeo(tmp_path: Path, cache: images.Cache) -> None:
     reference = factory.make_layout(tmp_path / "i", [SMALL])
     archive = f"oci-archive:{tmp_path / 'i.tar'}:v1"
     subprocess.run(
-        ["skopeo", "--insecure-policy", "copy", "-q", reference, archive], check=True, timeout=60
+        ["skopeo", "--insecure-policy", "copy", "-q", reference, archive],
+        check=True,
+        timeout=PATIENCE,
     )
     with images.open_image(archive) as image:
         root = images.as_directory(image, tmp_path, cache=cache)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import imagefactory as factory
 import pytest
+from patience import PATIENCE
 
 from host_client import images
 from host_client.errors import ImageError
@@ -146,7 +147,7 @@ def test_killed_builder_leaves_nothing_in_use(tmp_path: Path, cache: images.Cach
             time.sleep(0.005)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
-        process.wait(timeout=30)
+        process.wait(timeout=PATIENCE)
         killed_at_work += bool(os.listdir(areas))
         shutil.rmtree(Path(cache.directory, "entries"), ignore_errors=True)
     assert killed_at_work
@@ -163,9 +164,9 @@ def full_disk() -> Iterator[Path]:
     factory.require("mount", root=True)
     where = Path(tempfile.mkdtemp())
     command = ["mount", "-t", "tmpfs", "-o", "size=3M,mode=0700", "tmpfs", str(where)]
-    subprocess.run(command, check=True, timeout=30)
+    subprocess.run(command, check=True, timeout=PATIENCE)
     yield where
-    subprocess.run(["umount", str(where)], check=True, timeout=30)
+    subprocess.run(["umount", str(where)], check=True, timeout=PATIENCE)
     where.rmdir()
 
 

@@ -5,6 +5,7 @@ import time
 from typing import IO
 
 import pytest
+from patience import SLACK
 
 from host_client.errors import ImageError
 from host_client.images.command import run_command
@@ -30,7 +31,7 @@ def test_deadline_ends_a_command_that_hangs() -> None:
     begin = time.monotonic()
     with pytest.raises(ImageError, match=r"not done after 0.2 s and was killed: sleep 60"):
         run_command(["sleep", "60"], seconds=0.2)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 2 * SLACK
 
 
 def test_deadline_ends_a_command_that_does_not_read() -> None:
@@ -64,7 +65,7 @@ def test_error_of_the_feed_passes_and_the_command_ends() -> None:
     begin = time.monotonic()
     with pytest.raises(ImageError, match="damaged layer"):
         run_command(["sleep", "60"], feed=feed)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 2 * SLACK
 
 
 def test_command_that_cannot_start() -> None:

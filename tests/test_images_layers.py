@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from imagefactory import directory, hard_link, layer, member, symlink
+from patience import PATIENCE
 
 from host_client import images
 from host_client.errors import ImageError
@@ -186,7 +187,7 @@ def unpack_by_umoci(reference: str, tmp_path: Path) -> Path:
     subprocess.run(
         ["umoci", "unpack", "--image", reference.removeprefix("oci:"), str(bundle)],
         check=True,
-        timeout=60,
+        timeout=PATIENCE,
         capture_output=True,
     )
     return bundle / "rootfs"
@@ -196,11 +197,11 @@ def unpack_by_umoci(reference: str, tmp_path: Path) -> Path:
 def mounted(disk: images.Disk, where: Path) -> Iterator[Path]:
     where.mkdir()
     options = ["-t", disk.fstype, "-o", "loop,ro"]
-    subprocess.run(["mount", *options, str(disk.path), str(where)], check=True, timeout=30)
+    subprocess.run(["mount", *options, str(disk.path), str(where)], check=True, timeout=PATIENCE)
     try:
         yield where
     finally:
-        subprocess.run(["umount", str(where)], check=True, timeout=30)
+        subprocess.run(["umount", str(where)], check=True, timeout=PATIENCE)
 
 
 def without_root(tree: dict[bytes, factory.Seen]) -> dict[bytes, factory.Seen]:
@@ -243,7 +244,7 @@ def test_disk_is_what_umoci_unpacks(
 
 def unsquash(disk: images.Disk, where: Path) -> Path:
     command = ["unsquashfs", "-q", "-n", "-d", str(where), str(disk.path)]
-    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    subprocess.run(command, check=True, timeout=PATIENCE, capture_output=True)
     return where
 
 
@@ -414,7 +415,7 @@ def test_a_user_can_prepare_images_too(home_of_a_user: Path) -> None:
 def prepare_as_a_user(reference: str, home: Path, max_bytes: int) -> list[str]:
     command = [sys.executable, "-c", AS_A_USER, reference, str(home), str(max_bytes)]
     done = subprocess.run(
-        command, cwd=factory.PROJECT, check=True, timeout=60, capture_output=True, text=True
+        command, cwd=factory.PROJECT, check=True, timeout=PATIENCE, capture_output=True, text=True
     )
     return done.stdout.split()
 
@@ -427,7 +428,7 @@ def test_demo_image_runs(tmp_path: Path, cache: images.Cache) -> None:
         assert image.config.env[0].startswith("PATH=/usr/local/sbin:")
         root = images.as_directory(image, tmp_path, cache=cache)
         command = ["chroot", str(root), "sh", "-c", "id -un && stat -c %a /tmp | tr 1 x"]
-        done = subprocess.run(command, check=True, timeout=30, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, timeout=PATIENCE, capture_output=True, text=True)
     assert done.stdout == "root\nx777\n"
 
 

@@ -17,6 +17,7 @@ from init_machine import (
     state_of,
     wait_for,
 )
+from patience import PATIENCE
 
 from guest import limits
 from guest.connection import Connection, Data, Event, Request, Role
@@ -34,7 +35,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call_agent(machine: Machine) -> socket.socket:
     """A connection to the agent's socket, with a hello sent on it."""
     connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(15)
+    connection.settimeout(PATIENCE)
     connection.connect(str(machine.host / "agent.sock"))
     connection.sendall(Connection(Role.HOST).send(Hello(token=TOKEN)))
     return connection
@@ -89,7 +90,7 @@ def test_a_killed_agent_is_reported_and_started_again(root: Path) -> None:
         machine.process.terminate()
         assert machine.report("workload_exited")["signal"] == signal.SIGTERM
         assert machine.report("stopping")["status"] == "shutdown"
-        assert machine.wait(10) == 0
+        assert machine.wait() == 0
 
 
 def test_an_attached_workload_outlives_the_agent(root: Path) -> None:
@@ -111,7 +112,7 @@ def test_an_attached_workload_outlives_the_agent(root: Path) -> None:
         machine.process.terminate()
         assert machine.report("workload_exited")["signal"] == signal.SIGTERM
         assert machine.report("stopping")["status"] == "shutdown"
-        assert machine.wait(10) == 0
+        assert machine.wait() == 0
 
 
 def _script_runs(machine: Machine) -> bool:
@@ -149,7 +150,7 @@ def test_an_attached_workload_is_collected_and_ends_the_machine(root: Path) -> N
         machine.report("ready")
         machine.report("workload_started")
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(15)
+            connection.settimeout(PATIENCE)
             connection.connect(str(machine.host / "agent.sock"))
             protocol = Connection(Role.HOST)
             for event in (
@@ -172,7 +173,7 @@ def test_an_attached_workload_is_collected_and_ends_the_machine(root: Path) -> N
         assert events[-1].code == 3
         assert machine.report("workload_exited")["code"] == 3
         assert machine.report("stopping")["status"] == "done"
-        assert machine.wait(5) == 0
+        assert machine.wait() == 0
 
 
 # ── last words, the watchdog, a crash loop ───────────────────────────────────────────────────────
@@ -272,4 +273,4 @@ def test_a_crash_loop_ends_in_a_state_that_can_be_read(root: Path) -> None:
         assert machine.process.poll() is None
         machine.process.terminate()
         assert machine.report("workload_exited")["signal"] == signal.SIGTERM
-        assert machine.wait(10) == 0
+        assert machine.wait() == 0

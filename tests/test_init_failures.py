@@ -170,7 +170,7 @@ def test_a_missing_disk_is_named_with_those_that_are_there(root: Path) -> None:
     config = boot_config(["true"])
     config["root"]["lower"] = [{"kind": "disk", "serial": "no-such", "fstype": "erofs"}]
     with Machine(root, config) as machine:
-        assert machine.wait(15) == 0
+        assert machine.wait() == 0
         failed = machine.report("boot_failed")
         assert failed["step"] == "root-lower"
         assert "no-such" in failed["message"]

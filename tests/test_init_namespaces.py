@@ -16,6 +16,7 @@ from init_machine import (
     state_of,
     wait_for,
 )
+from patience import PATIENCE
 
 NOBODY = 65534
 
@@ -38,7 +39,7 @@ def test_a_signal_to_the_launcher_powers_off(root: Path, number: signal.Signals)
         machine.process.send_signal(number)
         machine.report("workload_exited")
         assert machine.report("stopping")["status"] == "shutdown"
-        assert machine.wait(5) == 0
+        assert machine.wait() == 0
 
 
 def test_a_signal_at_any_moment_of_the_boot_powers_off(root: Path) -> None:
@@ -47,7 +48,7 @@ def test_a_signal_at_any_moment_of_the_boot_powers_off(root: Path) -> None:
             assert machine.init_pid()
             time.sleep(delay)
             machine.process.send_signal(signal.SIGTERM)
-            assert machine.wait(8) == 0, machine.console
+            assert machine.wait() == 0, machine.console
 
 
 def test_a_workload_that_ignores_term_is_killed(root: Path) -> None:
@@ -55,7 +56,7 @@ def test_a_workload_that_ignores_term_is_killed(root: Path) -> None:
     with Machine(root, boot_config(["sh", "-c", script])) as machine:
         wait_for(lambda: "ready" in machine.console, "the trap")
         machine.process.terminate()
-        assert machine.wait(10) == 0
+        assert machine.wait() == 0
 
 
 def test_kill_9_of_the_launcher_leaves_no_process(root: Path) -> None:
@@ -66,7 +67,7 @@ def test_kill_9_of_the_launcher_leaves_no_process(root: Path) -> None:
         everybody = machine.everybody()
         machine.process.kill()
         machine.wait()
-        wait_for(lambda: not any(state_of(pid) for pid in everybody), "the end of all", 3)
+        wait_for(lambda: not any(state_of(pid) for pid in everybody), "the end of all")
 
 
 def test_no_mount_is_left_on_the_host(root: Path) -> None:
@@ -75,7 +76,7 @@ def test_no_mount_is_left_on_the_host(root: Path) -> None:
         machine.report("ready")
         assert mounts() == before
         machine.process.terminate()
-        assert machine.wait(5) == 0
+        assert machine.wait() == 0
         assert mounts() == before
         assert sorted(os.listdir(machine.run)) == ["boot.json", "console", "host"]
 
@@ -92,7 +93,7 @@ def test_ordinary_users_may_do_it_too(root: Path) -> None:
             raise
         machine.report("workload_started")
         assert machine.report("workload_exited")["code"] == 7
-        assert machine.wait(10) == 0
+        assert machine.wait() == 0
         assert machine.console == "0\n"
 
 
@@ -118,7 +119,11 @@ def test_what_it_cannot_do_is_one_line(
     (tmp_path / "boot.json").write_text("{}")
     command = [word.format(run=tmp_path) for word in arguments]
     done = subprocess.run(
-        [PROGRAM, "namespaces", *command], capture_output=True, text=True, timeout=10, check=False
+        [PROGRAM, "namespaces", *command],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (code, "")
     assert said in done.stderr

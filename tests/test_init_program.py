@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 from init_machine import PROGRAM, require_program
+from patience import PATIENCE
 
 # The interpreter's own and those that PID 1 imports; each costs start-up time and memory for good.
 PINNED = frozenset(
@@ -36,7 +37,7 @@ def run(*arguments: str, argv0: str | None = None) -> "subprocess.CompletedProce
         capture_output=True,
         text=True,
         env={},
-        timeout=10,
+        timeout=PATIENCE,
         check=False,
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import machinekit
 import pytest
+from patience import PATIENCE
 
 from guest.errors import OperationError, StartError
 from host_client import boot, connect
@@ -110,7 +111,7 @@ def test_threads_share_an_agent(machine: Machine) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(PATIENCE)
     assert sorted(results) == [b"%d\n" % number for number in range(8)]
 
 

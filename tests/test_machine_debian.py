@@ -10,13 +10,14 @@ from pathlib import Path
 
 import imagefactory
 import pytest
+from patience import PATIENCE
 
 from guest.errors import OperationError
 from host_client import Machine, boot, connect
 
 PROJECT = Path(__file__).parent.parent
 DEBIAN = PROJECT / "dist" / "test-images" / "debian"
-WAIT = 20.0  # seconds for one answer of an emulated guest
+WAIT = PATIENCE  # seconds for one answer of an emulated guest
 
 
 @pytest.fixture(scope="module", params=["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
@@ -80,7 +81,7 @@ DIAL = """
 import socket, sys
 for cid in map(int, sys.argv[1:]):
     dialled = socket.socket(socket.AF_VSOCK)
-    dialled.settimeout(10)
+    dialled.settimeout(PATIENCE)
     try:
         dialled.connect((cid, 1024))
         dialled.send(b"\\x89mgst\\n\\0\\1")

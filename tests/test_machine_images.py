@@ -12,6 +12,7 @@ import imagefactory
 import machinekit
 import pytest
 from imagefactory import directory, layer, make_layout, member, symlink
+from patience import PATIENCE
 
 from guest.errors import MicroguestError
 from host_client import Machine, boot
@@ -120,7 +121,7 @@ def test_an_init_of_its_own(tmp_path: Path, kind: str) -> None:
         Entrypoint=["/sbin/init"],
     )
     with boot(own, machine=kind, handoff=True) as machine:
-        machinekit.wait_until("the init is PID 1", lambda: machine.state.handed_off, 10)
+        machinekit.wait_until("the init is PID 1", lambda: machine.state.handed_off)
         machinekit.wait_until(
             "it has worked", lambda: machine.agent.exec(["cat", "/run/up"]).stdout == b"up\n"
         )
@@ -140,7 +141,7 @@ def test_an_init_of_its_own(tmp_path: Path, kind: str) -> None:
                 machinekit.wait_until("it is deaf", lambda m=machine: not answers(m))
                 assert (machine.stop().status, machine.state.error) == (status, "")
             else:
-                assert machine.wait(20).status == status
+                assert machine.wait(PATIENCE).status == status
     if kind == "namespaces":
         assert run("-d", "--handoff", "--name", "own", own, left=["own"])[:2] == (0, "own\n")
         assert machinekit.state_of("own").handed_off

@@ -11,6 +11,7 @@ from pathlib import Path
 import machinekit
 import pytest
 from imagefactory import directory, layer, make_layout, member
+from patience import PATIENCE
 
 import host_client
 from host_client import Machine, Mount, boot, seccomp
@@ -175,7 +176,7 @@ def check_second_boot(image: str, tmp_path: Path) -> None:
         assert said(machine, "mv /opt/state /opt/moved; cat /opt/moved/file") == "kept\n"
         with contextlib.suppress(ConnectionLost):  # it may have ended before it could answer
             machine.agent.shutdown(grace=1, reboot=True)
-        assert machine.wait(timeout=20).status == "reboot"
+        assert machine.wait(timeout=PATIENCE).status == "reboot"
     assert names() == []
 
 
@@ -205,7 +206,7 @@ def test_a_share_ends_with_its_machine_and_a_machine_with_its_share(
         else:
             for pid in daemons:
                 machinekit.kill(pid)
-            state = machine.wait(timeout=10)
+            state = machine.wait(timeout=PATIENCE)
             assert state.status == "crashed"
             assert "virtiofsd" in state.error
             assert str(tmp_path) in state.error
@@ -243,7 +244,7 @@ def test_restarts(image: str) -> None:
     with boot(
         image, machine="namespaces", command=["sh", "-c", script], restart="on-failure:5"
     ) as machine:
-        state = machine.wait(timeout=20)
+        state = machine.wait(timeout=PATIENCE)
     assert state.workload_starts == 3
     assert state.workload_exited is not None
     assert state.workload_exited.code == 0
@@ -265,7 +266,7 @@ def test_agent_that_dies_is_told(image: str) -> None:
 def test_ls_tells_restarts(image: str) -> None:
     words = ("--rm", "--name", "again", "--machine", "namespaces", "--restart", "always", image)
     assert microguest("run", "-d", *words, "sh", "-c", "exit 3").stdout == b"again\n"
-    machinekit.wait_until("it waits", lambda: b"restarting (3)" in microguest("ls").stdout, 15)
+    machinekit.wait_until("it waits", lambda: b"restarting (3)" in microguest("ls").stdout)
     machinekit.wait_until("it does", lambda: machinekit.state_of("again").workload_starts > 2)
     assert microguest("stop", "again").returncode == 0
     assert names() == []

@@ -65,7 +65,7 @@ def test_pause_that_nobody_tells_of_is_found_out(machine: Machine) -> None:
         machine.pause()
         time.sleep(PAUSE + 1)
         machine._link.send(Resume())
-        machinekit.wait_until("it is noticed", lambda: agent.clock().pauses > before.pauses, 25.0)
+        machinekit.wait_until("it is noticed", lambda: agent.clock().pauses > before.pauses)
     finally:
         agent.driver.keeps_clock = True
     found = agent.clock()

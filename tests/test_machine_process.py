@@ -15,6 +15,7 @@ from typing import Any
 import anyio
 import machinekit
 import pytest
+from patience import PATIENCE
 
 from guest.errors import MicroguestError, OperationError, StartError
 from host_client import Agent, Keep, Limits, aio, boot, connect
@@ -45,7 +46,7 @@ def agent(machine: Machine) -> Iterator[Agent]:
     """Its agent; no process of a test may be left."""
     with connect(machine.name) as agent:
         yield agent
-        machinekit.wait_until("its processes end", lambda: not running(agent), 10)
+        machinekit.wait_until("its processes end", lambda: not running(agent))
 
 
 def running(agent: Agent) -> list[str]:
@@ -64,7 +65,7 @@ def test_output_arrives_while_it_runs(agent: Agent) -> None:
         assert process.poll() is None
         process.stdin.write(b"three\n")
         assert next(lines) == b"three\n"
-        result = process.wait(20)
+        result = process.wait(PATIENCE)
     assert result.returncode == 4
     assert result.max_rss_kib > 0
     assert process.pid > 1
@@ -101,8 +102,8 @@ def test_one_thread_feeds_while_another_reads(agent: Agent) -> None:
         feeder = threading.Thread(target=feed)
         feeder.start()
         assert process.stdout.read() == payload
-        feeder.join(20)
-        assert process.wait(20).returncode == 0
+        feeder.join(PATIENCE)
+        assert process.wait(PATIENCE).returncode == 0
 
 
 def test_a_flood_on_the_output_that_nobody_reads(agent: Agent) -> None:
@@ -124,7 +125,7 @@ def test_many_lines(agent: Agent) -> None:
 
 def test_output_after_the_exit_is_still_there(agent: Agent) -> None:
     with agent.start(["seq", "10000"]) as process:
-        assert process.wait(20).returncode == 0
+        assert process.wait(PATIENCE).returncode == 0
         assert process.stdout.read().count(b"\n") == 10000
 
 
@@ -215,7 +216,7 @@ def test_signals_by_name(agent: Agent) -> None:
         assert agent.signal(process.id, "USR1", "process")
         assert next(lines) == b"got\n"
         process.signal("KILL")
-        result = process.wait(20)
+        result = process.wait(PATIENCE)
     assert (result.signal, result.shell_code) == (9, 137)
 
 
@@ -224,19 +225,19 @@ def test_kill_ends_the_whole_tree(agent: Agent) -> None:
     with agent.start(["sh", "-c", script]) as process:
         assert next(process.stdout.lines()) == b"up\n"
         process.kill()
-        assert process.wait(20).signal == 9
+        assert process.wait(PATIENCE).signal == 9
     assert b"4321" not in agent.exec(["ps"]).stdout
 
 
 def test_timeout_with_grace(agent: Agent) -> None:
     polite = "trap 'echo bye; exit 3' TERM; while :; do sleep 0.05; done"
     with agent.start(["sh", "-c", polite], timeout=0.5, grace=10) as process:
-        result = process.wait(20)
+        result = process.wait(PATIENCE)
         assert (result.returncode, result.timed_out) == (3, True)
         assert process.stdout.read() == b"bye\n"
     stubborn = "trap '' TERM; while :; do sleep 0.05; done"
     with agent.start(["sh", "-c", stubborn], timeout=0.5, grace=0.3) as process:
-        result = process.wait(20)
+        result = process.wait(PATIENCE)
     assert (result.signal, result.timed_out) == (9, True)
     assert result.duration >= 0.75
 
@@ -259,10 +260,10 @@ def test_leaving_the_context_kills(agent: Agent, phase: str) -> None:
         elif phase == "output blocked":
             time.sleep(0.2)
     if phase == "input blocked":
-        feeder.join(10)
+        feeder.join(PATIENCE)
         assert not feeder.is_alive()
     try:
-        machinekit.wait_until("it ends", lambda: not running(agent), 5)
+        machinekit.wait_until("it ends", lambda: not running(agent))
     finally:
         for left in running(agent):
             agent.signal(left, "KILL", "tree")
@@ -286,7 +287,7 @@ with connect(sys.argv[1]) as agent, agent.start(["sleep", "1000"]) as process:
         assert host.stdout.readline() == b"up\n"
         assert len(running(agent)) == 1
         host.kill()
-    machinekit.wait_until("it ends", lambda: not running(agent), 10)
+    machinekit.wait_until("it ends", lambda: not running(agent))
 
 
 # ── kept processes ───────────────────────────────────────────────────────────────────────────────
@@ -307,7 +308,7 @@ with connect({machine.name!r}) as agent:
         for _ in range(5):
             sys.stdout.buffer.write(next(lines))
         process.kill()
-        process.wait(10)
+        process.wait(PATIENCE)
 """
     second = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, timeout=60
@@ -330,8 +331,8 @@ def test_one_writes_and_several_watch(agent: Agent) -> None:
             writer.stdin.write(b"hello\n")
             assert one.stdout.read(100) == two.stdout.read(100) == b"hello\n"
             writer.stdin.close()
-            assert writer.wait(20).returncode == 0
-            assert one.wait(20).returncode == two.wait(20).returncode == 0
+            assert writer.wait(PATIENCE).returncode == 0
+            assert one.wait(PATIENCE).returncode == two.wait(PATIENCE).returncode == 0
     agent.forget(writer.id)
 
 
@@ -342,7 +343,7 @@ def test_what_is_not_acknowledged_can_be_read_again(agent: Agent) -> None:
         offsets = process.offsets
     with agent.attach(process.id, offsets=offsets) as process:
         assert process.stdout.read() == b"".join(b"%d\n" % n for n in range(1, 200001))
-        assert process.wait(20).returncode == 0
+        assert process.wait(PATIENCE).returncode == 0
     agent.forget(process.id)
 
 
@@ -361,7 +362,7 @@ def test_terminal(agent: Agent) -> None:
         process.resize(34, 78)
         assert next(lines) == b"34 78\r\n"
         process.stdin.write(b"\x03")
-        assert process.wait(20).signal == signal.SIGINT
+        assert process.wait(PATIENCE).signal == signal.SIGINT
 
 
 # ── asyncio and trio ─────────────────────────────────────────────────────────────────────────────
@@ -380,7 +381,7 @@ def test_the_same_from_an_event_loop(machine: Machine, backend: str) -> None:
                 lines = process.stdout.lines()
                 assert [await anext(lines) for _ in range(3)] == [b"1\n", b"2\n", b"3\n"]
                 await process.kill()
-                assert (await process.wait(20)).signal == 9
+                assert (await process.wait(PATIENCE)).signal == 9
             results = []
 
             async def run(number: int) -> None:
@@ -468,7 +469,7 @@ def test_a_dead_machine_ends_every_wait(kind: str, how: str, state_home: None, e
             os.kill(pid, signal.SIGSTOP if how == "frozen" else signal.SIGKILL)
         try:
             for thread in threads:
-                thread.join(30)
+                thread.join(PATIENCE)
             assert not any(thread.is_alive() for thread in threads)
         finally:
             for pid in family:

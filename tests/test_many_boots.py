@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from machinekit import family, wait_until
+from patience import PATIENCE
 
 import host_client
 from host_client.machines.folder import machines_root
@@ -59,7 +60,7 @@ def test_every_boot_of_many_reaches_a_command(machine: str, boots: int) -> None:
             start = time.monotonic()
             with host_client.boot(DEMO_IMAGE, machine=machine) as vm:
                 names.add(vm.name)
-                result = vm.agent.exec(["echo", str(number)], timeout=30)
+                result = vm.agent.exec(["echo", str(number)], timeout=PATIENCE)
             assert result.stdout == f"{number}\n".encode()
             seconds.append(time.monotonic() - start)
     seconds.sort()

@@ -26,6 +26,7 @@ import machinekit
 import pytest
 from agentharness import TOKEN, AgentProcess, Host, execute
 from machinekit import runs, wait_until
+from patience import PATIENCE, SLACK
 
 from guest import limits
 from guest.connection import Data, End, Request
@@ -36,8 +37,8 @@ from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
 from host_client.machines.machine import Machine
 
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-GONE = 5.0  # seconds until what was killed has disappeared
-SOON = 5.0  # seconds that nothing here may take, however busy the host is
+GONE = PATIENCE  # seconds until what was killed has disappeared
+SOON = SLACK  # seconds that nothing here may take, however busy the host is
 INHERITED_SCORE = 500  # of oom_score_adj; anybody may raise it and go back to 0
 
 

@@ -25,6 +25,7 @@ import machinekit
 import pytest
 from agentharness import AgentProcess, Closed, Host, Refused, execute
 from machinekit import wait_until
+from patience import PATIENCE
 
 from agent.cgroups import MOUNTS
 from guest import frames, limits, messages
@@ -62,7 +63,7 @@ CLIENTS = 64
 STALLED = 64
 STALLED_GROWTH = 2048  # KiB for all of them: 16 KiB of output each, and what the agent knows of it
 PING_BOUND = 5.0  # seconds; the aim is 1, which is printed
-GONE = 15.0  # seconds until what was closed or killed, or is idle, has gone on a busy host
+GONE = PATIENCE  # seconds until what was closed or killed, or is idle, has gone on a busy host
 SEED = 20_261_120
 
 

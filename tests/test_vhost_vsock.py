@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from host_client.vhost_vsock import EventLoop, VsockDevice, connection, unix_dialer
 
@@ -34,7 +35,7 @@ RING = 128
 RX_SLOT, TX_SLOT = 4096, 16384
 RINGS_AT, RX_AT, TX_AT = 0, 0x10000, 0x100000
 MEMORY = TX_AT + RING * TX_SLOT
-WAIT = 10.0
+WAIT = PATIENCE
 
 _lock = threading.Lock()
 

@@ -16,6 +16,7 @@ from typing import Self
 import machinekit
 import pytest
 from init_machine import make_root, require_program
+from patience import PATIENCE
 from vm_machine import Ended, make_erofs, make_ext4, run_vm, vm_config
 
 from guest import limits
@@ -84,7 +85,7 @@ class Aside:
                 pass
 
     def _dial(self, name: str) -> socket.socket:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while True:
             connection = socket.socket(socket.AF_UNIX)
             connection.settimeout(60)
@@ -305,7 +306,7 @@ def test_a_host_asks_for_a_restart_which_the_vmm_takes_for_the_end(
     with boot(machinekit.demo_image(), machine="qemu", command=["sh", "-c", script]) as machine:
         assert machine.agent.exec(["true"]).returncode == 0
         machine.agent.shutdown(reboot=True)
-        state = machine.wait(timeout=30)
+        state = machine.wait(timeout=PATIENCE)
     assert (state.status, state.vmm_code, state.phase) == ("reboot", 0, "ended")
     assert state.workload_exited is not None
     assert state.workload_exited.code == 4

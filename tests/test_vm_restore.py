@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 from vm_snapshot import SnapshotMachine, make_disk_and_initramfs
 
 from guest.messages import Keep
@@ -14,7 +15,6 @@ from host_client.errors import ConnectionLost, DeadlineExceeded
 
 pytestmark = pytest.mark.qemu
 
-PATIENCE = 30.0
 # Counts, and gives what the kernel's random numbers are, five times a second.
 STORY = (
     "i=0; while :; do i=$((i+1)); "

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import vm_machine
 from init_machine import Config, make_root, require_program
+from patience import PATIENCE
 from vm_machine import Ended, make_erofs, make_ext4, make_squashfs, run_vm, vm_config
 
 from guest import cpio
@@ -55,7 +56,7 @@ def virtiofs(work: Path, tag: str, folder: Path) -> Iterator[list[str]]:
     with (work / f"{tag}.log").open("wb") as log:
         daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while not socket.exists():
             assert daemon.poll() is None, (work / f"{tag}.log").read_text()
             assert time.monotonic() < deadline
@@ -86,14 +87,14 @@ def blank(path: Path, size: int) -> Path:
 def check_clean(disk: Path) -> None:
     """e2fsck finds nothing to do, the journal included."""
     command = ["/usr/sbin/e2fsck", "-fn", str(disk)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "journal" not in done.stdout + done.stderr
 
 
 def superblock(disk: Path, field: str) -> str:
     command = ["/usr/sbin/dumpe2fs", "-h", str(disk)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
     line = next(line for line in done.stdout.splitlines() if line.startswith(f"{field}:"))
     return line.partition(":")[2].strip()
 
@@ -168,7 +169,7 @@ def test_mixed_layers_on_a_disk_that_is_kept(base: Path, work: Path) -> None:
     ext4 = tree(work / "ext4", moves__file="moves")
     dirty = make_ext4(work / "dirty.img", "16M", tree(work / "dirty"))
     debugfs = ["/usr/sbin/debugfs", "-w", "-R", "feature needs_recovery", str(dirty)]
-    subprocess.run(debugfs, check=True, capture_output=True, timeout=60)
+    subprocess.run(debugfs, check=True, capture_output=True, timeout=PATIENCE)
     disks = {
         "upper": blank(work / "upper.img", 2 * GIB),
         "b-erofs": base / "root.erofs",

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import pytest
 from init_machine import TOKEN, make_root
+from patience import PATIENCE
 from vm_machine import BUNDLE, make_erofs, vm_config, write_initramfs
 
 from host_client.agent import Agent
@@ -25,7 +26,6 @@ from host_client.machines.host import accelerator, qemu_command
 from host_client.steps import run
 
 PROJECT = Path(__file__).parent.parent
-PATIENCE = 60.0  # seconds for QEMU to do anything
 ANSWER = 20.0  # seconds for the agent to answer
 MEMORY = "256M"
 PLUG = "plug"  # the slot that the vsock device is in
