@@ -28,7 +28,7 @@ from guest.messages import (
     Started,
 )
 from guest.record import Record
-from guest.supervision import MainCollected
+from guest.supervision import MainCollected, MainReader
 
 __all__ = ["Attachment", "attach", "start"]
 
@@ -83,9 +83,33 @@ async def attach(agent: Agent, channel: Channel, args: Record, early: list[Event
             )
         )
     )
-    if await attachment.run(early) and args.write and process.id == MAIN_ID:
-        await wait_for_close(channel)
-        await agent.link.deliver(lambda: (MainCollected(), ()))
+    if args.write and process.id == MAIN_ID:
+        await read_main(agent, channel, attachment, early)
+    else:
+        await attachment.run(early)
+
+
+async def read_main(
+    agent: Agent, channel: Channel, attachment: "Attachment", early: list[Event]
+) -> None:
+    """As `Attachment.run`, for who may write to the workload: PID 1 waits for it to have all."""
+    agent.main_readers += 1
+    tell_of_readers(agent)
+    try:
+        if await attachment.run(early):
+            await wait_for_close(channel)
+            await agent.link.deliver(lambda: (MainCollected(), ()))
+    finally:
+        agent.main_readers -= 1
+        tell_of_readers(agent)
+
+
+def tell_of_readers(agent: Agent) -> None:
+    """PID 1, what is so at the moment of telling: the order of two tellings does not matter."""
+    assert agent.nursery is not None
+    agent.nursery.start_soon(
+        agent.link.deliver, lambda: (MainReader(there=agent.main_readers > 0), ())
+    )
 
 
 def starting_points(
@@ -111,9 +135,10 @@ def starting_points(
 
 
 async def wait_for_close(channel: Channel) -> None:
-    """Until the host has read everything, which it shows by closing; or long enough."""
+    """Until the host has read everything, which it shows by closing. How long a host may take that
+    is there, PID 1 knows, and ends the machine."""
     try:
-        with trio.move_on_after(limits.COLLECT_WAIT):
+        with trio.move_on_after(limits.OUTPUT_WAIT_MAX):
             while True:
                 await channel.receive()
     except (ConnectionLost, RemoteProtocolError):

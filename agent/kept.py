@@ -54,6 +54,7 @@ class Notes(Record):
     timed_out: bool = False
     drain_idle: float = limits.STREAM_IDLE_AFTER_EXIT
     drain_cap: float = limits.STREAM_CAP_AFTER_EXIT
+    reader_wait: float = limits.OUTPUT_GRACE  # of the workload's terminal, for its first
     ended: float = 0.0
     exited: Exited | None = None
 
@@ -127,6 +128,7 @@ class KeptProcess(Process):
         child.stdin = -1
         self.argv, self.label, self.tty = notes.argv, notes.label, notes.tty
         self.started = notes.started
+        self._served_since = time.monotonic()
         self.rings = rings
         self.attachments: list[Attachment] = []
         self.writer: Attachment | None = None
@@ -146,11 +148,11 @@ class KeptProcess(Process):
         self._owed: dict[int, int] = {}  # bytes that were in a pipe then
         self._last_data: dict[int, float] = {}
         self._kill_at = math.inf if notes.deadline is None else notes.deadline + notes.grace
-        # The workload's terminal waits so long for the first to sit down at it: time.monotonic()
+        # The workload's terminal waits until then for the first to sit down: time.monotonic()
         self._is_main_terminal = self.tty and self.id == MAIN_ID
         self._unseen_at = math.inf
         if self._is_main_terminal:
-            self._unseen_at = self.started + limits.OUTPUT_GRACE
+            self._unseen_at = self.started + notes.reader_wait
         self._scope = trio.CancelScope()
         self._released = trio.Event()
         self._gone = False  # its descriptors are closed
@@ -185,7 +187,8 @@ class KeptProcess(Process):
         if self.exited is None:
             await self._drain()
             await self._conclude()
-        left = self.notes.ended + self.notes.keep.retain - time.monotonic()
+        # Of one that ended under an earlier agent, hosts hear again only now.
+        left = max(self.notes.ended, self._served_since) + self.notes.keep.retain - time.monotonic()
         await trio.sleep(max(0.0, left))
         await self._alone.wait()
 

@@ -42,7 +42,13 @@ async def take_main(agent: Agent, message: MainStarted, descriptors: list[int]) 
         child = Adopted(MAIN_ID, message.pid, exit_descriptor(message.pid), streams(descriptors))
         child.tty = message.terminal
         argv = listed_argv(command_line(message.pid))
-        notes = Notes(keep=Keep(), started=time.monotonic(), argv=argv, tty=message.terminal)
+        notes = Notes(
+            keep=Keep(),
+            started=time.monotonic(),
+            argv=argv,
+            tty=message.terminal,
+            reader_wait=message.output_wait,
+        )
         main = KeptProcess(agent, child, notes, new_rings(child, notes))
         await main.begin()
     agent.main = agent.processes[MAIN_ID]

@@ -43,13 +43,13 @@ IDLE_CGROUPS = 64  # emptied ones that wait for the next process
 AGENT_MEMORY = 32 * 1024 * 1024  # bytes that are the agent's own however short memory is
 MEMORY_RESERVE = 24 * 1024 * 1024  # bytes that hosts' processes, and the workload, each leave free
 REMEMBERED_IDENTITIES = 256  # users that were looked up in the image's files
-MAIN_WAIT = 5.0  # from the root's being ready until the workload must have been started
-COLLECT_WAIT = 1.0  # for a host to close after it was sent the workload's end
+MAIN_WAIT = 5.0  # from an attach, and the root's being ready, for the workload to be started
+COLLECT_WAIT = 5.0  # where the end was asked for: for a reader to take the rest and close
 ACCOUNT_FILE = 1024 * 1024  # the image's /etc/passwd and /etc/group; larger ones are not read
 
 # ── reports from PID 1 to the host, and between PID 1 and the agent ─────────────────────────────
 REPORT_LINE = 64 * 1024
-REPORT_CONNECT_TIMEOUT = 2.0
+REPORT_CONNECT_TIMEOUT = 5.0  # the host listens before it starts the machine; it may be slow
 SUPERVISION_MESSAGE = 64 * 1024
 KEPT_META = 16 * 1024  # what the agent deposits with PID 1 about a kept process, printable ASCII
 KEPT_NAME = 64  # characters of its id there, and of the name of each of its descriptors
@@ -74,7 +74,12 @@ AGENT_BOOT_CRASHES = 4  # an agent that died so often before it ever served fail
 
 # ── ending ───────────────────────────────────────────────────────────────────────────────────────
 STOP_GRACE = 5.0  # between TERM and KILL of everything that is left
-OUTPUT_GRACE = 10.0  # how long an ended workload's output, or a terminal's first, waits for a host
+# How long an ended workload's output waits for a host to come back, from the moment that an agent
+# serves and the last host has left; and a terminal's output, from the start, for the first one.
+OUTPUT_GRACE = 10.0
+# The longest `output_wait` of a config: for a host that is there, however slowly it reads, or that
+# has not come yet, from the moment that an agent serves. A host that is gone has closed.
+OUTPUT_WAIT_MAX = 3600.0
 AGENT_RESTART_DELAYS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)  # seconds; the last one repeats
 AGENT_CRASH_LIMIT = 20  # crashes after which the agent stays down and the state says so
 RESTART_DELAY_MAX = 3600.0  # of the workload
@@ -90,4 +95,4 @@ FAILED_GRACE = 0.5  # instead of STOP_GRACE where the boot or the workload's sta
 INIT_ALLOWANCE = 5.0  # beyond the grace, for an init of the image's own to end everything
 KILL_WAIT = 2.0  # for killed processes to be gone; those that hang in the kernel stay
 SYNC_WAIT = 5.0  # for sync and unmounts; a hung device does not stop the power-off
-FAREWELL_WAIT = 0.5  # for the host to close the report connection after the last report
+FAREWELL_WAIT = 2.0  # for the host to close the report connection after the last report was sent

@@ -27,6 +27,7 @@ __all__ = [
     "KeptStatus",
     "MainCollected",
     "MainExited",
+    "MainReader",
     "MainStarted",
     "Message",
     "Restored",
@@ -56,10 +57,12 @@ class MainStarted(Record):
     """The workload runs with pipes. Descriptors: its stdin (write), stdout and stderr (read).
 
     `terminal`: it has a terminal instead. Descriptors: the terminal's other end.
+    `output_wait`: as of the workload in the boot config.
     """
 
     pid: int
     terminal: bool = False
+    output_wait: float = limits.OUTPUT_GRACE
 
 
 class MainExited(ExitStatus):
@@ -73,6 +76,12 @@ class AgentReady(Record):
     """From the agent: it serves. `boot_ms`: CLOCK_BOOTTIME in milliseconds."""
 
     boot_ms: float
+
+
+class MainReader(Record):
+    """From the agent: whether a host that may write to the workload is there."""
+
+    there: bool
 
 
 class MainCollected(Record):
@@ -172,6 +181,7 @@ Message = (
     | MainStarted
     | MainExited
     | AgentReady
+    | MainReader
     | MainCollected
     | ShutdownRequest
     | AreYouThere
@@ -190,6 +200,7 @@ MESSAGES = Catalogue(
         "main_started": MainStarted,
         "main_exited": MainExited,
         "agent_ready": AgentReady,
+        "main_reader": MainReader,
         "main_collected": MainCollected,
         "shutdown": ShutdownRequest,
         "are_you_there": AreYouThere,

@@ -97,9 +97,11 @@ class Workload(Record):
     user: str = ""  # as USER in an image: name, uid, name:group, uid:gid; "" is root
     groups: tuple[str, ...] = ()  # names or ids, beside those that the user has
     # "attached": pipes that the agent serves as process "main"; the machine stays until its output
-    # is collected (at most OUTPUT_GRACE). "terminal": the same with a terminal. "console": the
-    # machine's console, no stdin.
+    # is collected. "terminal": the same with a terminal. "console": the machine's, no stdin.
     stdio: str = "console"
+    # Seconds that the output of a workload that has ended waits for a reader who has not come yet,
+    # or is there and slow. For one who has left it is OUTPUT_GRACE at most.
+    output_wait: float = limits.OUTPUT_GRACE
     rows: int = 24  # terminal: its size before anybody resizes it
     columns: int = 80
     umask: int = 0o022
@@ -123,6 +125,8 @@ class Workload(Record):
             raise RecordError("argv: must name a program")
         if self.stdio not in ("attached", "terminal", "console"):
             raise RecordError(f"stdio: {self.stdio!r:.100} is not attached, terminal or console")
+        if not 0 <= self.output_wait <= limits.OUTPUT_WAIT_MAX:
+            raise RecordError(f"output_wait: must be 0 to {limits.OUTPUT_WAIT_MAX:g} seconds")
         if not (0 < self.rows < 65536 and 0 < self.columns < 65536):
             raise RecordError("rows, columns: must be 1 to 65535")
         if not 0 <= self.umask <= 0o777:

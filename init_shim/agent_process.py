@@ -224,15 +224,17 @@ class AgentProcess:
 
     def _tell_workload(self) -> None:
         assert self.workload is not None
+        assert self._config.workload is not None
+        started = MainStarted(pid=self.workload.pid, output_wait=self._config.workload.output_wait)
         if self.workload.terminal >= 0:
             terminal = [self.workload.terminal]
-            self._send(MainStarted(pid=self.workload.pid, terminal=True), terminal)
+            self._send(started.replace(terminal=True), terminal)
             return
         stdin = self.workload.stdin
         if stdin < 0:  # it is with the agent's deposit, or at its end
             stdin = self.workload.stdout
         fds = [stdin, self.workload.stdout, self.workload.stderr]
-        self._send(MainStarted(pid=self.workload.pid), fds)
+        self._send(started, fds)
 
     def _send(self, message: "Record", fds: list[int] | None = None) -> None:
         """Behind what is not said yet. An agent that reads nothing is as good as dead."""

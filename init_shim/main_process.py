@@ -9,6 +9,7 @@ import time
 from guest import limits
 from guest.report import WorkloadExited, WorkloadFailed, WorkloadStarted
 from guest.workload import Workload, signal_number
+from init_shim.collection import Collection
 from init_shim.failure import Failure
 from init_shim.timeline import boot_ms
 from init_shim.workload import RunningWorkload, WorkloadNotStarted
@@ -28,6 +29,7 @@ class MainProcess:
 
     def __init__(self, workload: Workload, start: "Callable[[], RunningWorkload]") -> None:
         self.attached = workload.stdio != "console"
+        self.collection = Collection(workload.output_wait)
         self.running: RunningWorkload | None = None
         self.restart_at: float | None = None
         self._workload = workload

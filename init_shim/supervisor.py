@@ -10,7 +10,7 @@ from resource import struct_rusage
 
 from guest import limits
 from guest.report import AgentServes, FirstExec, WorkloadFailed
-from guest.supervision import AgentReady, ExecStarted, MainCollected, ShutdownRequest
+from guest.supervision import AgentReady, ExecStarted, MainCollected, MainReader, ShutdownRequest
 from init_shim.agent_process import AgentProcess
 from init_shim.main_process import MainProcess
 from init_shim.reporter import Reporter
@@ -44,7 +44,6 @@ class Supervisor:
         self.reporter = reporter
         self.agent = agent
         self.main: MainProcess | None = None
-        self._collect_until: float | None = None  # time.monotonic()
         self._more_to_reap = False
         self._readers: dict[int, Callable[[], None]] = {}
         self._first_exec_told = False
@@ -59,6 +58,8 @@ class Supervisor:
         """
         self.reporter.send(main.start())
         self.main = main
+        if self.agent is not None and self.agent.ready:
+            main.collection.agent_serves(time.monotonic())
         if main.attached and self.agent is not None and main.running is not None:
             self.agent.main_started(main.running)
 
@@ -103,8 +104,10 @@ class Supervisor:
             self._turns(lambda: main.running is None, self.grace)
         if main.attached:
             main.signal(KILL)
+            waits = main.collection
             self._turns(
-                lambda: main.running is None and self._collect_until is None, limits.COLLECT_WAIT
+                lambda: main.running is None and not (waits.pending and waits.reader_there),
+                limits.COLLECT_WAIT,
             )
 
     def outlive(self, timeout: float) -> bool:
@@ -163,11 +166,11 @@ class Supervisor:
         """Seconds until the next thing that has to happen by itself."""
         if self._more_to_reap:
             return 0.0
-        moments = [deadline, self._collect_until]
+        moments = [deadline]
         if self.agent is not None and not self._last_phase:
             moments += [self.agent.restart_at, self.agent.watchdog.look_at]
         if self.main is not None and not self.status:
-            moments.append(self.main.restart_at)
+            moments += [self.main.restart_at, self.main.collection.until]
         known = [moment for moment in moments if moment is not None]
         return max(0.0, min(known) - time.monotonic()) if known else None
 
@@ -194,18 +197,32 @@ class Supervisor:
             if 0.0 <= message.grace <= limits.STOP_GRACE_MAX:
                 self.grace = message.grace
             self._end("reboot" if message.reboot else "shutdown")
-        elif isinstance(message, MainCollected) and self._collect_until is not None:
-            self._collected()
-        elif isinstance(message, AgentReady) and starts > 1:
-            self.reporter.send(AgentServes(starts=starts, boot_ms=message.boot_ms))
+        elif isinstance(message, MainCollected | MainReader):
+            self._heard_of_reader(message)
+        elif isinstance(message, AgentReady):
+            if self.main is not None:
+                self.main.collection.agent_serves(time.monotonic())
+            if starts > 1:
+                self.reporter.send(AgentServes(starts=starts, boot_ms=message.boot_ms))
         elif isinstance(message, ExecStarted) and not self._first_exec_told:
             self._first_exec_told = True
             self.reporter.send(FirstExec(boot_ms=message.boot_ms))
+
+    def _heard_of_reader(self, message: MainCollected | MainReader) -> None:
+        if self.main is None:
+            return
+        if isinstance(message, MainReader):
+            self.main.collection.reader(time.monotonic(), there=message.there)
+        elif self.main.collection.pending:
+            self._collected(self.main)
 
     def _ended(self, pid: int, status: int, usage: struct_rusage) -> None:
         main, agent = self.main, self.agent
         if agent is not None and pid == agent.pid:
             exited = agent.ended(status)
+            if main is not None:
+                again = exited.restart_in is not None
+                main.collection.agent_died(time.monotonic(), comes_again=again)
             # An init that ends everything in handoff ends the agent as well as the keeper.
             if not (self._last_phase or self.signals.stop_requested):
                 self.reporter.send(exited)
@@ -221,15 +238,15 @@ class Supervisor:
             return
         if main.attached and self.agent is not None:
             self.agent.main_exited()
-            self._collect_until = time.monotonic() + limits.OUTPUT_GRACE
+            main.collection.workload_ended(time.monotonic())
         else:
             self._end("done")
 
     def _act_in_time(self) -> None:
         """What is due by now."""
         now = time.monotonic()
-        if self._collect_until is not None and now >= self._collect_until:
-            self._collected()
+        if self.main is not None and is_due(self.main.collection.until, now):
+            self._collected(self.main)
         if self.agent is not None and not self._last_phase:
             if is_due(self.agent.restart_at, now):
                 self.agent.start_again()
@@ -241,9 +258,9 @@ class Supervisor:
             if isinstance(report, WorkloadFailed) and report.restart_in is None:
                 self._end("workload-failed")
 
-    def _collected(self) -> None:
+    def _collected(self, main: MainProcess) -> None:
         """The ended workload's output: all of it, or as long as it could wait."""
-        self._collect_until = None
+        main.collection.done()
         self._end("done")
 
     def _end(self, status: str) -> None:

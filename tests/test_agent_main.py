@@ -20,8 +20,11 @@ from guest.supervision import (
     ExecStarted,
     MainCollected,
     MainExited,
+    MainReader,
     MainStarted,
 )
+
+ASIDES = Deposit | ExecStarted | MainReader
 
 
 class Workload:
@@ -53,13 +56,13 @@ class Workload:
 
 def discard_deposits(agent: AgentProcess) -> None:
     while select.select([agent.pid1], [], [], 0)[0]:
-        assert isinstance(MESSAGES.decode(agent.pid1.recv(65536)), Deposit | ExecStarted)
+        assert isinstance(MESSAGES.decode(agent.pid1.recv(65536)), ASIDES)
 
 
 def expect_collected(agent: AgentProcess) -> None:
-    """What the agent says next that is not about its deposits."""
+    """What the agent says next that is not about its deposits, nor who reads."""
     message = agent.receive()
-    while isinstance(message, Deposit):
+    while isinstance(message, ASIDES):
         message = agent.receive()
     assert message == MainCollected()
 
@@ -81,6 +84,26 @@ def test_output_status_and_collection(agent: AgentProcess) -> None:
     assert result.exited.code == 6
     assert result.exited.duration == 1.25
     expect_collected(agent)
+
+
+def test_pid_1_knows_whether_a_reader_is_there(agent: AgentProcess) -> None:
+    """Until it has closed, and not only until it was sent the end."""
+    workload = Workload(agent, "true")
+    workload.wait()
+    with Host(agent) as host:
+        host.attach()
+        host.collect()
+        assert readers_told(agent, 1) == [MainReader(there=True)]
+    assert readers_told(agent, 2) == [MainCollected(), MainReader(there=False)]
+
+
+def readers_told(agent: AgentProcess, count: int) -> list[object]:
+    told: list[object] = []
+    while len(told) < count:
+        message = agent.receive()
+        if not isinstance(message, Deposit):
+            told.append(message)
+    return told
 
 
 def test_attach_before_the_workload_exists(agent: AgentProcess) -> None:

@@ -78,8 +78,8 @@ PUBLIC = {
     "guest.status": ["ExitStatus", "exit_fields"],
     "guest.supervision": [
         "AGENT_FD", "MESSAGES", "AgentReady", "AreYouThere", "Configure", "Deposit", "ExecStarted",
-        "Here", "KeptExited", "KeptStatus", "MainCollected", "MainExited", "MainStarted", "Message",
-        "Restored", "RootReady", "ShutdownRequest", "Withdraw",
+        "Here", "KeptExited", "KeptStatus", "MainCollected", "MainExited", "MainReader",
+        "MainStarted", "Message", "Restored", "RootReady", "ShutdownRequest", "Withdraw",
     ],
     "guest.workload": [
         "Capabilities", "ImageDefaults", "Restart", "Workload", "check_init", "check_limits",

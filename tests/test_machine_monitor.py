@@ -24,6 +24,7 @@ from host_client.errors import BootFailed, MachineError
 from host_client.machines.console import HALF_MAX, LogReader, RotatingLog, printable, read_log
 from host_client.machines.folder import claim, is_alive, names, read_state
 from host_client.machines.machine import Machine
+from host_client.machines.monitor import FAILED_WAIT
 from host_client.machines.plan import AGENT_EXITS_MAX, EVENTS_MAX, cut
 from host_client.machines.qmp import Qmp
 from host_client.vhost_vsock.loop import EventLoop
@@ -137,7 +138,7 @@ def test_failed_boot_that_does_not_power_off(
     began = time.monotonic()
     script = "r = dial(); tell(r, 'boot_failed', step='config', message='bad'); time.sleep(60)"
     assert refused(tmp_path, root, script).step == "config"
-    assert time.monotonic() - began < 9 + SLACK
+    assert time.monotonic() - began < FAILED_WAIT + SLACK
 
 
 def test_other_token(tmp_path: Path, root: str) -> None:

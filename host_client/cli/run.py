@@ -8,24 +8,28 @@ from guest import limits
 from guest.errors import MicroguestError, StartError
 from guest.messages import Attach
 from guest.report import WorkloadFailed
+from guest.status import ExitStatus
 from host_client.cli import INTERRUPTED, complain
 from host_client.cli.detachkeys import parse as parse_keys
 from host_client.cli.foreground import Detached, Interrupted, in_foreground
 from host_client.cli.runoptions import machine_options
 from host_client.cli.stream import passed_signals
 from host_client.cli.terminal import Terminal, size_of
-from host_client.errors import ConnectionLost, DeadlineExceeded, MachineError
+from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded, MachineError
 from host_client.machines.boot import start
 from host_client.machines.machine import Machine
 from host_client.machines.settings import Settings
 
 __all__ = ["main"]
 
-WORKLOAD_WAIT: Final = 30.0  # seconds from `ready` to the workload's start or failure
+WORKLOAD_WAIT: Final = 30.0  # seconds from `ready`, before which PID 1 has tried to start it
 OF_THE_COMMAND: Final = frozenset(
     {"not_found", "permission_denied", "not_executable", "bad_interpreter"}
 )
-POWER_OFF_WAIT: Final = 20.0  # seconds from the workload's end to the machine's
+# Seconds from the workload's end, which we have just heard of, to the machine's: COLLECT_WAIT and
+# all that follows in a guest's end (docs/boot.md) are less.
+POWER_OFF_WAIT: Final = 30.0
+TOLD_WAIT: Final = 5.0  # seconds from a lost connection until PID 1's report is here
 
 
 def main(options: argparse.Namespace) -> int:
@@ -60,6 +64,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
         image=options.image,
         workload=True,
         stdio="terminal" if options.tty else streams,
+        # As long as we live: our end is the machine's. Stopped or slow, we come all the same.
+        output_wait=limits.OUTPUT_GRACE if options.detach else limits.OUTPUT_WAIT_MAX,
         terminal=(size.rows, size.columns),
         keep=not options.rm,
         **machine_options(options),
@@ -72,21 +78,41 @@ def foreground(
     """Join the workload's streams or its terminal to ours; the machine ends with it."""
     with passed_signals() as signals:  # what comes before the workload runs is passed on later
         await_workload(machine)
-        exited = in_foreground(
-            machine.agent,
-            Attach(),
-            stdin=options.interactive,
-            tty=options.tty,
-            terminal=terminal,
-            keys=keys,
-            signals=signals,
-            main=True,
-        )
+        try:
+            exited: ExitStatus = in_foreground(
+                machine.agent,
+                Attach(),
+                stdin=options.interactive,
+                tty=options.tty,
+                terminal=terminal,
+                keys=keys,
+                signals=signals,
+                main=True,
+            )
+        except (ConnectError, ConnectionLost):
+            told = exit_told(machine)
+            if told is None:
+                raise
+            exited = told
     try:
         machine.wait(POWER_OFF_WAIT)
     except DeadlineExceeded:
         machine.kill()
     return exited.shell_code
+
+
+def exit_told(machine: Machine) -> ExitStatus | None:
+    """How the workload ended, as PID 1 has told, where nobody can be asked for its output any more.
+
+    None where PID 1 has not told: the machine died before the workload's end.
+    """
+    deadline = time.monotonic() + TOLD_WAIT
+    state = machine.state
+    while state.workload_exited is None and not state.ended and time.monotonic() < deadline:
+        state = machine.await_change(TOLD_WAIT)
+    if state.workload_exited is not None:
+        complain(f"{state.describe_end() or 'the agent is gone'}: the last of its output is lost")
+    return state.workload_exited
 
 
 def detach(machine: Machine) -> int:

@@ -22,7 +22,7 @@ __all__ = [
     "vsock_choice",
 ]
 
-PROBE_SECONDS: Final = 5.0
+PROBE_SECONDS: Final = 20.0  # a probe that takes longer counts as a no, also on a slow host
 KVM_GET_API_VERSION: Final = 0xAE00  # linux/kvm.h
 KVM_API_VERSION: Final = 12
 KVM_DEVICE: Final = "/dev/kvm"

@@ -18,7 +18,9 @@ from host_client.renewal import STEP_BEYOND, GuestClock
 
 __all__ = ["Machine"]
 
-POWER_OFF_WAIT: Final = 15.0  # seconds beyond the grace until a stopping machine is killed
+# Seconds beyond the grace until a stopping machine is killed: more than all waits in a guest's end
+# (docs/boot.md) are together.
+POWER_OFF_WAIT: Final = 20.0
 KILL_WAIT: Final = 10.0  # seconds for the monitor to kill and clean up
 
 

@@ -55,11 +55,19 @@ __all__ = ["Monitor", "main"]
 END_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CTRL_ALT_DEL: Final = [{"type": "qcode", "data": key} for key in ("ctrl", "alt", "delete")]
 LAUNCHER_RESTARTED: Final = 3  # exit code of the namespaces launcher
-STOPPING_WAIT: Final = 15.0  # seconds from PID 1's last report to the VMM's exit
-FAILED_WAIT: Final = 5.0  # seconds from a failed boot's report to the VMM's exit
+# Seconds; a guest that is paused cannot act, so they begin anew where one is when they are over.
+STOPPING_WAIT: Final = 15.0  # from PID 1's last report to the VMM's exit
+FAILED_WAIT: Final = 12.0  # from a failed boot's report, after which it still writes its disks
 KILLED_WAIT: Final = 5.0  # seconds for a killed VMM to be gone
-FAREWELL_WAIT: Final = 1.0  # seconds for a caller to read the console of an ended machine
-DRAIN_WAIT: Final = 1.0  # seconds for the guest's last bytes to reach their readers
+# Seconds for a caller to read the console of an ended machine. One that is busy has its last lines
+# in the last state, which waits in the link for as long as the caller lives.
+FAREWELL_WAIT: Final = 1.0
+# Seconds from the VMM's exit for the guest's last bytes to reach their readers. A workload's output
+# does not depend on it: PID 1 waits for its reader before it ends the machine.
+DRAIN_WAIT: Final = 1.0
+UNREAD_MAX: Final = 64 * 1024  # bytes; with two states more a socket's default buffer is full
+UNREAD_EVERY: Final = 0.05  # seconds between looks whether the caller reads again
+SIOCOUTQ: Final = 0x5411  # linux/sockios.h: bytes that the other end has not read; as TIOCOUTQ
 
 
 def main(arguments: list[str]) -> int:
@@ -192,7 +200,9 @@ class Monitor:
         self._finish()
 
     def _boot_timeout(self) -> None:
-        if self.state.phase == "starting":
+        if self.state.paused:
+            self.loop.call_later(self.plan.boot_timeout, self._boot_timeout)
+        elif self.state.phase == "starting":
             seconds = self.plan.boot_timeout
             self._end("boot-failed", f"it was not ready {seconds:g} s after its launch")
 
@@ -258,23 +268,24 @@ class Monitor:
         self._tell()
 
     def _tell(self) -> None:
-        """Send the state. A caller that does not read gets the newest one when it does again."""
-        if self._link is None:
+        """Send the state. A caller that does not read gets the newest one when it does again.
+
+        So that the last one has room, it never has more of them unread than UNREAD_MAX and one.
+        """
+        if self._link is None or self._unsent:
+            return
+        if unread(self._link) > UNREAD_MAX:
+            self._unsent = True
+            self.loop.call_later(UNREAD_EVERY, self._tell_again)
             return
         try:
             self._link.send(self.state.to_json().encode("ascii"), socket.MSG_NOSIGNAL)
-            self._unsent = False
-        except BlockingIOError:
-            if not self._unsent:
-                self._unsent = True
-                self.loop.call_later(0.05, self._tell_again)
         except OSError:
             pass  # its end is noticed by `_on_link`
 
     def _tell_again(self) -> None:
-        if self._unsent:
-            self._unsent = False
-            self._tell()
+        self._unsent = False
+        self._tell()
 
     # ── by way of the VMM ────────────────────────────────────────────────────────────────────────
 
@@ -359,7 +370,13 @@ class Monitor:
             self.loop.call_later(KILLED_WAIT, self._finish)
 
     def _end_after(self, seconds: float, error: str) -> None:
-        self.loop.call_later(seconds, lambda: self._end("crashed", error))
+        def over() -> None:
+            if self.state.paused:
+                self._end_after(seconds, error)
+            else:
+                self._end("crashed", error)
+
+        self.loop.call_later(seconds, over)
 
     def _note_end(self, status: str, error: str = "") -> None:
         if not self.state.status:
@@ -434,6 +451,13 @@ class Monitor:
             if self._unsent:
                 self._link.send(self.state.to_json().encode("ascii"), socket.MSG_NOSIGNAL)
             self._link.recv(PACKET_MAX)
+
+
+def unread(link: socket.socket) -> int:
+    """Bytes that the other end has not read, as the kernel counts them."""
+    count = bytearray(4)
+    fcntl.ioctl(link, SIOCOUTQ, count)
+    return int.from_bytes(count, sys.byteorder)
 
 
 def hold_lease(path: str) -> int:

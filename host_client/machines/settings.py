@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypedDict
 
+from guest import limits
 from guest.record import RecordError
 from guest.rootplan import Upper
 from guest.workload import Restart
@@ -155,6 +156,8 @@ class Settings:
     handoff: bool = False
     workload: bool | None = None  # None: where a command, an entrypoint or `handoff` is given
     stdio: str = "console"
+    # Seconds that an ended process's output waits for who started the machine, who shall be there.
+    output_wait: float = limits.OUTPUT_GRACE
     terminal: tuple[int, int] = (24, 80)  # rows and columns, for stdio "terminal"
     keep: bool = False  # state and console stay after the end
 

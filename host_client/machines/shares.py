@@ -23,7 +23,7 @@ from host_client.vhost_vsock.loop import EventLoop
 __all__ = ["Shares", "share_command", "virtiofsd"]
 
 PLACES: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")  # Debian's, of both
-PROBE_SECONDS: Final = 5.0
+PROBE_SECONDS: Final = 20.0
 # A guest can mount anew what it has mounted read-only. QEMU's own virtiofsd cannot refuse writes,
 # so it gets a read-only view of the directory, in a mount namespace that ends with it.
 READ_ONLY: Final = (

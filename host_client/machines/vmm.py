@@ -16,7 +16,7 @@ from host_client.vhost_vsock.loop import EventLoop
 
 __all__ = ["Device", "Vmm"]
 
-DAEMON_WAIT: Final = 5.0  # seconds for a vsock daemon to listen
+DAEMON_WAIT: Final = 15.0  # seconds from its start for a vsock daemon to listen
 DAEMON_POLL: Final = 0.01
 CHUNK: Final = 64 * 1024
 CHUNKS_AT_END: Final = 64  # of console that is read after the VMM's exit; a socket holds less

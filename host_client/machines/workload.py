@@ -35,6 +35,7 @@ def workload_of(
         user=defaults.user,
         groups=tuple(settings.groups),
         stdio=settings.stdio,
+        output_wait=settings.output_wait,
         rows=rows,
         columns=columns,
         umask=settings.umask,
