@@ -6,10 +6,16 @@ The image is not trusted: what lies at these paths may be a FIFO, a device or 10
 import os
 import stat
 
+import _guestsys
+
 from guest import limits
 from guest.users import GROUPS_FILE, USERS_FILE, Identity, resolve
 
 __all__ = ["Accounts"]
+
+# linux/openat2.h
+NO_MAGICLINKS = 0x02
+IN_ROOT = 0x10
 
 
 class Accounts:
@@ -42,19 +48,29 @@ def _stamp(path: str) -> tuple[int, ...]:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def _read(path: str) -> bytes:
-    """The file's content, one byte more than allowed at most; b"" for anything but a file."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+def _read(path: str) -> bytes | None:
+    """The file's content; b"" where there is none, None where it is not to be read.
+
+    Links stay in the root, and none of /proc is followed to a descriptor of the agent's own. Of a
+    file of /proc, which is the kernel's log perhaps, nothing is read: such files have no size.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        fd = os.open(path, flags)
-    except OSError:
+        root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fd = _guestsys.openat2(root, path, flags, 0, IN_ROOT | NO_MAGICLINKS)
+        finally:
+            os.close(root)
+    except (FileNotFoundError, NotADirectoryError):
         return b""
+    except OSError:
+        return None
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return b""
-        with open(fd, "rb", closefd=False) as file:
-            return file.read(limits.ACCOUNT_FILE + 1)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limits.ACCOUNT_FILE:
+            return None
+        return os.read(fd, status.st_size)
     except OSError:
-        return b""
+        return None
     finally:
         os.close(fd)

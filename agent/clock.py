@@ -184,7 +184,7 @@ def renew_random_numbers() -> bool:
 def read_rtc() -> int | None:
     """Seconds since the epoch by the machine's real-time clock; None where it has none."""
     try:
-        fd = os.open(RTC, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(RTC, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:

@@ -18,6 +18,7 @@ RNDRESEEDCRNG = 0x5207
 DEVICES = ("/dev/urandom", "/dev/random")
 DEVICE_NUMBERS = (os.makedev(1, 8), os.makedev(1, 9))
 HARDWARE = "/dev/hwrng"
+HARDWARE_NUMBERS = (os.makedev(10, 183),)
 HARDWARE_BYTES = 64
 
 
@@ -48,10 +49,13 @@ def seed_from_hardware() -> bool:
     False where there is none.
     """
     try:
-        fd = os.open(HARDWARE, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(HARDWARE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return False
     try:
+        if not is_device(fd, HARDWARE_NUMBERS):  # the image's /dev may have anything there
+            return False
+        os.set_blocking(fd, True)
         seed(os.read(fd, HARDWARE_BYTES))
     except OSError:
         return False
@@ -67,13 +71,13 @@ def open_device() -> int:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             continue
-        if is_generator(fd):
+        if is_device(fd, DEVICE_NUMBERS):
             return fd
         os.close(fd)
     raise FileNotFoundError(errno.ENOENT, "the root has no such device", DEVICES[0])
 
 
-def is_generator(fd: int) -> bool:
-    """Whether it is the kernel's random number generator."""
+def is_device(fd: int, numbers: tuple[int, ...]) -> bool:
+    """Whether it is a character device with one of these numbers: admin-guide/devices.txt."""
     status = os.fstat(fd)
-    return stat.S_ISCHR(status.st_mode) and status.st_rdev in DEVICE_NUMBERS
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev in numbers

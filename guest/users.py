@@ -41,25 +41,33 @@ class _Group(Record):
 
 
 def resolve(
-    spec: str, passwd: bytes = b"", group: bytes = b"", *, more_groups: tuple[str, ...] = ()
+    spec: str,
+    passwd: bytes | None = b"",
+    group: bytes | None = b"",
+    *,
+    more_groups: tuple[str, ...] = (),
 ) -> Identity:
     """The identity for "", "name", "uid", "name:group" or "uid:gid".
 
-    `passwd` and `group` are the contents of the image's files, b"" where there is none. A number
-    is always an id, never a name. An explicit group leaves out the supplementary ones of the file,
-    not `more_groups`. A uid or gid that is in neither file is fine; a name that is in neither is a
-    StartError, code bad_user.
+    `passwd` and `group` are the contents of the image's files, b"" where there is none, None where
+    what is there cannot be read. A number is always an id, never a name. An explicit group leaves
+    out the supplementary ones of the file, not `more_groups`. A uid or gid that is in neither file
+    is fine; a name that is in neither is a StartError, code bad_user.
+
+    Only names need the files: with one that cannot be read, "" and numbers are as without it.
     """
     user, _, wanted_group = spec.partition(":")
-    account = _find_account(user, _accounts(passwd))
-    if account is None:
-        uid = _number(user)
-        if uid is None:
-            raise _bad_user(spec, f"no user {user!r:.200} in the image's {USERS_FILE}")
-        account = _Account(name="", uid=uid, gid=0, home="/")
+    uid = _number(user) if user else 0
+    if uid is None:
+        account = _named_account(spec, user, passwd)
+    else:
+        known = [entry for entry in _accounts(passwd) if entry.uid == uid]
+        account = known[0] if known else _Account(name="", uid=uid, gid=0, home="/")
     if wanted_group:
         gid, others = _explicit_group(spec, wanted_group, group), list[int]()
     else:
+        if uid is None and not _is_usable(group):
+            raise _bad_user(spec, _unusable(GROUPS_FILE))
         gid = account.gid
         others = [g.gid for g in _groups(group) if account.name and account.name in g.members]
     others += [_explicit_group(spec, wanted, group) for wanted in more_groups]
@@ -72,28 +80,31 @@ def resolve(
     )
 
 
-def _find_account(user: str, accounts: list[_Account]) -> _Account | None:
-    uid = _number(user) if user else 0
-    for account in accounts:
-        if account.name == user if uid is None else account.uid == uid:
+def _named_account(spec: str, name: str, text: bytes | None) -> _Account:
+    if not _is_usable(text):
+        raise _bad_user(spec, _unusable(USERS_FILE))
+    for account in _accounts(text):
+        if account.name == name:
             return account
-    return None if user else _Account(name="", uid=0, gid=0, home="/")
+    raise _bad_user(spec, f"no user {name!r:.200} in the image's {USERS_FILE}")
 
 
-def _explicit_group(spec: str, wanted: str, text: bytes) -> int:
+def _explicit_group(spec: str, wanted: str, text: bytes | None) -> int:
     gid = _number(wanted)
     if gid is not None:
         return gid
+    if not _is_usable(text):
+        raise _bad_user(spec, _unusable(GROUPS_FILE))
     for entry in _groups(text):
         if entry.name == wanted:
             return entry.gid
     raise _bad_user(spec, f"no group {wanted!r:.200} in the image's {GROUPS_FILE}")
 
 
-def _accounts(text: bytes) -> list[_Account]:
+def _accounts(text: bytes | None) -> list[_Account]:
     """The well-formed lines of passwd(5), in order."""
     found = []
-    for fields in _lines(text, USERS_FILE):
+    for fields in _lines(text):
         if len(fields) >= 6:
             uid, gid = _number(fields[2]), _number(fields[3])
             if fields[0] and uid is not None and gid is not None:
@@ -101,10 +112,10 @@ def _accounts(text: bytes) -> list[_Account]:
     return found
 
 
-def _groups(text: bytes) -> list[_Group]:
+def _groups(text: bytes | None) -> list[_Group]:
     """The well-formed lines of group(5), in order."""
     found = []
-    for fields in _lines(text, GROUPS_FILE):
+    for fields in _lines(text):
         if len(fields) >= 4:
             gid = _number(fields[2])
             if fields[0] and gid is not None:
@@ -113,15 +124,22 @@ def _groups(text: bytes) -> list[_Group]:
     return found
 
 
-def _lines(text: bytes, path: str) -> list[list[str]]:
-    if len(text) > limits.ACCOUNT_FILE:
-        raise operation_error(
-            "bad_user",
-            f"the image's {path} is larger than {limits.ACCOUNT_FILE} bytes; give numeric ids",
-            {"path": path},
-        )
+def _lines(text: bytes | None) -> list[list[str]]:
+    if text is None or not _is_usable(text):
+        return []
     lines = text.decode("utf-8", "surrogateescape").split("\n")
     return [line.strip().split(":") for line in lines if line.strip()[:1] not in ("", "#")]
+
+
+def _is_usable(text: bytes | None) -> bool:
+    return text is not None and len(text) <= limits.ACCOUNT_FILE
+
+
+def _unusable(path: str) -> str:
+    return (
+        f"the image's {path} cannot be read: it is no file, or larger than {limits.ACCOUNT_FILE} "
+        "bytes; give numeric ids, as 1000:1000"
+    )
 
 
 def _number(text: str) -> int | None:

@@ -70,6 +70,22 @@ class RootFolder(Opened):
         with call("openat2", path, hint=hint_for(path)):
             return self.resolve(path)
 
+    def read(self, path: str, most: int) -> bytes:
+        """The content of the regular file that `path` leads to. Raises OSError, and never waits.
+
+        EFBIG: it is larger than `most`. EINVAL: it is something else, of which nothing was opened.
+        A file of /proc, which is the kernel's log perhaps, reads as empty: it has no size.
+        """
+        with self.resolve(path) as found:
+            status = os.fstat(found.fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            if status.st_size > most:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            with Opened(os.open(found.path, flags)) as file:
+                return os.read(file.fd, status.st_size)
+
     def open_target(self, path: str, *, directory: bool, create: bool) -> Opened:
         """Where something is to be mounted: `path`, made where it is missing and `create` says so.
 

@@ -222,7 +222,7 @@ def hosts_text(hostname: str, address: str, hosts: "Mapping[str, Sequence[str]]"
 def name_host(hostname: str, address: str) -> None:
     """Let the host's own name be found in /etc/hosts, whose other lines stay. Raises Failure."""
     text = read_hosts()
-    if len(text) > LONGEST_KEPT:
+    if text is None:
         return
     names = {word for line in text.splitlines() for word in line.partition("#")[0].split()[1:]}
     if hostname in names:
@@ -236,15 +236,13 @@ def name_host(hostname: str, address: str) -> None:
     write("hosts", text + line)
 
 
-def read_hosts() -> str:
-    """The image's /etc/hosts, cut after LONGEST_KEPT + 1 bytes; "" where it has none."""
+def read_hosts() -> str | None:
+    """The image's /etc/hosts; "" where it has no such file, None where that is too large."""
     try:
-        with RootFolder("/") as root, root.resolve(f"{ETC}/hosts") as found:
-            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-            with Opened(os.open(found.path, flags)) as file:
-                data = os.read(file.fd, LONGEST_KEPT + 1)
-    except OSError:
-        return ""
+        with RootFolder("/") as root:
+            data = root.read(f"{ETC}/hosts", LONGEST_KEPT)
+    except OSError as error:
+        return None if error.errno == errno.EFBIG else ""
     return data.decode("utf-8", "surrogateescape")
 
 

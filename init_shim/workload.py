@@ -17,6 +17,7 @@ from guest.errors import OperationError
 from guest.status import exit_fields
 from guest.workload import ImageDefaults, Workload
 from init_shim import deposits
+from init_shim.confined import RootFolder
 from init_shim.failure import call
 from init_shim.workload_cgroup import LimitsUnavailable, WorkloadCgroup, open_cgroup
 
@@ -126,18 +127,15 @@ def make_plan(workload: Workload, image: ImageDefaults) -> process.Plan:
         raise WorkloadNotStarted(error.code, error.message) from None
 
 
-def account_file(path: str) -> bytes:
-    """A file of the image, b"" where it cannot be read; at most one byte above ACCOUNT_FILE."""
+def account_file(path: str) -> bytes | None:
+    """A file of the image; b"" where there is none, None where it cannot be read."""
     try:
-        # A FIFO or device of that name must not hold up the boot.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
+        with RootFolder("/") as root:
+            return root.read(path, limits.ACCOUNT_FILE)
+    except (FileNotFoundError, NotADirectoryError):
         return b""
-    try:
-        with open(fd, "rb", buffering=0) as file:
-            return file.read(limits.ACCOUNT_FILE + 1) or b""
     except OSError:
-        return b""
+        return None
 
 
 class Privileges:

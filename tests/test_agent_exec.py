@@ -1,5 +1,6 @@
 """What a host gets from processes that the agent starts: every byte, the status, a typed error."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -11,11 +12,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from agentharness import AgentProcess, Host, Refused, Result, execute
+from agentharness import WAIT, AgentProcess, Host, Refused, Result, execute
 from patience import PATIENCE, SLACK
 
 from guest import frames, limits, messages
 from guest.workload import ImageDefaults
+from host_client.cli.exec import SHELL_OF_USER
 
 MIB = 1024 * 1024
 GONE = PATIENCE  # seconds in which a killed process must have disappeared
@@ -192,18 +194,90 @@ def test_processes_see_the_image_only(small_root: pathlib.Path) -> None:
         assert result.stdout == b"77\n78 79\n/home/app\n"
 
 
+# Of busybox: the uid and the supplementary groups; id(1) would read the files.
+IDS = ("awk", '/^Uid/ {uid = $2} /^Groups/ {$1 = ""; print uid $0}', "/proc/self/status")
+
+
+def set_trap(path: pathlib.Path, trap: str) -> None:
+    """Put something there that nobody can read, or that nobody should."""
+    if trap == "fifo":
+        os.mkfifo(path)
+    elif trap == "huge":
+        with path.open("wb") as file:
+            file.truncate(4 * 1024**3)
+    elif trap == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(trap)
+
+
+TRAPS = pytest.mark.parametrize(
+    "trap", ["fifo", "huge", "folder", "/proc/kmsg", "/proc/self/fd/0", "passwd"]
+)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its root")
-def test_account_files_that_are_traps_do_not_hold_the_agent(small_root: pathlib.Path) -> None:
-    os.mkfifo(small_root / "etc" / "passwd")
-    with open(small_root / "etc" / "group", "wb") as file:
-        file.truncate(10 * 1024**3)
-    with AgentProcess(root=str(small_root)) as agent:
+@TRAPS
+def test_account_files_that_are_traps_do_not_hold_the_agent(
+    small_root: pathlib.Path, trap: str
+) -> None:
+    """Whatever is there: numbers need no file, and nothing of it is read."""
+    (small_root / "proc").mkdir()
+    set_trap(small_root / "etc" / "passwd", trap)
+    set_trap(small_root / "etc" / "group", trap)
+    with AgentProcess(root=str(small_root)) as agent, proc_of(agent):
         resident = agent.resident_kib()
-        with Host(agent) as host, pytest.raises(Refused) as caught:
+        for user in ("app", "1:app", "root"):
+            with Host(agent) as host, pytest.raises(Refused) as caught:
+                host.start("busybox", "true", user=user)
+            assert caught.value.failure.code == "bad_user"
+        for user, found in (("1:2", b"1 2\n"), ("0:0", b"0 0\n"), ("0", b"0 0\n"), ("", b"0 0\n")):
+            assert execute(agent, "busybox", *IDS, user=user).stdout == found
+        assert execute(agent, "busybox", "true", user="1:1", groups=("7",)).exited.code == 0
+        assert agent.resident_kib() - resident < 2 * 1024
+
+
+@contextlib.contextmanager
+def proc_of(agent: AgentProcess) -> Iterator[None]:
+    """A /proc in its root."""
+    if execute(agent, "busybox", "mount", "-t", "proc", "proc", "/proc").exited.code:
+        pytest.skip("no proc can be mounted here")
+    try:
+        yield
+    finally:
+        execute(agent, "busybox", "umount", "/proc", user="0:0")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its root")
+def test_a_group_file_that_is_a_trap_leaves_out_what_it_would_say(
+    small_root: pathlib.Path,
+) -> None:
+    (small_root / "proc").mkdir()
+    (small_root / "etc" / "passwd").write_text("app:x:77:78::/home/app:/bin/sh\n")
+    set_trap(small_root / "etc" / "group", "huge")
+    with AgentProcess(root=str(small_root)) as agent:
+        with proc_of(agent):
+            assert execute(agent, "busybox", *IDS, user="77").stdout == b"77 78\n"
+        result = execute(agent, "busybox", "sh", "-c", "echo $HOME", user="77")
+        assert result.stdout == b"/home/app\n"
+        with Host(agent) as host, pytest.raises(Refused, match="/etc/group") as caught:
             host.start("busybox", "true", user="app")
         assert caught.value.failure.code == "bad_user"
-        assert execute(agent, "busybox", "true", user="1:1").exited.code == 0
-        assert agent.resident_kib() - resident < 2 * 1024
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its root")
+@TRAPS
+def test_a_shell_is_found_past_account_files_that_are_traps(
+    small_root: pathlib.Path, trap: str
+) -> None:
+    (small_root / "proc").mkdir()
+    for name in ("sh", "head"):
+        (small_root / "bin" / name).symlink_to("busybox")
+    set_trap(small_root / "etc" / "passwd", trap)
+    with AgentProcess(root=str(small_root)) as agent, proc_of(agent), Host(agent) as host:
+        host.start("sh", "-c", SHELL_OF_USER, user="0:0", stdin=True, timeout=WAIT)
+        host.write(b"echo $SHELL\n", end=True)
+        assert host.collect().stdout == b"/bin/sh\n"
 
 
 # ── whose the streams are ────────────────────────────────────────────────────────────────────────
@@ -252,15 +326,9 @@ def test_a_server_without_root_logs_to_its_streams(agent: AgentProcess) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its root")
 def test_input_is_the_users_in_a_root_without_devices(small_root: pathlib.Path) -> None:
     (small_root / "proc").mkdir()
-    with AgentProcess(root=str(small_root)) as agent:
-        mount = ["busybox", "mount", "-t", "proc", "proc", "/proc"]
-        if execute(agent, *mount).exited.code:
-            pytest.skip("no proc can be mounted here")
-        try:
-            script = "busybox cat /proc/self/fd/0 && echo whole >/proc/self/fd/1"
-            result = execute(agent, "busybox", "sh", "-c", script, user="77:78")
-        finally:
-            execute(agent, "busybox", "umount", "/proc")
+    with AgentProcess(root=str(small_root)) as agent, proc_of(agent):
+        script = "busybox cat /proc/self/fd/0 && echo whole >/proc/self/fd/1"
+        result = execute(agent, "busybox", "sh", "-c", script, user="77:78")
     assert (result.stdout, result.stderr) == (b"whole\n", b"")
 
 

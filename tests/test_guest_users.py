@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guest import limits
 from guest.errors import StartError
 from guest.users import MAXIMUM_ID, Identity, resolve
 
@@ -75,14 +74,33 @@ def test_unknown_names_are_typed_errors(spec: str) -> None:
     assert caught.value.fields["user"] == spec
 
 
-def test_huge_file_is_refused_not_parsed() -> None:
-    with pytest.raises(StartError, match="larger than"):
-        resolve("app", b"x" * (limits.ACCOUNT_FILE + 1))
+@pytest.mark.parametrize("unusable", [None, b"app:x:1000:1000::/:/bin/sh\n" * 100_000])
+def test_only_names_need_files_that_cannot_be_read(unusable: bytes | None) -> None:
+    for spec, ids in (("", (0, 0)), ("0", (0, 0)), ("1000", (1000, 0)), ("12:34", (12, 34))):
+        assert resolve(spec, unusable, unusable) == Identity(
+            uid=ids[0], gid=ids[1], groups=(ids[1],), home="/"
+        )
+    assert resolve("1000", PASSWD, unusable).groups == (1000,)
+    assert resolve("app:63", PASSWD, unusable).groups == (63,)
+    assert resolve("1000:audio", unusable, GROUP).groups == (63,)
+    assert resolve("12:34", unusable, unusable, more_groups=("5",)).groups == (34, 5)
+    for spec, passwd, group in (
+        ("app", unusable, GROUP),
+        ("app:63", unusable, GROUP),
+        ("app", PASSWD, unusable),  # whose other groups would be left out without a word
+        ("1000:audio", PASSWD, unusable),
+    ):
+        with pytest.raises(StartError, match=r"cannot be read.*larger than.*1000:1000") as caught:
+            resolve(spec, passwd, group)
+        assert caught.value.code == "bad_user"
 
 
-@given(st.text(max_size=20), st.binary(max_size=200), st.binary(max_size=200))
+CONTENT = st.none() | st.binary(max_size=200)
+
+
+@given(st.text(max_size=20), CONTENT, CONTENT)
 def test_any_input_gives_an_identity_or_the_typed_error(
-    spec: str, passwd: bytes, group: bytes
+    spec: str, passwd: bytes | None, group: bytes | None
 ) -> None:
     try:
         identity = resolve(spec, passwd, group)

@@ -324,6 +324,22 @@ def test_a_host_name_alone_adds_one_line_to_the_images_hosts(root: Path) -> None
     assert output_of(root, "cat /etc/hosts", hostname="web") == "127.0.0.1 localhost web\n"
 
 
+@pytest.mark.parametrize("trap", ["fifo", "huge", "/proc/kmsg", "/dev/zero", "hosts"])
+def test_hosts_that_are_a_trap_do_not_hold_the_boot(root: Path, trap: str) -> None:
+    """One that is too large stays; what is no file, or has nothing in it, becomes one."""
+    place = root / "etc" / "hosts"
+    if trap == "fifo":
+        os.mkfifo(place)
+    elif trap == "huge":
+        with place.open("wb") as file:
+            file.truncate(4 * 1024**3)
+    else:
+        place.symlink_to(trap)
+    expected = f"regular file {4 * 1024**3}\n" if trap == "huge" else "web\n"
+    script = "tail -n 1 /etc/hosts | cut -f 2" if trap != "huge" else "stat -c '%F %s' /etc/hosts"
+    assert output_of(root, script, hostname="web") == expected
+
+
 def test_a_volume_over_a_file_stays(root: Path) -> None:
     volume = {"kind": "bind", "path": "/own.conf", "target": "/etc/resolv.conf"}
     (root / "etc" / "resolv.conf").write_text("the image's\n")

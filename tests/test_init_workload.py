@@ -202,6 +202,31 @@ def test_no_new_privs(root: Path) -> None:
     assert status(root, no_new_privs=True)["NoNewPrivs"] == "1"
 
 
+@pytest.mark.parametrize(
+    "trap", ["fifo", "huge", "/proc/kmsg", "/proc/self/fd/0", "/dev/console", "passwd"]
+)
+@pytest.mark.parametrize("user", ["", "0:0", "4711", "4711:4712"])
+def test_numbers_need_no_account_files(tmp_path: Path, trap: str, user: str) -> None:
+    root = make_root(tmp_path / "image")
+    for name in ("passwd", "group"):
+        place = root / "etc" / name
+        place.unlink()
+        if trap == "fifo":
+            os.mkfifo(place)
+        elif trap == "huge":
+            with place.open("wb") as file:
+                file.truncate(4 * 1024**3)
+        else:
+            place.symlink_to(trap)
+    uid, _, gid = user.partition(":")
+    found = status(root, user=user)  # id(1) would read the files
+    assert (found["Uid"].split()[0], found["Groups"]) == (uid or "0", gid or "0")
+    with Machine(root, boot_config(["true"], user="tester")) as machine:
+        machine.report("ready")
+        failed = machine.report("workload_failed")
+        assert failed["code"] == "bad_user"
+
+
 # ── whose the streams are ────────────────────────────────────────────────────────────────────────
 
 AGAIN = "echo out >/dev/stdout; echo err >>/proc/self/fd/2; cat /dev/stdin"

@@ -14,12 +14,15 @@ from host_client.request import Options, start_record, words
 
 __all__ = ["main", "shell"]
 
-# Whatever the image has: the user's shell as passwd says, else bash, else sh. Builtins only.
+# Whatever the image has: the user's shell as passwd says, else bash, else sh. What is there may be
+# a FIFO, a file of /proc, which has no size, or without end; then it says nothing.
 SHELL_OF_USER = """
-while IFS=: read -r name _ uid _ _ home shell; do
-    [ "$home" = "$HOME" ] && break
-    shell=
-done 2>/dev/null </etc/passwd
+shell=$(
+    [ -f /etc/passwd ] && [ -s /etc/passwd ] && head -c 1048576 /etc/passwd |
+        while IFS=: read -r name _ uid _ _ home shell; do
+            [ "$home" = "$HOME" ] && echo "$shell" && break
+        done
+) 2>/dev/null
 case $shell in */nologin|*/false) shell= ;; esac
 for shell in "$shell" /bin/bash /bin/sh; do
     [ -x "$shell" ] && SHELL=$shell exec "$shell"
