@@ -10,7 +10,7 @@ from guest import limits
 from guest.errors import BootConfigError
 from guest.netplan import Network
 from guest.record import Record, RecordError
-from guest.rootplan import Root, Volume
+from guest.rootplan import Root, Volume, check_size
 from guest.workload import ImageDefaults, Workload, check_init
 
 __all__ = [
@@ -103,6 +103,7 @@ class BootConfig(Record):
     mode: str = "supervise"
     root: Root
     volumes: tuple[Volume, ...] = ()
+    shm_size: str = "64m"  # of /dev/shm: as in Upper
     agent: AgentSettings
     report: Endpoint | None = None  # where PID 1 announces ready, exits and failures
     workload: Workload | None = None  # None: the machine runs until it is told to shut down
@@ -124,6 +125,7 @@ class BootConfig(Record):
             raise RecordError("mode: handoff needs a workload, which has the console")
         if self.mode == "handoff" and self.workload is not None:
             check_init(self.workload)
+        check_size(self.shm_size, "shm_size")
         if len(self.volumes) > limits.VOLUMES:
             raise RecordError(f"volumes: at most {limits.VOLUMES}")
         printable = self.hostname.isascii() and self.hostname.isprintable()

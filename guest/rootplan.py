@@ -7,9 +7,10 @@ block device, the tag of a virtiofs or 9p share, a directory of the initial root
 from guest import limits
 from guest.record import Record, RecordError
 
-__all__ = ["Lower", "Root", "Upper", "Volume"]
+__all__ = ["Lower", "Root", "Upper", "Volume", "check_size"]
 
 SHARED = ("virtiofs", "9p")
+SIZE_DIGITS = 18  # of the number in a size, which is then within what the kernel takes
 
 
 # The checks come first: some records are defaults of others, and so are checked at import.
@@ -39,11 +40,11 @@ def check_target(path: str, field: str) -> None:
         )
 
 
-def check_size(size: str) -> None:
+def check_size(size: str, field: str = "size") -> None:
     """Raises RecordError for what tmpfs(5) does not take."""
     number = size[:-1] if size[-1:] in tuple("%kmgKMG") else size
-    if not (number.isascii() and number.isdecimal()):
-        raise RecordError(f"size: {size!r:.100} is not a size or percentage")
+    if not (number.isascii() and number.isdecimal() and len(number) <= SIZE_DIGITS):
+        raise RecordError(f"{field}: {size!r:.100} is not a size or percentage")
 
 
 def check_format(kind: str, policy: str) -> None:
@@ -94,13 +95,15 @@ class Root(Record):
 
     upper None: there is no overlay; the one lower is the root itself, writable where its file
     system is and `read_only` is not set. read_only: the root cannot be written to, but what is at
-    and below the paths in `writable`, which exist or are made, can be.
+    and below the paths in `writable`, which exist or are made, can be. directories: made where they
+    are missing, root's and with mode 0755, as far as the root takes them.
     """
 
     lower: tuple[Lower, ...]
     upper: Upper | None = Upper()
     read_only: bool = False
     writable: tuple[str, ...] = ()
+    directories: tuple[str, ...] = ()
 
     def check(self) -> None:
         if not self.lower:
@@ -111,10 +114,11 @@ class Root(Record):
             raise RecordError("upper: only a root of one layer can do without")
         if self.writable and not self.read_only:
             raise RecordError("writable: only a root that is read_only has exceptions")
-        if len(self.writable) > limits.VOLUMES:
-            raise RecordError(f"writable: {len(self.writable)} paths, at most {limits.VOLUMES}")
-        for path in self.writable:
-            check_target(path, "writable")
+        for field, paths in (("writable", self.writable), ("directories", self.directories)):
+            if len(paths) > limits.VOLUMES:
+                raise RecordError(f"{field}: {len(paths)} paths, at most {limits.VOLUMES}")
+            for path in paths:
+                check_target(path, field)
 
 
 class Volume(Record):

@@ -94,9 +94,9 @@ def bootstrap(supervisor: Supervisor, timeline: Timeline) -> None:
     with step("root-lower"):
         root.mount_lowers(config.root)
     with step("root-upper"):
-        root.mount_upper(config.root)
+        root.mount_upper(config)
     with step("root-overlay"):
-        root.mount_root(config.root)
+        root.mount_root(config.root, keep_run=config.mode == "supervise")
     with step("volumes"):
         volumes.mount_volumes(config.root, config.volumes)
     with step("switch-root"):

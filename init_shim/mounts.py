@@ -32,6 +32,7 @@ __all__ = [
     "mount_share",
     "restrict",
     "restrict_tree",
+    "size_tmpfs",
 ]
 
 # linux/mount.h
@@ -116,6 +117,11 @@ def mount_share(kind: str, tag: str, target: str, flags: int, cache: str) -> Non
         if failure.errno in (errno.EINVAL, errno.ENOENT):
             failure.message += f"; is there a {kind} share with the tag {tag!r}?"
         raise
+
+
+def size_tmpfs(path: str, size: int) -> None:
+    """Let an API tmpfs hold `size` bytes. Raises Failure."""
+    mount(None, path, None, REMOUNT | NOSUID | NODEV, f"size={size}")
 
 
 def restrict(path: str, flags: int) -> None:

@@ -11,6 +11,7 @@ import stat
 
 import _guestsys
 
+from guest.bootconfig import BootConfig
 from guest.rootplan import Lower, Root, Volume
 from init_shim import disks, mounts, write_out
 from init_shim.confined import RootFolder
@@ -67,20 +68,31 @@ def mount_lower(lower: Lower, target: str, flags: int) -> None:
         mounts.mount_share(lower.kind, lower.tag, target, flags, cache)
 
 
-def mount_upper(plan: Root) -> None:
-    """What takes all writes: a tmpfs, or a disk that keeps them for the next boot."""
+def mount_upper(config: BootConfig) -> None:
+    """What takes all writes: a tmpfs, or a disk that keeps them for the next boot.
+
+    With it, all that is in memory gets the size that it keeps.
+    """
+    from init_shim import memory_sizes  # nobody waits for it before the listener is open
+
+    plan, sizes = config.root, memory_sizes.measured(config)
+    mounts.size_tmpfs("/dev/shm", sizes.shm)  # noqa: S108  not a temporary file
+    mounts.size_tmpfs("/run", sizes.run)
     if plan.upper is None:
         return
     ensure_directory(UPPER)
     if plan.upper.kind == "tmpfs":
-        mount("tmpfs", UPPER, "tmpfs", mounts.NODEV, f"mode=0755,size={plan.upper.size}")
+        mount("tmpfs", UPPER, "tmpfs", mounts.NODEV, f"mode=0755,size={sizes.root}")
     else:
         disks.mount_disk(plan.upper.serial, "ext4", UPPER, mounts.NODEV, plan.upper.format)
         write_out.remember(UPPER)  # the overlay hides it
 
 
-def mount_root(plan: Root) -> None:
-    """The root at NEW_ROOT: of the layers and the upper, if there is one, with the API mounts."""
+def mount_root(plan: Root, *, keep_run: bool) -> None:
+    """The root at NEW_ROOT: of the layers and the upper, if there is one, with the API mounts.
+
+    keep_run: what the image has in /run is there as well.
+    """
     if plan.upper is not None:
         make_upper_folders()
         lower = ":".join(f"{LAYERS}/{index}" for index in range(len(plan.lower)))
@@ -88,7 +100,7 @@ def mount_root(plan: Root) -> None:
         options += overlay_options(kept=plan.upper.kind == "disk")
         ensure_directory(NEW_ROOT)
         mount("overlay", NEW_ROOT, "overlay", 0, ",".join(options))
-    share_api()
+    share_api(keep_run=keep_run)
 
 
 def make_upper_folders() -> None:
@@ -154,7 +166,7 @@ def in_user_namespace() -> bool:
         return file.read().split() != ["0", "0", str(2**32 - 1)]
 
 
-def share_api() -> None:
+def share_api(*, keep_run: bool) -> None:
     """The API file systems seen in the new root as well: volumes may go below them, as to /run/x.
 
     An image that has something else than a directory there gets a directory instead.
@@ -166,7 +178,21 @@ def share_api() -> None:
             if failure.errno == errno.EROFS:
                 failure.message += f"; a root without an upper needs a directory at {target}"
             raise
+        if target == "/run" and keep_run:
+            copy_run()
         mount(target, NEW_ROOT + target, None, mounts.BIND | mounts.RECURSIVE)
+
+
+def copy_run() -> None:
+    """The image's /run, without which some of its programs do not start, and its owner."""
+    covered = NEW_ROOT + "/run"
+    info = os.stat(covered)
+    plain = (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (0, 0, 0o755)
+    if plain and not os.listdir(covered):
+        return
+    from init_shim import image_run
+
+    image_run.copy(covered, "/run")
 
 
 def switch_root(plan: Root, volumes: tuple[Volume, ...]) -> int:

@@ -12,6 +12,7 @@ from init_shim import disks, mounts
 from init_shim.confined import Opened, RootFolder
 from init_shim.failure import Failure, call
 from init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, RECURSIVE, mount
+from init_shim.reporter import say
 from init_shim.root import NEW_ROOT
 
 __all__ = ["mount_volumes"]
@@ -21,13 +22,14 @@ FLAG_NAMES = ((READ_ONLY, "read-only"), (NOSUID, "nosuid"), (NODEV, "nodev"), (N
 
 
 def mount_volumes(plan: Root, volumes: tuple[Volume, ...]) -> None:
-    """The root's `writable` paths as mounts of their own, then the volumes, parents first.
-
-    Raises Failure.
+    """The root's `directories`, its `writable` paths as mounts of their own, then the volumes,
+    parents first. Raises Failure.
     """
-    if not (plan.writable or volumes):
+    if not (plan.directories or plan.writable or volumes):
         return
     with RootFolder(NEW_ROOT) as root:
+        for path in plan.directories:
+            make_directory(root, path)
         for path in sorted(plan.writable, key=depth):
             make_writable(root, path)
         ordered = sorted(volumes, key=lambda volume: (depth(volume.target), volume.kind == "bind"))
@@ -45,6 +47,14 @@ def mount_volumes(plan: Root, volumes: tuple[Volume, ...]) -> None:
 def depth(path: str) -> int:
     """How many names a path has: a parent has fewer than what is inside it."""
     return len([name for name in path.split("/") if name])
+
+
+def make_directory(root: RootFolder, path: str) -> None:
+    """One that an image says it has; what is there, or cannot be made, is the image's affair."""
+    try:
+        os.close(root.open_target(path, directory=True, create=True).fd)
+    except Failure as failure:
+        say(f"{path} is not made: {failure.message}")
 
 
 def make_writable(root: RootFolder, path: str) -> None:

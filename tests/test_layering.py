@@ -74,7 +74,7 @@ PUBLIC = {
         "HandedOff", "OomKilled", "Ready", "Report", "Step", "Stopping", "WorkloadExited",
         "WorkloadFailed", "WorkloadStarted",
     ],
-    "guest.rootplan": ["Lower", "Root", "Upper", "Volume"],
+    "guest.rootplan": ["Lower", "Root", "Upper", "Volume", "check_size"],
     "guest.status": ["ExitStatus", "exit_fields"],
     "guest.supervision": [
         "AGENT_FD", "MESSAGES", "AgentReady", "AreYouThere", "Configure", "Deposit", "ExecStarted",

@@ -239,6 +239,32 @@ def test_volumes_of_the_image_stay_writable(image: str, tmp_path: Path) -> None:
         assert said(machine, "echo /var/data/*") == "/var/data/x\n"
 
 
+def test_volumes_of_the_image_are_there(tmp_path: Path) -> None:
+    """Whether its layers have them or not, and however it writes them."""
+    busybox = Path("/bin/busybox").read_bytes()
+    members = [directory("bin"), member("bin/sh", busybox, mode=0o755), directory("srv")]
+    volumes = {"/var/lib/data/": {}, "//twice": {}, "/srv/../srv/app": {}, "/": {}, "/mnt": {}}
+    own = make_layout(
+        tmp_path / "own", [layer(members)], config={"Cmd": ["sh"], "Volumes": volumes}
+    )
+    mounts = [Mount(kind="tmpfs", target="/mnt", mode=0o700)]
+    script = "for at in /var/lib/data /twice /srv/app /mnt; do cd $at && echo > x && pwd; done"
+    for read_only in (False, True):
+        with boot(own, machine="namespaces", mounts=mounts, read_only=read_only) as machine:
+            assert said(machine, script).split() == ["/var/lib/data", "/twice", "/srv/app", "/mnt"]
+
+
+@pytest.mark.parametrize(
+    ("size", "kib"), [(None, 65536), ("16m", 16384), ("8MB", 8192), ("1048576", 1024)]
+)
+def test_size_of_shared_memory(image: str, size: str | None, kib: int) -> None:
+    options: MachineOptions = {"machine": "namespaces"}
+    if size is not None:
+        options["shm_size"] = size
+    with boot(image, **options) as machine:
+        assert said(machine, "df -k /dev/shm").split()[-5] == str(kib)
+
+
 def test_restarts(image: str) -> None:
     script = "echo life >> /lives; [ $(wc -l < /lives) -ge 3 ] && exit 0; exit 5"
     with boot(

@@ -16,7 +16,7 @@ from init_machine import Config, make_root, require_program
 from patience import PATIENCE
 from vm_machine import Ended, make_erofs, make_ext4, make_squashfs, run_vm, vm_config
 
-from guest import cpio
+from guest import cpio, limits
 
 pytestmark = pytest.mark.qemu
 
@@ -261,6 +261,29 @@ def test_who_fills_a_kept_disk_can_still_start_the_machine(base: Path, work: Pat
     grown = fields(boot("third"))
     assert grown["names"] == "third third 127.0.1.1 third 0"
     check_clean(disks["upper"])
+
+
+GREEDY = """
+for at in /tmp /dev/shm /run/lock; do
+    su -s /bin/sh tester -c "dd if=/dev/zero of=$at/full bs=64k" 2>/dev/null
+    echo $at=$(stat -c %s $at/full)
+done
+echo total=$(awk '/MemTotal/ { print $2 }' /proc/meminfo)
+echo left=$(awk '/MemAvailable/ { print $2 }' /proc/meminfo)
+exit 0
+"""
+
+
+def test_no_user_fills_all_memory_with_files(work: Path) -> None:
+    """All that a user may write to, in a machine where a half and 64 MiB are most of it."""
+    tree = make_root(work / "tree")
+    (tree / "run" / "lock").mkdir(parents=True)
+    (tree / "run" / "lock").chmod(0o1777)
+    disks = {"root": make_erofs(tree, work / "root.erofs")}
+    ended = run_vm(vm_config(["/bin/sh", "-c", GREEDY]), disks=disks, memory=192)
+    seen = fields(ended)
+    assert all(int(seen[at]) > 1 << 20 for at in ("/tmp", "/dev/shm", "/run/lock"))
+    assert int(seen["left"]) > 2 * limits.MEMORY_RESERVE >> 10
 
 
 def test_a_disk_that_cannot_grow_is_used_as_it_is(base: Path, work: Path) -> None:

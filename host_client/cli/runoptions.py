@@ -48,6 +48,7 @@ def machine_options(options: argparse.Namespace) -> MachineOptions:
         "writable": options.writable,
         "upper": options.upper,
         "upper_size": options.upper_size,
+        "shm_size": options.shm_size,
         "groups": options.group_add,
         "umask": options.umask,
         "rlimits": dict(map(_rlimit, options.ulimit)),
@@ -79,6 +80,7 @@ def _add_files(group: Any) -> None:
     _add_list(group, "--writable", metavar="PATH", help="but this path in it can")
     add("--upper", metavar="FILE", help="keep what is written to the root in this file (qemu)")
     add("--upper-size", metavar="SIZE", help="of a new one (8G), or of the memory used instead")
+    add("--shm-size", default="64M", metavar="SIZE", help="of /dev/shm; default 64M")
 
 
 def _add_privileges(group: Any) -> None:

@@ -13,7 +13,7 @@ from host_client.errors import MachineError
 from host_client.images import Image
 from host_client.machines.bundle import Bundle
 from host_client.machines.folder import Folder
-from host_client.machines.mounts import Mount
+from host_client.machines.mounts import Mount, byte_size
 from host_client.machines.networking import network_of
 from host_client.machines.settings import TMPFS_SIZE, Settings
 from host_client.machines.workload import defaults_of, workload_of
@@ -52,12 +52,14 @@ class Preparation:
                 upper=upper or Upper(size=settings.upper_size or TMPFS_SIZE),
                 read_only=settings.read_only,
                 writable=self._writable(),
+                directories=() if settings.read_only else self._volumes(),
             )
             config = BootConfig(
                 machine=machine,
                 mode="handoff" if settings.handoff else "supervise",
                 root=root,
                 volumes=tuple(volumes),
+                shm_size=str(byte_size(settings.shm_size)),
                 agent=AgentSettings(listen=listen, token=self.token),
                 report=report,
                 workload=self._workload(),
@@ -120,13 +122,18 @@ class Preparation:
         return self.settings.hostname or self.folder.name
 
     def _writable(self) -> tuple[str, ...]:
-        """The image's volumes are among them, as docker has it, where nothing is mounted there."""
-        settings = self.settings
-        if not settings.read_only:
+        if not self.settings.read_only:
             return ()
-        mounted = {mount.target.rstrip("/") for mount in settings.mounts}
-        own = (path for path in self.image.config.volumes if path.rstrip("/") not in mounted)
-        return tuple(dict.fromkeys((*settings.writable, *own)))
+        return tuple(dict.fromkeys((*self.settings.writable, *self._volumes())))
+
+    def _volumes(self) -> tuple[str, ...]:
+        """The image's volumes where nothing else is mounted: they are there and can be written to,
+        as with docker.
+        """
+        mounted = {mount.target.rstrip("/") for mount in self.settings.mounts}
+        paths = (os.path.normpath(f"/{path}") for path in self.image.config.volumes)
+        own = (f"/{path.lstrip('/')}" for path in paths)  # normpath keeps a second slash
+        return tuple(dict.fromkeys(path for path in own if path != "/" and path not in mounted))
 
 
 def directory(path: str, target: str) -> str:

@@ -19,6 +19,7 @@ MEMORY_MIN: Final = 64  # MiB; the kernel and the initramfs need most of that
 CPUS_MAX: Final = 256
 TMPFS_SIZE: Final = "50%"
 UPPER_SIZE: Final = "8G"
+SHM_SIZE: Final = "64M"
 
 
 class MachineOptions(TypedDict, total=False):
@@ -48,6 +49,7 @@ class MachineOptions(TypedDict, total=False):
     upper_size    of the tmpfs that takes the writes otherwise (tmpfs(5): 50%), or of a new `upper`
                   (8G, sparse)
     mounts        Mounts
+    shm_size      of /dev/shm: 64M
 
     Its process; env, user and cwd hold for those that the agent starts, too:
     command, entrypoint   lists of words, by docker's rules; with neither the machine idles
@@ -88,6 +90,7 @@ class MachineOptions(TypedDict, total=False):
     upper: str | None
     upper_size: str | None
     mounts: Sequence[Mount]
+    shm_size: str
     command: Sequence[str] | None
     entrypoint: Sequence[str] | None
     env: Mapping[str, str] | None
@@ -135,6 +138,7 @@ class Settings:
     upper: str | None = None
     upper_size: str | None = None
     mounts: Sequence[Mount] = ()
+    shm_size: str = SHM_SIZE
     command: Sequence[str] | None = None
     entrypoint: Sequence[str] | None = None
     env: Mapping[str, str] | None = None
@@ -164,6 +168,7 @@ class Settings:
     def __post_init__(self) -> None:
         mebibytes(self.memory)
         self._check_upper()
+        byte_size(self.shm_size)
         if not 1 <= self.cpus <= CPUS_MAX:
             raise MachineError(f"cpus must be 1 to {CPUS_MAX}, not {self.cpus}")
         for name, value in (self.env or {}).items():
