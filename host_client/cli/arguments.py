@@ -12,6 +12,10 @@ from host_client.cli.runoptions import add_options
 __all__ = ["Parser", "parse"]
 
 DETACH_KEYS: Final = "ctrl-p,ctrl-q"  # docker's
+IMAGE_FORMS: Final = (
+    "oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME] or dir:ROOTFS; "
+    "@sha256:DIGEST behind all but the last"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,7 +67,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_process_options(parser)
     _add_detach_keys(parser)
     add_options(parser)
-    add("image", metavar="IMAGE", help="oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:ROOTFS")
+    add("image", metavar="IMAGE", help=IMAGE_FORMS)
     command = add("command", nargs=argparse.REMAINDER, metavar="CMD", help="instead of the image's")
     command.required = False  # not a word that is missing where IMAGE is
     parser.set_defaults(run=_command("run"))

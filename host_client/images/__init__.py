@@ -9,10 +9,12 @@ standard library only. See docs/images.md.
 """
 
 from host_client.images.cache import Cache
+from host_client.images.descriptors import Descriptor
 from host_client.images.image import Disk, Image, as_directory, as_disk, open_image
 from host_client.images.limits import Limits
-from host_client.images.manifest import Descriptor, Layer
+from host_client.images.manifest import Layer
 from host_client.images.process import ImageConfig, process_for
+from host_client.images.progress import OnProgress, Progress
 from host_client.images.reference import ImageReference, parse_reference
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "ImageReference",
     "Layer",
     "Limits",
+    "OnProgress",
+    "Progress",
     "as_directory",
     "as_disk",
     "open_image",

@@ -60,17 +60,23 @@ class Cache:
         self._tmp = os.path.join(directory, "tmp")
         self._locks = os.path.join(directory, "locks")
 
-    def obtain(self, key: str, build: Callable[[str, str], None]) -> Lease:
+    def obtain(
+        self,
+        key: str,
+        build: Callable[[str, str], None],
+        waiting: Callable[[], None] = lambda: None,
+    ) -> Lease:
         """A lease on the entry `key`, made by `build(work, content)` if it is not there yet.
 
         `build` fills the empty directory `content` and may use `work`; both are removed if it
-        raises. Raises ImageError when the cache cannot be used.
+        raises. `waiting` is called every so often while another process builds the same. Raises
+        ImageError when the cache cannot be used.
         """
         self._prepare()
         lease = self._open(key)
         if lease is not None:
             return lease
-        with self._building(key):
+        with self._building(key, waiting):
             lease = self._open(key)
             if lease is not None:
                 return lease
@@ -112,7 +118,7 @@ class Cache:
         return Lease(path, fd)
 
     @contextlib.contextmanager
-    def _building(self, key: str) -> Iterator[None]:
+    def _building(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
         """Be the only one who makes `key`; waits for whoever does it now."""
         path = os.path.join(self._locks, key)
         give_up = time.monotonic() + BUILD_WAIT_SECONDS
@@ -126,6 +132,7 @@ class Cache:
                     f"another process has been preparing the image for {BUILD_WAIT_SECONDS:g} s "
                     f"(it holds {path}): end it or try again"
                 )
+            waiting()
             time.sleep(_LOCK_POLL_SECONDS)
         try:
             yield
@@ -223,29 +230,23 @@ def _lock(path: str, operation: int) -> int | None:
 
 
 def _disk_usage(top: str) -> int:
-    """Bytes that the tree occupies; each inode counted once."""
+    """Bytes that the tree occupies; each inode counted once. Its paths may be too long to open."""
     seen: set[int] = set()
     total = 0
-    pending = [top]
-    while pending:
-        with os.scandir(pending.pop()) as listing:
-            for item in listing:
-                status = item.stat(follow_symlinks=False)
-                if status.st_ino in seen:
-                    continue
+    for _, directories, files, fd in os.fwalk(top):
+        for name in (*directories, *files):
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if status.st_ino not in seen:
                 seen.add(status.st_ino)
                 total += status.st_blocks * 512
-                if item.is_dir(follow_symlinks=False):
-                    pending.append(item.path)
     return total
 
 
 def remove_tree(path: str) -> None:
     """Remove a tree that is ours, also where its directories forbid it to their owner."""
     if os.geteuid() != 0:
-        for directory, names, _ in os.walk(path):
-            for name in names:
-                full = os.path.join(directory, name)
-                if not os.path.islink(full):
-                    os.chmod(full, 0o700)
+        for _, directories, _, fd in os.fwalk(path):
+            for name in directories:
+                if stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+                    os.chmod(name, 0o700, dir_fd=fd)
     shutil.rmtree(path)

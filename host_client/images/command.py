@@ -15,6 +15,8 @@ from typing import IO, BinaryIO
 from host_client.errors import ImageError
 from host_client.images import limits
 
+_TOLD_EVERY = 0.2  # seconds
+
 _SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/sbin:/sbin"
 
 # What the command needs to be installed, as Debian calls it.
@@ -48,15 +50,18 @@ def run_command(
     stdin: BinaryIO | None = None,
     feed: Callable[[IO[bytes]], None] | None = None,
     drain: Callable[[IO[bytes]], None] | None = None,
+    told: Callable[[], None] | None = None,
     writes_to: str | None = None,
     seconds: float = limits.COMMAND_SECONDS,
 ) -> str:
     """Run a command to its end and return the last of what it said.
 
-    `feed` writes the command's stdin, or `drain` reads its stdout; not both. `writes_to` is the
+    `feed` writes the command's stdin, or `drain` reads its stdout; not both. `told` is called a few
+    times in a second while nothing but the end is waited for. `writes_to` is the
     directory whose disk is looked at when the command fails without saying why. Raises ImageError
     with a line to paste into a shell when the command cannot start, fails, or is not done after
-    `seconds`; whatever `feed` or `drain` raise passes through after the command was killed.
+    `seconds`; whatever `feed`, `drain` or `told`
+    raise passes through after the command was killed.
     """
     try:
         process = subprocess.Popen(
@@ -88,7 +93,7 @@ def run_command(
         if drain and process.stdout:
             with process.stdout:
                 drain(process.stdout)
-        process.wait()
+        _wait(process, told)
     finally:
         process.kill()
         process.wait()
@@ -102,6 +107,17 @@ def run_command(
     if not fed:
         raise ImageError(f"command stopped reading its input too early: {_line(argv)}\n{said}")
     return said
+
+
+def _wait(process: "subprocess.Popen[bytes]", told: Callable[[], None] | None) -> None:
+    while True:
+        try:
+            process.wait(_TOLD_EVERY if told else None)
+        except subprocess.TimeoutExpired:
+            if told:
+                told()
+        else:
+            return
 
 
 # How tar and the makers of file systems say that there is no room.

@@ -1,17 +1,30 @@
 """A merged tree as one clean tar stream: parents before children, each inode once, no whiteouts."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, BinaryIO
 
 from host_client.errors import ImageError
-from host_client.images import limits
+from host_client.images.budget import Budget, Exhausted
+from host_client.images.sparse import stored_bytes
 from host_client.images.tarformat import Entry, Kind
 from host_client.images.tarwriter import END_OF_ARCHIVE, header_bytes, padding
-from host_client.images.tree import Inode, Tree
+from host_client.images.tree import Inode, Tree, show
 
 _MAX_SQUASHFS_TIME = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The root of an image, to be written somewhere.
+
+    layers: the spooled archives that hold the files' bytes.  told: called every so often meanwhile.
+    """
+
+    tree: Tree
+    layers: Sequence[BinaryIO]
+    budget: Budget
+    told: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +50,17 @@ DIRECTORY = Abilities(root=True, xattrs=(b"",), full_times=True, devices=True)
 DIRECTORY_OF_A_USER = Abilities(root=True, xattrs=(b"user.",), full_times=True, devices=False)
 
 
-def write_tar(
-    tree: Tree, layers: Sequence[BinaryIO], abilities: Abilities, pipe: IO[bytes]
-) -> None:
-    """Write the tree to `pipe`; `layers` are the spooled archives that hold the files' bytes."""
-    for entry, inode in _entries(tree, abilities):
-        pipe.write(header_bytes(entry))
+def write_tar(merged: Merged, abilities: Abilities, pipe: IO[bytes]) -> None:
+    """Write the root to `pipe`."""
+    for entry, inode in _entries(merged.tree, abilities):
+        header = header_bytes(entry)
+        try:
+            merged.budget.write(len(header) + entry.size)
+        except Exhausted as error:
+            raise Exhausted(f"file {show(entry.name)}: {error}") from error
+        pipe.write(header)
         if entry.kind is Kind.FILE:
-            _copy(layers[inode.layer], inode, pipe)
+            _copy(merged, inode, pipe)
     pipe.write(END_OF_ARCHIVE)
 
 
@@ -92,13 +108,12 @@ def _entry(name: bytes, inode: Inode, abilities: Abilities) -> Entry:
     )
 
 
-def _copy(layer: BinaryIO, inode: Inode, pipe: IO[bytes]) -> None:
-    position, left = inode.offset, inode.size
-    while left:
-        chunk = os.pread(layer.fileno(), min(left, limits.CHUNK_BYTES), position)
+def _copy(merged: Merged, inode: Inode, pipe: IO[bytes]) -> None:
+    layer = merged.layers[inode.layer].fileno()
+    for chunk in stored_bytes(layer, inode.offset, inode.size, inode.pieces):
         if not chunk:
             raise ImageError("an unpacked layer became shorter while it was read: try again")
+        merged.budget.step()
+        merged.told()
         pipe.write(chunk)
-        position += len(chunk)
-        left -= len(chunk)
     pipe.write(padding(inode.size))

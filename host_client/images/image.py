@@ -7,25 +7,29 @@ import contextlib
 import errno
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
 
 from host_client.errors import ImageError
 from host_client.images import recipes
+from host_client.images.budget import Budget
 from host_client.images.cache import Cache, Lease, default_directory
 from host_client.images.command import no_space
+from host_client.images.descriptors import parse_platform
+from host_client.images.export import Merged
 from host_client.images.layers import spool_layer
 from host_client.images.layout import Layout, open_layout
 from host_client.images.limits import DEFAULT_LIMITS, Limits
-from host_client.images.manifest import Layer, parse_platform, resolve
+from host_client.images.manifest import Layer, resolve
 from host_client.images.process import ImageConfig
+from host_client.images.progress import OnProgress, Progress, Step
 from host_client.images.reference import ImageReference, parse_reference
 from host_client.images.tarformat import read_entries
 from host_client.images.tree import Tree
 
-_Recipe = Callable[[Tree, Sequence[BinaryIO], str], None]
+_Recipe = Callable[[Merged, str], None]
 _CONTENT = "root"  # the disk or directory in its cache entry
 
 
@@ -44,7 +48,8 @@ class Disk:
 class Image:
     """An image whose manifest and config have been read and checked; its layers not yet.
 
-    digest: of the manifest, "sha256:..."; None for a `dir`.  layers: lowest first; () for a `dir`.
+    digest: of the manifest, "sha256:...", or of the config where the image is from docker's own
+    archive, which has no manifests; None for a `dir`.  layers: lowest first; () for a `dir`.
     Close it, or leave its `with` block, when no machine uses its disk or directory any more: until
     then they stay in the cache.
     """
@@ -78,42 +83,90 @@ class Image:
     def __exit__(self, *_how: object) -> None:
         self.close()
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the layers as they are stored; 0 where the image does not say."""
+        return sum(layer.blob.size for layer in self.layers if layer.blob)
+
     @contextlib.contextmanager
-    def merged(self, work: str, limits: Limits) -> Iterator[tuple[Tree, list[BinaryIO]]]:
-        """All layers verified and applied: the tree, and the spooled archives with its bytes."""
+    def merged(self, work: str, limits: Limits, progress: OnProgress | None) -> Iterator[Merged]:
+        """All layers verified and applied, with one budget for everything."""
         assert self._layout is not None
-        tree = Tree(limits)
-        room = limits.bytes
+        budget = Budget(limits)
+        tree = Tree(budget)
         with contextlib.ExitStack() as stack:
             spools: list[BinaryIO] = []
-            for layer in self.layers:
-                spool = stack.enter_context(spool_layer(self._layout, layer, work, room))
-                length = os.fstat(spool.fileno()).st_size
-                room -= length
-                try:
-                    tree.apply(read_entries(spool.fileno(), 0, length))
-                except ImageError as error:
-                    raise ImageError(f"layer {layer.blob.digest}: {error}") from error
-                spools.append(spool)
-            yield tree, spools
+            read = 0
 
-    def lease(self, cache: Cache, kind: str, make: _Recipe, limits: Limits) -> Lease:
+            def told_of(count: int) -> None:
+                nonlocal read
+                read += count
+                self._tell(progress, "unpacking", read, self.stored_bytes)
+
+            told_of(0)
+            for layer in self.layers:
+                try:
+                    spool = stack.enter_context(
+                        spool_layer(self._layout, layer, work, budget, told_of)
+                    )
+                    length = os.fstat(spool.fileno()).st_size
+                    tree.apply(read_entries(spool.fileno(), 0, length, budget))
+                except ImageError as error:
+                    raise ImageError(f"layer {layer.name}: {error}") from error
+                spools.append(spool)
+
+            def told() -> None:
+                done = min(budget.written, budget.unpacked)
+                self._tell(progress, "making", done, budget.unpacked)
+
+            told()
+            yield Merged(tree, spools, budget, told)
+
+    def _tell(self, progress: OnProgress | None, step: Step, done: int, total: int) -> None:
+        if progress is not None:
+            progress(Progress(step, str(self.reference), done, total))
+
+    def lease(
+        self,
+        cache: Cache,
+        kind: str,
+        make: _Recipe,
+        limits: Limits,
+        progress: OnProgress | None = None,
+    ) -> Lease:
         """The cache entry of this image in one form, by `make` if it is not there yet.
 
-        kind: names the form in the entry's key.  make: (tree, layers, path) -> the form at path.
+        kind: names the form in the entry's key.  make: (root, path) -> the form at path.
         """
         assert self.digest is not None
+        assert self._layout is not None
 
         def build(work: str, content: str) -> None:
             target = os.path.join(content, _CONTENT)
-            with self.merged(work, limits) as (tree, spools):
-                make(tree, spools, target)
+            with self.merged(work, limits, progress) as merged:
+                make(merged, target)
 
-        key = f"{self.digest.replace(':', '-')}-{kind}-{recipes.VERSION}"
+        def wait() -> None:
+            self._tell(progress, "waiting", 0, 0)
+
+        # An id of docker's is a config's digest: kept apart from those of manifests.
+        digest = f"{'id-' if self._layout.docker else ''}{self.digest.replace(':', '-')}"
+        key = f"{digest}-{kind}-{recipes.VERSION}"
         with _readable_errors(f"{self.reference}"):
-            lease = cache.obtain(key, build)
+            lease = cache.obtain(key, build, wait)
         self._leases.append(lease)
         return lease
+
+    def disk_of_directory(
+        self, stem: str, progress: OnProgress | None
+    ) -> tuple[str, recipes.Fstype]:
+        """Of a `dir`: the new file STEM.FSTYPE, and its type."""
+
+        def told() -> None:
+            self._tell(progress, "making", 0, 0)
+
+        told()
+        return recipes.make_disk_of_directory(str(self.path), stem, told)
 
 
 def open_image(text: str, platform: str = "linux/amd64") -> Image:
@@ -130,7 +183,7 @@ def open_image(text: str, platform: str = "linux/amd64") -> Image:
         return Image(reference, _checked_root(path), config=ImageConfig())
     with _readable_errors(f"{reference}"):
         layout = open_layout(reference.transport, str(path))
-        manifest = resolve(layout, reference.tag, wanted)
+        manifest = resolve(layout, reference, wanted)
     return Image(
         reference,
         path,
@@ -148,23 +201,25 @@ def as_disk(
     fstype: recipes.Fstype | None = None,
     cache: Cache | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    progress: OnProgress | None = None,
 ) -> Disk:
     """The image's root as a read-only file system in a file, for virtio-blk.
 
     An OCI image's disk comes from the cache, made at first use; a `dir` is made anew in `work_dir`
-    on each call and takes no `fstype`. Raises ImageError, and leaves nothing behind then.
+    on each call and takes no `fstype`. `progress` is told of each step while the disk is made, and
+    not at all where it is there; what it raises ends the making. Raises ImageError, and leaves
+    nothing behind then.
     """
     if image.digest is None:
         if Path(work_dir).resolve().is_relative_to(image.path.resolve()):
             raise ImageError(f"{image.reference} holds {work_dir}, where its disk is to be made")
         with _readable_errors(f"{image.reference}"):
-            path, made = recipes.make_disk_of_directory(
-                str(image.path), os.path.join(os.path.abspath(work_dir), "root")
-            )
+            stem = os.path.join(os.path.abspath(work_dir), "root")
+            path, made = image.disk_of_directory(stem, progress)
         return Disk(Path(path), made)
     fstype = fstype or recipes.disk_format()
     make = functools.partial(recipes.make_disk, fstype=fstype)
-    lease = image.lease(cache or Cache(default_directory()), fstype, make, limits)
+    lease = image.lease(cache or Cache(default_directory()), fstype, make, limits, progress)
     return Disk(Path(lease.path, _CONTENT), fstype, lease)
 
 
@@ -174,17 +229,20 @@ def as_directory(
     *,
     cache: Cache | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    progress: OnProgress | None = None,
 ) -> Path:
     """The image's root as a directory; never write to it: it is the cache's, or the user's own.
 
     Keep the Image open while it is used. Made by a user other than root, all files belong to that
     user, and device nodes and privileged extended attributes are missing. `work_dir` is unused by
-    images that the cache can hold. Raises ImageError, and leaves nothing behind then.
+    images that the cache can hold. `progress` as in `as_disk`. Raises ImageError, and leaves
+    nothing behind then.
     """
     if image.digest is None:
         return image.path
     kind = "directory" if os.geteuid() == 0 else "directory-of-user"
-    lease = image.lease(cache or Cache(default_directory()), kind, recipes.make_directory, limits)
+    cache = cache or Cache(default_directory())
+    lease = image.lease(cache, kind, recipes.make_directory, limits, progress)
     return Path(lease.path, _CONTENT)
 
 

@@ -1,166 +1,192 @@
-"""From a layout and a tag to one manifest: index, platform, config and layer descriptors, checked.
+"""From a layout and a reference to one image: its manifest, config and layers, checked.
 
-Sources: image-index.md, manifest.md, descriptor.md and config.md of the OCI image spec; Docker's
-Image Manifest V2 Schema 2.
+Sources: manifest.md and config.md of the OCI image spec; Docker's Image Manifest V2 Schema 2; and
+for archives of docker, image/spec/v1.2.md of moby.
 """
 
 import hashlib
-import json
-from collections.abc import Iterable
+import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from host_client.errors import ImageError
 from host_client.images import limits
-from host_client.images.layout import Layout, blob_path, read_small
+from host_client.images.choosing import MANIFESTS, choose
+from host_client.images.descriptors import (
+    Descriptor,
+    Platform,
+    listed,
+    read_descriptor,
+    read_index,
+    read_object,
+    read_verified,
+    some,
+)
+from host_client.images.layout import Layout, blob_path, read_json, read_small
 from host_client.images.process import ImageConfig
+from host_client.images.reference import ImageReference
 
-_INDEXES = frozenset(
-    {
-        "application/vnd.oci.image.index.v1+json",
-        "application/vnd.docker.distribution.manifest.list.v2+json",
-    }
-)
-_MANIFESTS = frozenset(
-    {
-        "application/vnd.oci.image.manifest.v1+json",
-        "application/vnd.docker.distribution.manifest.v2+json",
-    }
-)
 _CONFIGS = frozenset(
     {
         "application/vnd.oci.image.config.v1+json",
         "application/vnd.docker.container.image.v1+json",
     }
 )
-LAYER_COMPRESSION = {
-    "application/vnd.oci.image.layer.v1.tar": "",
-    "application/vnd.oci.image.layer.v1.tar+gzip": "gzip",
-    "application/vnd.oci.image.layer.v1.tar+zstd": "zstd",
-    "application/vnd.docker.image.rootfs.diff.tar": "",
-    "application/vnd.docker.image.rootfs.diff.tar.gzip": "gzip",
-    "application/vnd.docker.image.rootfs.diff.tar.zstd": "zstd",
-}
-_REF_NAME = "org.opencontainers.image.ref.name"
-
-
-@dataclass(frozen=True, slots=True)
-class Platform:
-    """os/architecture[/variant], as in "linux/arm64/v8"."""
-
-    os: str
-    architecture: str
-    variant: str = ""
-
-    def __str__(self) -> str:
-        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
-
-    def accepts(self, other: "Platform") -> bool:
-        """Whether an image for `other` runs here; a variant counts only when both name one."""
-        return (self.os, self.architecture) == (other.os, other.architecture) and (
-            not self.variant or not other.variant or self.variant == other.variant
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Descriptor:
-    """A reference to a blob: its digest ("sha256:...") and its size in bytes."""
-
-    media_type: str
-    digest: str
-    size: int
-    ref_name: str | None = None
-    platform: Platform | None = None
+# What comes behind says how it is compressed, and is not believed: see `layers`.
+_LAYER = re.compile(
+    r"application/vnd\.(?:oci\.image\.layer\.(?P<kept>nondistributable\.)?v1\.tar"
+    r"|docker\.image\.rootfs\.(?P<foreign>foreign\.)?diff\.tar)(?:[+.](?:gzip|zstd|xz|bzip2))?"
+)
+_DOCKER_LIST = "manifest.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer: `blob` as stored, `compression` ("", "gzip", "zstd"), `diff_id` once unpacked."""
+    """A layer: the file at `path` in the layout, and its `diff_id` once it is unpacked.
 
-    blob: Descriptor
-    compression: str
+    blob: what the manifest says of the file; None in an archive of docker, which says nothing.
+    """
+
+    path: str
     diff_id: str
+    blob: Descriptor | None = None
+
+    @property
+    def name(self) -> str:
+        """How error messages call it."""
+        return self.blob.digest if self.blob else self.diff_id
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What was chosen: `digest` is the manifest's own."""
+    """What was chosen: `digest` is the manifest's own, or in an archive of docker the config's."""
 
     digest: str
     config: ImageConfig
     layers: tuple[Layer, ...]
 
 
-def parse_platform(text: str) -> Platform:
-    """Read os/architecture[/variant]; ImageError when it is something else."""
-    parts = text.split("/")
-    if len(parts) not in (2, 3) or not all(parts):
-        raise ImageError(f"platform {text!r} is not os/architecture[/variant], as linux/amd64")
-    return Platform(*parts)
-
-
-def resolve(layout: Layout, tag: str | None, platform: Platform) -> Manifest:
-    """Find the manifest for a tag and platform, and read its config. ImageError says what lacks."""
-    top = _json(layout, "index.json", read_small(layout, "index.json"))
-    chosen = _pick_tag(layout, _descriptors(layout, "index.json", top), tag)
-    descriptor = _pick_platform(layout, chosen, platform)
-    manifest = _json(layout, descriptor.digest, _verified(layout, descriptor))
-    config_at = _descriptor(layout, "manifest", manifest.get("config"))
+def resolve(layout: Layout, reference: ImageReference, platform: Platform) -> Manifest:
+    """Find the image for a reference and platform, and read its config; or say what lacks."""
+    if layout.docker:
+        return _resolve_docker(layout, reference, platform)
+    top = read_index(layout, "index.json", read_small(layout, "index.json"))
+    descriptor = choose(layout, top, reference, platform)
+    if descriptor.media_type not in MANIFESTS:
+        raise ImageError(
+            f"{layout.name}: {descriptor.digest} is {descriptor.media_type!r:.120}, neither a "
+            "manifest nor an index"
+        )
+    manifest = read_object(layout, descriptor.digest, read_verified(layout, descriptor))
+    config_at = read_descriptor(layout, "manifest", manifest.get("config"))
     if config_at.media_type not in _CONFIGS:
         raise ImageError(
             f"{layout.name}: the manifest's config is {config_at.media_type!r:.120}: this is no "
             "image but some other artifact"
         )
-    config = _json(layout, config_at.digest, _verified(layout, config_at))
+    config = read_object(layout, config_at.digest, read_verified(layout, config_at))
     _check_platform(layout, config, platform)
-    layers = _layers(layout, manifest, config)
+    blobs = [
+        _layer_blob(layout, read_descriptor(layout, "layers", item))
+        for item in _bounded(layout, listed(layout, "manifest", "layers", manifest.get("layers")))
+    ]
+    layers = tuple(
+        Layer(blob_path(blob.digest), diff_id, blob)
+        for blob, diff_id in zip(blobs, _diff_ids(layout, config, len(blobs)), strict=True)
+    )
     return Manifest(descriptor.digest, _config(layout, config.get("config") or {}), layers)
 
 
-# -- choosing --------------------------------------------------------------------------------
+# -- docker's archives -----------------------------------------------------------------------
 
 
-def _pick_tag(layout: Layout, found: list[Descriptor], tag: str | None) -> list[Descriptor]:
-    """The descriptors of the tag; without one, the only image, or else `latest`."""
-    names = {descriptor.ref_name for descriptor in found}
-    if tag is None and len(names) == 1:
-        return found
-    wanted = "latest" if tag is None else tag
-    chosen = [descriptor for descriptor in found if descriptor.ref_name == wanted]
-    if not chosen:
-        known = _some(name for name in names if name)
-        if tag is None:
-            raise ImageError(f"{layout.name} has several images: name one of the tags {known}")
-        raise ImageError(f"{layout.name} has no tag {tag!r}; its tags: {known}")
-    return chosen
+def _resolve_docker(layout: Layout, reference: ImageReference, platform: Platform) -> Manifest:
+    """As `resolve`, by docker's own list. An image's digest is that of its config, its "id"."""
+    items = read_json(layout, _DOCKER_LIST, read_small(layout, _DOCKER_LIST))
+    items = listed(layout, _DOCKER_LIST, "of images", items)
+    if not items:
+        raise ImageError(f"{layout.name}: {_DOCKER_LIST} lists no image")
+    if len(items) > limits.MAX_ARCHIVE_IMAGES:
+        raise ImageError(f"{layout.name} has more than {limits.MAX_ARCHIVE_IMAGES} images")
+    found: dict[Descriptor, dict[str, Any]] = {}
+    for item in items:
+        if not isinstance(item, dict):
+            raise ImageError(f"{layout.name}: {_DOCKER_LIST} lists something that is no image")
+        descriptor = _docker_descriptor(layout, item)
+        found.setdefault(descriptor, item)
+    chosen = choose(layout, list(found), reference, platform)
+    item = found[chosen]
+    data = read_small(layout, _docker_path(layout, "Config", item.get("Config")))
+    config = read_object(layout, "the image's config", data)
+    _check_platform(layout, config, platform)
+    paths = [
+        _docker_path(layout, "Layers", path)
+        for path in _bounded(layout, listed(layout, _DOCKER_LIST, "Layers", item.get("Layers")))
+    ]
+    diff_ids = _diff_ids(layout, config, len(paths))
+    layers = tuple(Layer(path, diff_id) for path, diff_id in zip(paths, diff_ids, strict=True))
+    return Manifest(chosen.digest, _config(layout, config.get("config") or {}), layers)
 
 
-def _pick_platform(layout: Layout, found: list[Descriptor], platform: Platform) -> Descriptor:
-    """Go down nested indexes until there is one manifest for the platform."""
-    for _ in range(limits.MAX_INDEX_DEPTH):
-        fitting = [d for d in found if d.platform is None or platform.accepts(d.platform)]
-        if not fitting:
-            known = _some({str(d.platform) for d in found})
-            raise ImageError(f"{layout.name} has no image for {platform}; it has: {known}")
-        exact = [d for d in fitting if d.platform == platform]
-        named = [d for d in fitting if d.platform is not None]
-        descriptor = (exact or named or fitting)[0]
-        if descriptor.media_type in _MANIFESTS:
-            return descriptor
-        if descriptor.media_type not in _INDEXES:
-            raise ImageError(
-                f"{layout.name}: {descriptor.digest} is {descriptor.media_type!r:.120}, neither a "
-                "manifest nor an index"
-            )
-        nested = _json(layout, descriptor.digest, _verified(layout, descriptor))
-        found = _descriptors(layout, descriptor.digest, nested)
-    raise ImageError(f"{layout.name}: indexes are nested more than {limits.MAX_INDEX_DEPTH} deep")
+def _docker_descriptor(layout: Layout, item: dict[str, Any]) -> Descriptor:
+    """One image of docker's list in the form that `choose` knows."""
+    data = read_small(layout, _docker_path(layout, "Config", item.get("Config")))
+    names = listed(layout, _DOCKER_LIST, "RepoTags", item.get("RepoTags") or [])
+    return Descriptor(
+        media_type="application/vnd.docker.container.image.v1+json",
+        digest=f"sha256:{hashlib.sha256(data).hexdigest()}",
+        size=len(data),
+        names=tuple(name for name in names if isinstance(name, str) and name),
+    )
 
 
-def _some(names: Iterable[str]) -> str:
-    """Names that a stranger chose, for an error message: few, short, without terminal codes."""
-    shown = (name[:80] if name.isprintable() else ascii(name[:80]) for name in names)
-    return ", ".join(sorted(shown)[:20]) or "none"
+def _docker_path(layout: Layout, field: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ImageError(f"{layout.name}: {_DOCKER_LIST} has a {field} that names no file")
+    return os.path.normpath(value)
+
+
+# -- layers ----------------------------------------------------------------------------------
+
+
+def _bounded(layout: Layout, layers: list[Any]) -> list[Any]:
+    if len(layers) > limits.MAX_LAYERS:
+        raise ImageError(f"{layout.name}: {len(layers)} layers, more than {limits.MAX_LAYERS}")
+    return layers
+
+
+def _diff_ids(layout: Layout, config: dict[str, Any], count: int) -> list[str]:
+    rootfs = config.get("rootfs")
+    found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+    diff_ids = listed(layout, "config", "rootfs.diff_ids", found)
+    if len(diff_ids) != count:
+        raise ImageError(
+            f"{layout.name}: manifest has {count} layers but config {len(diff_ids)} diff_ids"
+        )
+    for diff_id in diff_ids:
+        if not isinstance(diff_id, str):
+            raise ImageError(f"{layout.name}: a diff_id is not a string")
+        blob_path(diff_id)
+    return diff_ids
+
+
+def _layer_blob(layout: Layout, blob: Descriptor) -> Descriptor:
+    """The blob, if it is a layer that can be read here."""
+    match = _LAYER.fullmatch(blob.media_type)
+    if match is None:
+        hint = ""
+        if blob.media_type.endswith("+encrypted"):
+            hint = ": decrypt it first, with skopeo copy --decryption-key"
+        raise ImageError(
+            f"{layout.name}: a layer has the unsupported type {blob.media_type!r:.120}{hint}"
+        )
+    if (match["kept"] or match["foreign"]) and not layout.has(blob_path(blob.digest)):
+        raise ImageError(
+            f"{layout.name}: layer {blob.digest} is not in the image: its type is "
+            f"{blob.media_type}, which tools leave out; make the copy anew with that layer"
+        )
+    return blob
 
 
 def _check_platform(layout: Layout, config: dict[str, Any], platform: Platform) -> None:
@@ -171,109 +197,11 @@ def _check_platform(layout: Layout, config: dict[str, Any], platform: Platform) 
     actual = Platform(system, architecture)
     if system and architecture and not platform.accepts(actual):
         raise ImageError(
-            f"{layout.name}: the image is for {_some([str(actual)])}, not for {platform}"
+            f"{layout.name}: the image is for {some([str(actual)])}, not for {platform}"
         )
 
 
-def _layers(layout: Layout, manifest: dict[str, Any], config: dict[str, Any]) -> tuple[Layer, ...]:
-    listed = _list(layout, "manifest", "layers", manifest.get("layers"))
-    rootfs = config.get("rootfs")
-    diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
-    diff_ids = _list(layout, "config", "rootfs.diff_ids", diff_ids)
-    if len(listed) != len(diff_ids):
-        raise ImageError(
-            f"{layout.name}: manifest has {len(listed)} layers but config {len(diff_ids)} diff_ids"
-        )
-    if len(listed) > limits.MAX_LAYERS:
-        raise ImageError(f"{layout.name}: {len(listed)} layers, more than {limits.MAX_LAYERS}")
-    return tuple(
-        _layer(layout, _descriptor(layout, "layers", item), diff_id)
-        for item, diff_id in zip(listed, diff_ids, strict=True)
-    )
-
-
-def _layer(layout: Layout, blob: Descriptor, diff_id: object) -> Layer:
-    compression = LAYER_COMPRESSION.get(blob.media_type)
-    if compression is None:
-        foreign = "foreign" in blob.media_type or "nondistributable" in blob.media_type
-        hint = ": its bytes are not in the image" if foreign else ""
-        raise ImageError(
-            f"{layout.name}: a layer has the unsupported type {blob.media_type!r:.120}{hint}"
-        )
-    if not isinstance(diff_id, str):
-        raise ImageError(f"{layout.name}: a diff_id is not a string")
-    blob_path(diff_id)
-    return Layer(blob, compression, diff_id)
-
-
-# -- reading JSON ----------------------------------------------------------------------------
-
-
-def _verified(layout: Layout, descriptor: Descriptor) -> bytes:
-    """A JSON blob whose size and digest are as its descriptor says."""
-    data = read_small(layout, blob_path(descriptor.digest))
-    if len(data) != descriptor.size:
-        raise ImageError(
-            f"{layout.name}: blob {descriptor.digest} has {len(data)} bytes, not {descriptor.size}"
-        )
-    algorithm, _, expected = descriptor.digest.partition(":")
-    actual = hashlib.new(algorithm, data).hexdigest()
-    if actual != expected:
-        raise ImageError(
-            f"{layout.name}: blob {descriptor.digest} is corrupt: its digest is {actual}"
-        )
-    return data
-
-
-def _json(layout: Layout, what: str, data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ImageError(f"{layout.name}: {what} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ImageError(f"{layout.name}: {what} is not a JSON object")
-    return value
-
-
-def _list(layout: Layout, where: str, field: str, value: object) -> list[Any]:
-    if not isinstance(value, list):
-        raise ImageError(f"{layout.name}: the {where} has no list {field}")
-    return value
-
-
-def _descriptors(layout: Layout, where: str, index: dict[str, Any]) -> list[Descriptor]:
-    listed = _list(layout, where, "manifests", index.get("manifests"))
-    if not listed:
-        raise ImageError(f"{layout.name}: {where} lists no image")
-    return [_descriptor(layout, where, item) for item in listed]
-
-
-def _descriptor(layout: Layout, where: str, value: object) -> Descriptor:
-    if not isinstance(value, dict):
-        raise ImageError(f"{layout.name}: {where} lacks a descriptor")
-    media_type, digest, size = value.get("mediaType"), value.get("digest"), value.get("size")
-    if not isinstance(media_type, str) or not isinstance(digest, str) or type(size) is not int:
-        raise ImageError(f"{layout.name}: a descriptor in {where} lacks mediaType, digest or size")
-    if size < 0:
-        raise ImageError(f"{layout.name}: a descriptor in {where} has the size {size}")
-    blob_path(digest)
-    annotations = value.get("annotations")
-    name = annotations.get(_REF_NAME) if isinstance(annotations, dict) else None
-    return Descriptor(
-        media_type,
-        digest,
-        size,
-        name if isinstance(name, str) else None,
-        _platform(value.get("platform")),
-    )
-
-
-def _platform(value: object) -> Platform | None:
-    if not isinstance(value, dict):
-        return None
-    parts = [value.get(key) for key in ("os", "architecture", "variant")]
-    texts = [part if isinstance(part, str) else "" for part in parts]
-    return Platform(*texts) if any(texts) else None
+# -- the config ------------------------------------------------------------------------------
 
 
 def _config(layout: Layout, value: object) -> ImageConfig:
@@ -315,9 +243,14 @@ def _pairs(layout: Layout, config: dict[str, Any], key: str) -> dict[str, object
 
 
 def _string(layout: Layout, key: str, value: object) -> str:
-    if not isinstance(value, str) or "\0" in value:
+    if not isinstance(value, str) or "\0" in value or not _is_utf8(value):
         raise _wrong(layout, key)
     return value
+
+
+def _is_utf8(text: str) -> bool:
+    """JSON can spell halves of surrogate pairs, which no environment or path can hold."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _wrong(layout: Layout, key: str) -> ImageError:

@@ -7,15 +7,15 @@ Debian 12 has erofs-utils 1.5, which cannot read a tar, so a disk is erofs where
 import functools
 import os
 import subprocess
-from collections.abc import Sequence
-from typing import IO, BinaryIO, Literal
+from collections.abc import Callable, Sequence
+from typing import IO, Literal
 
 from host_client.errors import ImageError
-from host_client.images import export, squashfs
+from host_client.images import export, limits, squashfs
 from host_client.images.command import find_command, require_command, run_command
-from host_client.images.tree import Tree
+from host_client.images.export import Merged
 
-VERSION = 1
+VERSION = 2
 """Part of every cache key: raise it when a change here or in `tree` changes what is made."""
 
 _PROBE_SECONDS = 10
@@ -28,43 +28,43 @@ def disk_format() -> Fstype:
     return "erofs" if "--tar" in _erofs_options() else "squashfs"
 
 
-def make_disk(tree: Tree, layers: Sequence[BinaryIO], path: str, fstype: Fstype) -> None:
-    """Write the tree as a read-only file system to the new file `path`."""
+def make_disk(merged: Merged, path: str, fstype: Fstype) -> None:
+    """Write the root as a read-only file system to the new file `path`."""
     if fstype == "erofs":
-        _make_erofs(tree, layers, path)
+        _make_erofs(merged, path)
     else:
-        _make_squashfs(tree, layers, path)
+        _make_squashfs(merged, path)
     _sync(path)
 
 
-def _make_erofs(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
+def _make_erofs(merged: Merged, path: str) -> None:
     if "--tar" not in _erofs_options():
         raise ImageError("an erofs disk of an image needs erofs-utils 1.7 or newer on this host")
 
     def feed(pipe: IO[bytes]) -> None:
-        export.write_tar(tree, layers, export.EROFS, pipe)
+        export.write_tar(merged, export.EROFS, pipe)
 
     argv = [require_command("mkfs.erofs"), "--quiet"]
     argv += ["-zlz4", "-C16384"] if "lz4" in _erofs_options() else []
-    run_command([*argv, "--tar=f", path], feed=feed, writes_to=os.path.dirname(path))
+    _run([*argv, "--tar=f", path], feed, os.path.dirname(path), merged)
 
 
-def _make_squashfs(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
+def _make_squashfs(merged: Merged, path: str) -> None:
     def feed(pipe: IO[bytes]) -> None:
-        export.write_tar(tree, layers, export.SQUASHFS, pipe)
+        export.write_tar(merged, export.SQUASHFS, pipe)
 
     argv = [require_command("sqfstar"), "-quiet", "-no-progress", "-exit-on-error"]
     argv += [*("-comp", "lz4", "-noI"), *("-mem", "256M"), *("-mkfs-time", "0"), path]
-    said = run_command(argv, feed=feed, writes_to=os.path.dirname(path))
+    said = _run(argv, feed, os.path.dirname(path), merged)
     if said:  # it can lose a file, say so, and end with status 0
         raise ImageError(f"sqfstar did not take the whole image: {said.strip()}")
-    root = tree.root
+    root = merged.tree.root
     mtime = export.squashfs_seconds(root.mtime_ns)
     squashfs.set_root(path, mode=root.mode, uid=root.uid, gid=root.gid, mtime=mtime)
 
 
-def make_directory(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
-    """Unpack the tree into the new directory `path`.
+def make_directory(merged: Merged, path: str) -> None:
+    """Unpack the root into the new directory `path`.
 
     As root: with owners, device nodes and all extended attributes. As a user: everything is the
     user's, device nodes and attributes outside "user." are left out.
@@ -78,12 +78,12 @@ def make_directory(tree: Tree, layers: Sequence[BinaryIO], path: str) -> None:
     abilities = export.DIRECTORY if privileged else export.DIRECTORY_OF_A_USER
 
     def feed(pipe: IO[bytes]) -> None:
-        export.write_tar(tree, layers, abilities, pipe)
+        export.write_tar(merged, abilities, pipe)
 
-    run_command(argv, feed=feed, writes_to=path)
+    _run(argv, feed, path, merged)
 
 
-def make_disk_of_directory(source: str, stem: str) -> tuple[str, Fstype]:
+def make_disk_of_directory(source: str, stem: str, told: Callable[[], None]) -> tuple[str, Fstype]:
     """Make STEM.erofs, or STEM.squashfs where erofs-utils is missing; return (path, fstype).
 
     Uncompressed: it is made for one machine and read once or twice. Replaces an earlier one.
@@ -97,12 +97,18 @@ def make_disk_of_directory(source: str, stem: str) -> tuple[str, Fstype]:
         argv = [require_command("mksquashfs"), source, temporary, "-quiet", "-no-progress"]
         argv += ["-noappend", "-noI", "-noD", "-noF", "-noX"]
     try:
-        run_command(argv, writes_to=os.path.dirname(path))
+        run_command(argv, told=told, writes_to=os.path.dirname(path))
         os.rename(temporary, path)
     finally:
         if os.path.lexists(temporary):
             os.unlink(temporary)
     return path, fstype
+
+
+def _run(argv: Sequence[str], feed: Callable[[IO[bytes]], None], to: str, merged: Merged) -> str:
+    """The command within what is left of the image's time."""
+    seconds = min(limits.COMMAND_SECONDS, merged.budget.seconds_left())
+    return run_command(argv, feed=feed, told=merged.told, writes_to=to, seconds=seconds)
 
 
 @functools.cache

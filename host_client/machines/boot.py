@@ -40,7 +40,8 @@ BACKENDS: Final[dict[str, Backend]] = {
 def boot(image: str, *, bundle: str | None = None, **options: Unpack[MachineOptions]) -> Machine:
     """Start a machine from an image and wait until its agent serves. Use it in a `with` block.
 
-    image: oci:DIR[:TAG], oci-archive:FILE[:TAG] or dir:ROOTFS. bundle: folder of kernel and
+    image: oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME] or dir:ROOTFS, and
+    @sha256:DIGEST behind all but the last (docs/images.md). bundle: folder of kernel and
     initramfs, instead of where they are looked for. options: MachineOptions says what there is.
     Making a disk of an image that is new here does not count for the `timeout`.
 
