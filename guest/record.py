@@ -23,7 +23,7 @@ else:
         return lambda cls: cls
 
 
-__all__ = ["Catalogue", "Record", "RecordError"]
+__all__ = ["Catalogue", "Record", "RecordError", "misfit"]
 
 SCALARS = (str, int, float, bool, bytes)
 _TEXTS = frozenset((str,))  # the types in a list of texts
@@ -58,10 +58,24 @@ class Record:
             unknown = ", ".join(sorted(given - self._fields.keys()))
             raise TypeError(f"{type(self).__name__} has no field {unknown}")
         self.__dict__.update(values)
-        self.check()
+        try:
+            self.check()
+        except RecordError:
+            raise
+        except (AttributeError, TypeError, ValueError):
+            self.check_types()  # says of which field
+            raise
 
     def check(self) -> None:
         """Raise RecordError where the values contradict each other; subclasses override it."""
+
+    def check_types(self) -> None:
+        """Raise TypeError, naming the field, where a value is not of its type, however deep.
+
+        What comes from outside is checked by `from_map`; this is for what a program has made.
+        """
+        if wrong := misfit(self, type(self), ""):
+            raise TypeError(wrong)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen: cannot set {name}")
@@ -168,6 +182,63 @@ class Catalogue:
         return self.records[name].from_map(fields, where=name, ignore_unknown=True)
 
 
+def misfit(value: "Any", kind: "Any", where: str) -> str:
+    """What is wrong with a value that should be of that type, "" for nothing.
+
+    Beside the types of fields, `kind` may be a Sequence, a Mapping or a tuple of a fixed length.
+    """
+    wrong = f"{where}: expected {_kind_name(kind)}, got {_name(value)}{_advice(value, kind)}"
+    if isinstance(kind, UnionType):
+        found = [misfit(value, choice, where) for choice in kind.__args__]
+        inside = [each for each in found if not each.startswith(f"{where}: expected ")]
+        return "" if "" in found else (inside or [wrong])[0]
+    if isinstance(kind, GenericAlias):
+        inner = _misfit_inside(value, kind, where)
+        return wrong if inner is None else inner
+    if issubclass(kind, Record) and isinstance(value, kind):
+        dot = f"{where}." if where else ""
+        fields = vars(value).items()
+        found = [misfit(each, kind._fields[name], f"{dot}{name}") for name, each in fields]
+        return next(filter(None, found), "")
+    return "" if type(value) is kind or (kind is float and type(value) is int) else wrong
+
+
+def _misfit_inside(value: "Any", kind: GenericAlias, where: str) -> str | None:
+    """The same for what is in a container; None where it is none of that kind."""
+    origin: Any = kind.__origin__
+    kinds = kind.__args__
+    if issubclass(dict, origin):
+        if not isinstance(value, origin):
+            return None
+        found = [misfit(name, kinds[0], f"{where}: {name!r:.80}") for name in value]
+        found += [misfit(each, kinds[1], f"{where}: {name!r:.80}") for name, each in value.items()]
+        return next(filter(None, found), "")
+    if isinstance(value, str | bytes) or not isinstance(value, (list, tuple, origin)):
+        return None
+    if origin is tuple and kinds[-1] is not Ellipsis:
+        if len(value) != len(kinds):
+            return None
+    else:
+        kinds = kinds[:1] * len(value)
+    found = [misfit(value[i], kinds[i], f"{where}[{i}]") for i in range(len(value))]
+    return next(filter(None, found), "")
+
+
+def _advice(value: "Any", kind: "Any") -> str:
+    """What to write instead, where that can be guessed."""
+    kinds = kind.__args__ if isinstance(kind, UnionType) else (kind,)
+    if str in kinds and hasattr(value, "__fspath__"):
+        return ": write str(path)"
+    if str in kinds and type(value) in (int, float):
+        return f': write "{value}"'
+    if bytes in kinds and isinstance(value, str):
+        return ": encode it"
+    if isinstance(value, str) and any(hasattr(each, "__origin__") for each in kinds):
+        return ": write a list"
+    records = [each for each in kinds if isinstance(each, type) and issubclass(each, Record)]
+    return f": write {records[0].__name__}(…)" if records else ""
+
+
 def _hashable(value: object) -> object:
     if isinstance(value, tuple):
         return tuple(map(_hashable, value))
@@ -249,5 +320,7 @@ def _name(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _kind_name(kind: object) -> str:
-    return kind.__name__ if type(kind) is type else str(kind)
+def _kind_name(kind: "Any") -> str:
+    if isinstance(kind, GenericAlias | UnionType):
+        return str(kind).replace("collections.abc.", "")
+    return str(kind.__name__)

@@ -126,7 +126,10 @@ def parse(url: str) -> Address:
 
 def connect_unix(path: str, deadline: Deadline, url: Callable[[], str]) -> Steps[socket.socket]:
     """A non-blocking socket connected to `path`, however long that path is."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:
+        raise _connect_error(url(), error) from error
     folder = -1
     try:
         sock.setblocking(False)
@@ -199,7 +202,10 @@ def _read_line(sock: socket.socket, deadline: Deadline, url: str) -> Steps[bytes
 def _connect_error(url: str, error: Exception, *, again: bool = False) -> ConnectError:
     kind = NotListening if again else ConnectError
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return kind(f"cannot reach {url}: {reason}", url=url)
+    advice = ""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        advice = ": close connections and files that are not needed, or raise the limit (ulimit -n)"
+    return kind(f"cannot reach {url}: {reason}{advice}", url=url)
 
 
 def _quoted(path: str) -> str:

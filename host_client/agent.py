@@ -15,10 +15,17 @@ from host_client.errors import ConnectError
 from host_client.exchange import Exchange
 from host_client.process import Process, ProcessStream
 from host_client.renewal import GuestClock
-from host_client.request import Argument, Options, attach_record, start_record
+from host_client.request import (
+    Options,
+    attach_record,
+    check_reading,
+    exec_record,
+    start_record,
+)
 from host_client.result import Result
 from host_client.session import MAX_OUTPUT, MAX_UNREAD
 from host_client.steps import run
+from host_client.values import Argument, Buffer, text
 
 __all__ = ["Agent", "connect"]
 
@@ -60,7 +67,7 @@ class Agent:
     @classmethod
     def at(cls, url: str, *, token: str | None = None, timeout: float = 10.0) -> "Agent":
         """As `connect`, without dialling yet."""
-        if "://" not in url:
+        if "://" not in text(url, "url"):
             from host_client.machines.find import find
 
             return find(url).agent(timeout=timeout)
@@ -100,7 +107,7 @@ class Agent:
         self,
         argv: Sequence[Argument] = (),
         *,
-        input: bytes | None = None,  # noqa: A002  the name that subprocess.run has for it
+        input: Buffer | None = None,  # noqa: A002  the name that subprocess.run has for it
         check: bool = False,
         max_output: int = MAX_OUTPUT,
         **options: Unpack[Options],
@@ -114,7 +121,7 @@ class Agent:
         Raises StartError where the command could not be started (`code` says why), DeadlineExceeded
         with the output so far, OutputTooLarge, ConnectionLost, ConnectError.
         """
-        start = start_record(argv, options, stdin=input is not None)
+        start = exec_record(argv, options, input, max_output)
         result = run(self.driver.exec(start, input, max_output))
         return result.check() if check else result
 
@@ -137,6 +144,7 @@ class Agent:
         as `exec` does where it cannot start.
         """
         start = start_record(argv, options, stdin=stdin, tty=tty)
+        check_reading(acknowledge, max_unread)
         exchange = run(self.driver.open(start, Exchange, acknowledge=start.keep is not None))
         return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
 
@@ -157,6 +165,7 @@ class Agent:
         OperationError: no_such_process, stdin_taken.
         """
         attach = attach_record(process, offsets, write=write)
+        check_reading(acknowledge, max_unread)
         exchange = run(self.driver.open(attach, Exchange, acknowledge=write))
         return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
 

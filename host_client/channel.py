@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from guest.connection import Connection, Event, Role, State
-from guest.errors import OperationError, RemoteProtocolError
+from guest.errors import MicroguestError, OperationError, RemoteProtocolError
 from host_client.deadline import Deadline
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
 from host_client.steps import Steps, Wait
@@ -59,6 +59,7 @@ class Channel:
         self._connection = Connection(Role.HOST)
         self._outbox: deque[bytes | memoryview] = deque()
         self._send_broken = False
+        self._failed: MicroguestError | None = None  # why nothing can be sent or received any more
         self._heard = 0.0  # monotonic: last sign of life from the agent; 0.0: since the last look
         self._looked = 0.0  # when somebody last looked whether it lives
 
@@ -88,11 +89,16 @@ class Channel:
         return not poll.poll(0)
 
     def queue(self, *events: Event) -> None:
-        """Encode events and keep them to be sent. LocalProtocolError where they are not allowed."""
+        """Encode events and keep them to be sent. LocalProtocolError where they are not allowed.
+
+        On a connection that has failed, again the error that it failed with.
+        """
+        self._check_whole()
         self._enqueue(b"".join([self._connection.send(event) for event in events]))
 
     def queue_data(self, stream: int, data: memoryview) -> None:
         """Queue a data frame without copying `data`, which must not change until it is sent."""
+        self._check_whole()
         self._enqueue(self._connection.send_data_header(stream, len(data)))
         self._enqueue(data)
 
@@ -174,7 +180,8 @@ class Channel:
             self._outbox.clear()
 
     def receive(self) -> list[Event]:
-        """What is there. Raises Broken, RemoteProtocolError."""
+        """What is there. Raises Broken, RemoteProtocolError; then again what it failed with."""
+        self._check_whole()
         try:
             buffer = _buffers.pop()
         except IndexError:
@@ -186,6 +193,9 @@ class Channel:
                 return self._connection.receive(memoryview(buffer)[:size])
         except BlockingIOError:
             return []
+        except RemoteProtocolError as error:
+            self._failed = error
+            raise
         except OSError as error:
             raise Broken(str(error.strerror)) from error
         finally:
@@ -193,13 +203,21 @@ class Channel:
         try:
             self._connection.receive_eof()
         except RemoteProtocolError as error:
-            raise Broken(str(error)) from None
-        raise Broken("connection closed")
+            reason = str(error)
+        else:
+            reason = "connection closed"
+        self._failed = ConnectionLost(f"lost the agent at {self.url()}: {reason}")
+        raise Broken(reason)
 
     def explained(self, error: Broken) -> Steps[ConnectionLost]:
         """What to raise for it: how the machine ended, where that can be known."""
         how = yield from ended(self._obituary, Deadline(EXPLAIN_WITHIN))
-        return ConnectionLost(how or f"lost the agent at {self.url()}: {error}")
+        self._failed = ConnectionLost(how or f"lost the agent at {self.url()}: {error}")
+        return self._failed
+
+    def _check_whole(self) -> None:
+        if self._failed is not None:
+            raise self._failed
 
     def _enqueue(self, data: bytes | memoryview) -> None:
         if not self._send_broken:

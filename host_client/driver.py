@@ -53,6 +53,7 @@ from host_client.result import Result
 from host_client.session import command
 from host_client.steps import Steps
 from host_client.steps import Wait as Pause
+from host_client.values import Buffer, check_seconds, text
 
 __all__ = ["CLIENT", "Driver"]
 
@@ -85,6 +86,7 @@ class Driver:
         timeout: float = 10.0,
         obituary: Obituary | None = None,
     ) -> None:
+        check_seconds(timeout, "timeout")
         self.address = address
         self.timeout = timeout
         self.keeps_clock = True  # a guest's clock that is out is set without being asked
@@ -109,7 +111,7 @@ class Driver:
 
     # ── processes ────────────────────────────────────────────────────────────────────────────────
 
-    def exec(self, start: Start, stdin: bytes | None, max_output: int) -> Steps[Result]:
+    def exec(self, start: Start, stdin: Buffer | None, max_output: int) -> Steps[Result]:
         """Run to the end and collect. Raises as `Agent.exec` says."""
         seconds = None
         if start.timeout is not None:
@@ -161,6 +163,8 @@ class Driver:
 
     def wait(self, process: str, timeout: float | None) -> Steps[Result]:
         """Until the process has ended. DeadlineExceeded after `timeout` seconds."""
+        text(process, "process")
+        check_seconds(timeout, "timeout")
         deadline = Deadline(timeout)
         while True:
             seconds = deadline.within(WAIT_SLICE)
@@ -178,13 +182,15 @@ class Driver:
 
     def signal(self, process: str, name: str | int, target: str) -> Steps[bool]:
         """Whether somebody was there to receive it."""
-        args = SignalProcess(id=process, signal=signal_number(name), target=target)
+        args = SignalProcess(id=text(process, "process"), signal=signal_number(name), target=target)
         answer = yield from self.request("signal", args, SignalResult, repeatable=False)
         return answer.delivered
 
     def forget(self, process: str) -> Steps[None]:
         """Drop what is kept of it."""
-        yield from self.request("forget", Forget(id=process), ForgetResult, repeatable=False)
+        yield from self.request(
+            "forget", Forget(id=text(process, "process")), ForgetResult, repeatable=False
+        )
 
     # ── small requests ───────────────────────────────────────────────────────────────────────────
 
@@ -279,6 +285,7 @@ class Driver:
 
     def step_clock(self, beyond: float) -> Steps[GuestClock]:
         """Set it by ours."""
+        check_seconds(beyond, "beyond")
         return (yield from renewal.step(self, beyond))
 
     def _greeting(self) -> Hello:

@@ -17,6 +17,7 @@ from host_client.request import signal_number
 from host_client.result import Result
 from host_client.session import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
 from host_client.steps import Steps, run, wait_for
+from host_client.values import Buffer
 
 __all__ = ["Process", "ProcessInput", "ProcessOutput", "ProcessStream"]
 
@@ -93,7 +94,7 @@ class Process:
 
     def communicate(
         self,
-        input: bytes | None = None,  # noqa: A002  the name that subprocess has for it
+        input: Buffer | None = None,  # noqa: A002  the name that subprocess has for it
         *,
         timeout: float | None = None,
         max_output: int = MAX_OUTPUT,
@@ -180,7 +181,7 @@ class ProcessInput:
     def __exit__(self, *_how: object) -> None:
         self.close()
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
+    def write(self, data: Buffer) -> None:
         """Send all of it, waiting while the process does not read.
 
         What a process that has ended cannot read any more is dropped, as its end tells enough.

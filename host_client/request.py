@@ -5,18 +5,44 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypedDict
 
-from guest.messages import Attach, Keep, Limits, StagedFile, Start, Winsize
+from guest import limits
+from guest.messages import (
+    Attach,
+    Keep,
+    Limits,
+    StagedFile,
+    Start,
+    Winsize,
+    exactly_typed,
+    pack,
+)
+from host_client.values import (
+    Argument,
+    Buffer,
+    check_bytes,
+    check_count,
+    check_flag,
+    identity,
+    kind_of,
+    listed,
+    nearest,
+    path,
+    text,
+    word_of,
+)
 
 __all__ = [
     "Argument",
+    "Buffer",
     "Options",
     "attach_record",
+    "check_reading",
+    "exec_record",
     "signal_number",
     "start_record",
     "words",
 ]
 
-Argument = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 FALLBACK_SIZE: Final = Winsize(rows=24, columns=80)  # where the caller has no terminal
 
 
@@ -46,8 +72,8 @@ class Options(TypedDict, total=False):
     shell: str | None
     env: Mapping[str, str] | None
     clear_env: bool
-    cwd: str | None
-    user: str | None
+    cwd: str | os.PathLike[str] | None
+    user: str | int | None
     groups: Sequence[str | int]
     timeout: float | None
     grace: float
@@ -63,6 +89,19 @@ class Options(TypedDict, total=False):
     drain_cap: float
 
 
+def exec_record(
+    argv: Sequence[Argument],
+    options: Options,
+    stdin: Buffer | None,
+    max_output: int,
+) -> Start:
+    """The request of `exec`. Raises as `start_record` does."""
+    if stdin is not None:
+        check_bytes(stdin, "input")
+    check_count(max_output, "max_output")
+    return start_record(argv, options, stdin=stdin is not None)
+
+
 def start_record(
     argv: Sequence[Argument],
     options: Options,
@@ -72,36 +111,84 @@ def start_record(
 ) -> Start:
     """The request. Holds only what was given, so that the wire carries no more.
 
-    TypeError and ValueError for what cannot be run; ValueError for numbers out of their range.
+    TypeError and ValueError, naming the option, for what cannot be run or sent.
     """
+    _check_names(options)
+    check_flag(stdin, "stdin", "write to the process's stdin, or pass exec(input=…)")
     given: dict[str, Any] = {
-        name: value for name, value in options.items() if value is not None and value is not False
+        name: value
+        for name, value in options.items()
+        if value is not None and not (value is False and name in _FLAGS)
     }
     if "shell" in given:
         if argv:
             raise ValueError("give either argv or a shell line")
-        _refuse_nul(given["shell"], "shell")
+        given["shell"] = text(given["shell"], "shell")
         given["argv"] = ()
     else:
         given["argv"] = words(argv)
     for name, convert in _CONVERT.items():
         if name in given:
             given[name] = convert(given[name])
-    if tty:
+    if tty is not None and tty is not False:
         given["tty"] = winsize(tty)
-    if stdin or tty:
         given["stdin"] = True
-    return Start(**given)
+    elif stdin:
+        given["stdin"] = True
+    start = Start(**given)
+    if not exactly_typed(start):
+        start.check_types()
+    _check_size(start)
+    return start
+
+
+def _check_names(options: Options) -> None:
+    """TypeError for an option that there is not."""
+    for name in options:
+        if name not in Options.__annotations__:
+            raise TypeError(f"there is no option {name}: {nearest(name, Options.__annotations__)}")
+
+
+def _check_size(start: Start) -> None:
+    """ValueError for more than a request may hold, which is far below what a file may."""
+    staged = sum(len(file.data) for file in start.files)
+    texts = (*start.argv, *start.env, *start.env.values(), start.shell or "")
+    size = staged + sum(map(len, texts))  # most often far from the limit: then this is enough
+    if size < limits.CONTROL_PAYLOAD // 4:
+        return
+    size = len(pack({"op": "start", "args": start.to_map()}))
+    if size <= limits.CONTROL_PAYLOAD:
+        return
+    what, advice = "argv and env", "a command finds the rest in a file or on its stdin"
+    if staged > size // 2:
+        what, advice = "files", 'send more as stdin: exec(["tar", "-x"], input=…), or share it'
+    raise ValueError(
+        f"{what}: the request has {size} bytes, at most {limits.CONTROL_PAYLOAD} are taken: "
+        f"{advice}"
+    )
+
+
+def check_reading(acknowledge: bool, max_unread: int) -> None:
+    """TypeError, ValueError for options of how a process's output is read."""
+    check_flag(acknowledge, "acknowledge")
+    check_count(max_unread, "max_unread")
 
 
 def attach_record(process: str, offsets: Mapping[str, int] | None, *, write: bool) -> Attach:
-    """The request, with only what was given. ValueError for offsets that cannot be."""
-    given: dict[str, Any] = {} if process == "main" else {"id": process}
+    """The request, with only what was given. TypeError, ValueError for what cannot be."""
+    check_flag(write, "write")
+    given: dict[str, Any] = {} if process == "main" else {"id": text(process, "process")}
     if offsets is not None:
+        if not isinstance(offsets, Mapping):
+            raise TypeError(
+                f"offsets: expected a mapping, as Process.offsets, got {kind_of(offsets)}"
+            )
         given["offsets"] = dict(offsets)
     if not write:
         given["write"] = False
-    return Attach(**given)
+    attach = Attach(**given)
+    attach.check_types()
+    return attach
 
 
 def words(argv: Sequence[Argument]) -> tuple[str, ...]:
@@ -111,7 +198,7 @@ def words(argv: Sequence[Argument]) -> tuple[str, ...]:
             f"argv must be a list of words, not one string: pass shell={argv!r} for a shell, or "
             "split it"
         )
-    decoded = tuple(map(_word, argv))
+    decoded = tuple(word_of(word, "argv") for word in listed(argv, "argv"))
     if not decoded or not decoded[0]:
         raise ValueError("argv must begin with the name of a program")
     return decoded
@@ -119,8 +206,10 @@ def words(argv: Sequence[Argument]) -> tuple[str, ...]:
 
 def signal_number(name: str | int) -> int:
     """The number of "TERM", "SIGTERM", "RTMIN+2" or 15. ValueError where there is none such."""
-    if isinstance(name, int):
+    if isinstance(name, int) and not isinstance(name, bool):
         number = int(name)
+    elif not isinstance(name, str):
+        raise TypeError(f'signal: expected a name as "TERM", or a number, got {kind_of(name)}')
     else:
         base, plus, distance = name.upper().removeprefix("SIG").partition("+")
         found = signal.Signals.__members__.get(f"SIG{base}")
@@ -135,6 +224,10 @@ def signal_number(name: str | int) -> int:
 def winsize(size: bool | tuple[int, int]) -> Winsize:
     """(rows, columns); for True those of this program's own terminal."""
     if not isinstance(size, bool):
+        if not isinstance(size, tuple | list) or len(size) != 2:
+            raise TypeError(f"tty: expected True or (rows, columns), got {size!r:.80}")
+        if any(type(each) is not int for each in size):
+            raise TypeError(f"tty: rows and columns are whole numbers, not {size!r:.80}")
         return Winsize(rows=size[0], columns=size[1])
     for fd in (0, 1, 2):
         try:
@@ -146,26 +239,18 @@ def winsize(size: bool | tuple[int, int]) -> Winsize:
     return FALLBACK_SIZE
 
 
-def _word(word: Argument) -> str:
-    if type(word) is str:
-        text = word
-    else:
-        raw = os.fspath(word)
-        text = raw.decode("utf-8", "surrogateescape") if isinstance(raw, bytes) else raw
-    _refuse_nul(text, "argv")
-    return text
-
-
-def _refuse_nul(text: str, where: str) -> None:
-    if "\0" in text:
-        raise ValueError(f"{where} holds a NUL byte: {text!r:.100}")
-
-
 def _environment(env: Mapping[str, str]) -> dict[str, str]:
-    for name, value in env.items():
-        _refuse_nul(name, "env")
-        _refuse_nul(value, f"env: {name}")
-    return dict(env)
+    if not isinstance(env, Mapping):
+        raise TypeError(f"env: expected a mapping of names to values, got {kind_of(env)}")
+    return {
+        word_of(name, "env"): word_of(value, f"env: {name!r:.80}") for name, value in env.items()
+    }
+
+
+def _keep(keep: object) -> Keep:
+    if keep is not True and not isinstance(keep, Keep):
+        raise TypeError(f"keep: expected True or a Keep, got {kind_of(keep)}")
+    return keep if isinstance(keep, Keep) else Keep()
 
 
 def _filter(program: bytes) -> bytes:
@@ -178,16 +263,30 @@ def _filter(program: bytes) -> bytes:
 
 
 def _staged(files: Mapping[str, bytes] | Sequence[StagedFile]) -> tuple[StagedFile, ...]:
-    if isinstance(files, Mapping):
-        return tuple(StagedFile(path=path, data=bytes(data)) for path, data in files.items())
-    return tuple(files)
+    if not isinstance(files, Mapping):
+        each_of = listed(files, "files")
+        for each in each_of:
+            if not isinstance(each, StagedFile):
+                raise TypeError(f"files: expected StagedFile(path=, data=), got {kind_of(each)}")
+        return each_of
+    staged = []
+    for name, data in files.items():
+        check_bytes(data, f"files: {name!r:.80}")
+        staged.append(StagedFile(path=path(name, "files"), data=bytes(data)))
+    return tuple(staged)
 
 
+_FLAGS: Final = frozenset({"clear_env", "no_new_privs", "keep"})
 _CONVERT: Final[dict[str, Any]] = {
     "env": _environment,
-    "groups": lambda groups: tuple(map(str, groups)),
-    "keep": lambda keep: keep if isinstance(keep, Keep) else Keep(),
-    "capabilities": tuple,
+    "cwd": lambda cwd: path(cwd, "cwd"),
+    "user": lambda user: identity(user, "user"),
+    "groups": lambda groups: tuple(identity(g, "groups") for g in listed(groups, "groups")),
+    "keep": _keep,
+    "capabilities": lambda c: tuple(
+        text(name, "capabilities") for name in listed(c, "capabilities")
+    ),
     "seccomp": _filter,
     "files": _staged,
+    "label": lambda label: text(label, "label"),
 }

@@ -22,6 +22,7 @@ from host_client.errors import ConnectionLost, DeadlineExceeded, OutputStalled
 from host_client.exchange import Exchange, Output
 from host_client.result import Result
 from host_client.steps import Steps, Wait
+from host_client.values import Buffer, check_bytes, check_count, check_seconds
 
 __all__ = ["MAX_OUTPUT", "MAX_UNREAD", "STDERR", "STDOUT", "Session"]
 
@@ -129,8 +130,9 @@ class Session:
         stream, size = self._runs[0]
         return STREAMS[stream], self._hand(stream, self._unread[stream].take(size))
 
-    def write(self, data: bytes | bytearray | memoryview) -> Steps[None]:
+    def write(self, data: Buffer) -> Steps[None]:
         """Feed stdin; until the kernel has all of it, or the process has ended."""
+        check_bytes(data, "stdin")
         view = memoryview(data).cast("B")
         exchange = self.exchange
         try:
@@ -176,6 +178,7 @@ class Session:
 
     def wait(self, timeout: float | None) -> Steps[Result]:
         """Until it has ended. DeadlineExceeded after `timeout` seconds."""
+        check_seconds(timeout, "timeout")
         deadline = Deadline(timeout)
         while self.exited is None:
             if deadline.passed:
@@ -193,9 +196,13 @@ class Session:
         return None if self.exited is None else self.result()
 
     def communicate(
-        self, stdin: bytes | None, timeout: float | None, max_output: int
+        self, stdin: Buffer | None, timeout: float | None, max_output: int
     ) -> Steps[Result]:
         """Feed all of stdin and end it, collect both outputs, wait for the end: all at once."""
+        check_seconds(timeout, "timeout")
+        check_count(max_output, "max_output")
+        if stdin is not None:
+            check_bytes(stdin, "input")
         deadline, output, exchange = Deadline(timeout), Output(max_output), self.exchange
         rest = None if stdin is None else memoryview(stdin).cast("B")
         try:
@@ -389,7 +396,9 @@ class Session:
         return 0
 
     def _acknowledge(self) -> None:
-        if self._acknowledges and self.offsets != self._acknowledged and not self._closed:
+        if self._closed or self._failed is not None:
+            return
+        if self._acknowledges and self.offsets != self._acknowledged:
             self.exchange.acknowledge(**self.offsets)
             self._acknowledged = dict(self.offsets)
 

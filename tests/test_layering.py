@@ -68,7 +68,7 @@ PUBLIC = {
         "unpack",
     ],
     "guest.netplan": ["Interface", "Network", "Route"],
-    "guest.record": ["Catalogue", "Record", "RecordError"],
+    "guest.record": ["Catalogue", "Record", "RecordError", "misfit"],
     "guest.report": [
         "CONSOLE_MARK", "REPORTS", "AgentExited", "AgentServes", "BootFailed", "FirstExec",
         "HandedOff", "OomKilled", "Ready", "Report", "Step", "Stopping", "WorkloadExited",

@@ -15,9 +15,16 @@ from host_client.aio.waiting import run
 from host_client.driver import Driver
 from host_client.exchange import Exchange
 from host_client.renewal import GuestClock
-from host_client.request import Argument, Options, attach_record, start_record
+from host_client.request import (
+    Options,
+    attach_record,
+    check_reading,
+    exec_record,
+    start_record,
+)
 from host_client.result import Result
 from host_client.session import MAX_OUTPUT, MAX_UNREAD
+from host_client.values import Argument, Buffer
 
 __all__ = ["Agent", "connect"]
 
@@ -76,13 +83,13 @@ class Agent:
         self,
         argv: Sequence[Argument] = (),
         *,
-        input: bytes | None = None,  # noqa: A002
+        input: Buffer | None = None,  # noqa: A002
         check: bool = False,
         max_output: int = MAX_OUTPUT,
         **options: Unpack[Options],
     ) -> Result:
         """Run a command in the guest and collect what it writes; cancelled, it is killed."""
-        start = start_record(argv, options, stdin=input is not None)
+        start = exec_record(argv, options, input, max_output)
         result = await run(self.driver.exec(start, input, max_output))
         return result.check() if check else result
 
@@ -98,6 +105,7 @@ class Agent:
     ) -> Process:
         """Start a process and talk to it while it runs: `async with await agent.start(…)`."""
         start = start_record(argv, options, stdin=stdin, tty=tty)
+        check_reading(acknowledge, max_unread)
         exchange = await run(self.driver.open(start, Exchange, acknowledge=start.keep is not None))
         return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
 
@@ -112,6 +120,7 @@ class Agent:
     ) -> Process:
         """The streams of a kept process, or of the workload, whose id is "main"."""
         attach = attach_record(process, offsets, write=write)
+        check_reading(acknowledge, max_unread)
         exchange = await run(self.driver.open(attach, Exchange, acknowledge=write))
         return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
 

@@ -15,6 +15,7 @@ from host_client.request import signal_number
 from host_client.result import Result
 from host_client.session import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
 from host_client.steps import Steps
+from host_client.values import Buffer
 
 __all__ = ["Process", "ProcessInput", "ProcessOutput"]
 
@@ -87,7 +88,7 @@ class Process:
 
     async def communicate(
         self,
-        input: bytes | None = None,  # noqa: A002
+        input: Buffer | None = None,  # noqa: A002
         *,
         timeout: float | None = None,  # noqa: ASYNC109
         max_output: int = MAX_OUTPUT,

@@ -60,15 +60,15 @@ def settings_of(options: argparse.Namespace) -> Settings:
     """What `boot` would be called with."""
     size = size_of(1, 0)
     streams = "console" if options.detach else "attached"
-    return Settings(
-        image=options.image,
+    return Settings.of(
+        options.image,
+        machine_options(options),
         workload=True,
         stdio="terminal" if options.tty else streams,
         # As long as we live: our end is the machine's. Stopped or slow, we come all the same.
         output_wait=limits.OUTPUT_GRACE if options.detach else limits.OUTPUT_WAIT_MAX,
         terminal=(size.rows, size.columns),
         keep=not options.rm,
-        **machine_options(options),
     )
 
 

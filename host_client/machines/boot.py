@@ -1,5 +1,6 @@
 """Starting a machine, from the image to an agent that answers."""
 
+import os
 import time
 from typing import Final, Protocol, Unpack
 
@@ -14,6 +15,7 @@ from host_client.machines.plan import CONSOLE_SHOWN, MachineState, Plan, cut
 from host_client.machines.prepare import Preparation
 from host_client.machines.qemu import QemuBackend
 from host_client.machines.settings import MachineOptions, Settings
+from host_client.values import path
 
 __all__ = ["BACKENDS", "Backend", "boot", "start"]
 
@@ -37,7 +39,9 @@ BACKENDS: Final[dict[str, Backend]] = {
 }
 
 
-def boot(image: str, *, bundle: str | None = None, **options: Unpack[MachineOptions]) -> Machine:
+def boot(
+    image: str, *, bundle: str | os.PathLike[str] | None = None, **options: Unpack[MachineOptions]
+) -> Machine:
     """Start a machine from an image and wait until its agent serves. Use it in a `with` block.
 
     image: oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME] or dir:ROOTFS, and
@@ -45,10 +49,13 @@ def boot(image: str, *, bundle: str | None = None, **options: Unpack[MachineOpti
     initramfs, instead of where they are looked for. options: MachineOptions says what there is.
     Making a disk of an image that is new here does not count for the `timeout`.
 
-    Raises ImageError, MachineError, and BootFailed where the guest did not come up. Nothing is left
-    behind then, nor after the end or death of this program.
+    Raises TypeError for an option of a wrong type, ImageError, MachineError, and BootFailed where
+    the guest did not come up. Nothing is left behind then, nor after the end or death of this
+    program.
     """
-    return start(Settings(image=image, **options), bundle=bundle)
+    return start(
+        Settings.of(image, options), bundle=None if bundle is None else path(bundle, "bundle")
+    )
 
 
 def start(settings: Settings, *, bundle: str | None = None) -> Machine:

@@ -39,7 +39,10 @@ class Link:
         self.state = MachineState(name=folder.name)
         self._lock = threading.Lock()
         self._closed_by_monitor = False
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise MachineError(f"cannot start a monitor process: {error}") from error
         try:
             self._process = start_monitor(folder, theirs)
         except OSError as error:

@@ -7,9 +7,10 @@ the machine is prepared.
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
+from guest.record import misfit
 from host_client.errors import MachineError
 
 __all__ = ["Mount", "byte_size", "parse_mount", "parse_tmpfs", "parse_volume"]
@@ -48,6 +49,9 @@ class Mount:
 
     def __post_init__(self) -> None:
         where = f"mount {self.target or '?'}"
+        for each in fields(self):
+            if wrong := misfit(getattr(self, each.name), each.type, each.name):
+                raise TypeError(f"{where}: {wrong}")
         if self.kind not in KINDS:
             raise MachineError(f"{where}: kind {self.kind!r:.40} is none of: {', '.join(KINDS)}")
         if not self.target.startswith("/"):
@@ -60,7 +64,7 @@ class Mount:
         if self.kind == "bind" and self.size:
             raise MachineError(f"{where}: only a tmpfs or a disk has a size")
         if self.kind == "disk" and self.size:
-            byte_size(self.size)
+            byte_size(self.size, where)
 
     @property
     def executable(self) -> bool:
@@ -68,11 +72,12 @@ class Mount:
         return self.kind != "tmpfs" if self.exec is None else self.exec
 
 
-def byte_size(text: str) -> int:
-    """Bytes of "512M", "2G" or a number. MachineError where it is none."""
+def byte_size(text: str, name: str = "") -> int:
+    """Bytes of "512M", "2G" or a number. MachineError where it is none; `name`: what it is of."""
     match = SIZE.fullmatch(text)
     if match is None or not int(match[1]):
-        raise MachineError(f"{text!r:.40} is not a size: write 512M or 2G")
+        where = f"{name}: " if name else ""
+        raise MachineError(f"{where}{text!r:.40} is not a size: write 512M or 2G")
     return int(match[1]) << SHIFTS[match[2].lower()]
 
 

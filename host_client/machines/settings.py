@@ -1,16 +1,18 @@
 """What a caller can choose about a machine, checked before anything is made."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final, TypedDict
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, Self, TypedDict
 
 from guest import limits
-from guest.record import RecordError
+from guest.record import RecordError, misfit
 from guest.rootplan import Upper
 from guest.workload import Restart
 from host_client.errors import MachineError
 from host_client.machines.mounts import Mount, byte_size
+from host_client.values import Argument, identity, listed, nearest, path, word_of
 
 __all__ = ["MachineOptions", "Settings", "mebibytes", "restart_of"]
 
@@ -73,7 +75,7 @@ class MachineOptions(TypedDict, total=False):
     memory: str
     cpus: int
     name: str | None
-    kernel: str | None
+    kernel: str | os.PathLike[str] | None
     hostname: str | None
     machine_id: str
     network: str
@@ -87,16 +89,16 @@ class MachineOptions(TypedDict, total=False):
     timeout: float
     read_only: bool
     writable: Sequence[str]
-    upper: str | None
+    upper: str | os.PathLike[str] | None
     upper_size: str | None
     mounts: Sequence[Mount]
     shm_size: str
-    command: Sequence[str] | None
-    entrypoint: Sequence[str] | None
+    command: Sequence[Argument] | None
+    entrypoint: Sequence[Argument] | None
     env: Mapping[str, str] | None
-    user: str | None
-    cwd: str | None
-    groups: Sequence[str]
+    user: str | int | None
+    cwd: str | os.PathLike[str] | None
+    groups: Sequence[str | int]
     umask: int
     rlimits: Mapping[str, tuple[int, int]]
     processes: int | None
@@ -165,10 +167,39 @@ class Settings:
     terminal: tuple[int, int] = (24, 80)  # rows and columns, for stdio "terminal"
     keep: bool = False  # state and console stay after the end
 
+    @classmethod
+    def of(cls, image: str, options: MachineOptions, **own: Any) -> Self:
+        """What a caller of `boot` has chosen. TypeError, naming the option, for wrong types.
+
+        Paths and ids are taken in every form that a person writes them. `own`: what is no option.
+        """
+        given = dict(own)
+        for name, value in options.items():
+            if name not in MachineOptions.__annotations__:
+                known = nearest(name, MachineOptions.__annotations__)
+                raise TypeError(f"there is no option {name}: {known}")
+            given[name] = value
+            if value is None:
+                continue
+            if name in ("kernel", "upper", "cwd"):
+                given[name] = path(value, name)
+            elif name == "user":
+                given[name] = identity(value, name)
+            elif name == "groups":
+                given[name] = tuple(identity(each, name) for each in listed(value, name))
+            elif name == "memory" and isinstance(value, int):
+                raise TypeError(f'memory: {value} of what? Write "512M" or "2G"')
+            elif name in ("command", "entrypoint"):
+                given[name] = tuple(word_of(each, name) for each in listed(value, name))
+        return cls(image=image, **given)
+
     def __post_init__(self) -> None:
+        self._check_types()
         mebibytes(self.memory)
         self._check_upper()
-        byte_size(self.shm_size)
+        byte_size(self.shm_size, "shm_size")
+        if not 0 < self.timeout <= limits.SECONDS_MAX:
+            raise MachineError(f"timeout: {self.timeout:g} is no time that a boot can take")
         if not 1 <= self.cpus <= CPUS_MAX:
             raise MachineError(f"cpus must be 1 to {CPUS_MAX}, not {self.cpus}")
         for name, value in (self.env or {}).items():
@@ -186,9 +217,14 @@ class Settings:
         if self.handoff and self.stdio != "console":
             raise MachineError("handoff: an init has the console, not our streams (run -d)")
 
+    def _check_types(self) -> None:
+        for each in fields(self):
+            if wrong := misfit(getattr(self, each.name), each.type, each.name):
+                raise TypeError(wrong)
+
     def _check_upper(self) -> None:
         if self.upper is not None:
-            byte_size(self.upper_size or UPPER_SIZE)
+            byte_size(self.upper_size or UPPER_SIZE, "upper_size")
             return
         try:
             Upper(size=self.upper_size or TMPFS_SIZE)
