@@ -23,6 +23,7 @@ __all__ = [
     "RemoteProtocolError",
     "StartError",
     "operation_error",
+    "printable",
     "raised_at",
 ]
 
@@ -48,12 +49,31 @@ START_CODES = frozenset(
 )
 
 
+def printable(text: str, keep: str = "") -> str:
+    """The text with all that could drive a terminal as escapes, as `\\x1b`; `keep` stays.
+
+    That is what `str.isprintable` says no to: C0, C1 and DEL, marks that turn the direction of
+    writing, and lone surrogates, which no terminal can be sent.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text
+    )
+
+
 class MicroguestError(Exception):
     """Base of every error that this project raises on purpose.
+
+    Its text goes to terminals and logs, and much of it comes from guests: so `str` makes it
+    printable. What was said is in `args` and in the fields, as it was said.
 
     Each can be pickled and copied with its message, its fields and its notes, whatever its
     `__init__` asks for; without its traceback and its cause, as any exception.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n\t")
 
     # An exception is made anew from `args`, which lacks what is given by keyword.
     def __reduce__(self) -> "tuple[object, ...]":

@@ -9,6 +9,7 @@ profile; `--hypothesis-profile=deep` looks for new examples.
 import gc
 import os
 import platform
+import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -31,6 +32,12 @@ settings.register_profile(
 )
 settings.register_profile("deep", max_examples=3000, deadline=None)
 settings.load_profile("fast")
+
+# In a job of a shell without job control, and under nohup(1), these are ignored, and would be by
+# every program that a test starts and sends them to.
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -157,7 +157,7 @@ def test_reader_that_leaves(image: str, state_home: Path) -> None:
         assert program.stdout is not None
         assert program.stdout.readline() == b"y\n"
         program.stdout.close()
-        assert program.wait(PATIENCE) == 125
+        assert program.wait(PATIENCE) == -signal.SIGPIPE
     assert os.listdir(state_home) == []
 
 

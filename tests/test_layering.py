@@ -54,7 +54,7 @@ PUBLIC = {
     "guest.errors": [
         "START_CODES", "BootConfigError", "LocalProtocolError", "ManifestError", "MicroguestError",
         "OperationError", "ProtocolError", "RemoteProtocolError", "StartError", "operation_error",
-        "raised_at",
+        "printable", "raised_at",
     ],
     "guest.frames": [
         "HEADER", "MAGIC", "PREFACE_SIZE", "VERSION", "FrameHeader", "Kind", "preface",

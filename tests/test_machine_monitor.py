@@ -21,7 +21,7 @@ from patience import PATIENCE, SLACK
 from guest.report import CONSOLE_MARK
 from host_client import boot
 from host_client.errors import BootFailed, MachineError
-from host_client.machines.console import HALF_MAX, LogReader, RotatingLog, printable, read_log
+from host_client.machines.console import HALF_MAX, LogReader, RotatingLog, printable_lines, read_log
 from host_client.machines.folder import claim, is_alive, names, read_state
 from host_client.machines.machine import Machine
 from host_client.machines.monitor import FAILED_WAIT
@@ -366,8 +366,8 @@ def test_log_rotates(tmp_path: Path) -> None:
     assert log.tail().endswith("00999\n")
 
 
-def test_printable() -> None:
-    assert printable("a\r\nb\x1b[1mc\td\x00") == "a\nb[1mc\td"
+def test_console_text_is_for_people() -> None:
+    assert printable_lines("a\r\nb\x1b[1mc\td\x00") == "a\nb\\x1b[1mc\td\\x00"
 
 
 def test_claims() -> None:

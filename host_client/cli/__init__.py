@@ -27,32 +27,35 @@ class Killed(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    from host_client.descriptors import take_standard
+
+    take_standard()
+    # Who started us may ignore it; then the kernel would reap our children, and their exit codes
+    # with them.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        return execute(sys.argv[1:] if argv is None else argv)
+    except Killed as killed:
+        signal.signal(killed.number, signal.SIG_DFL)
+        os.kill(os.getpid(), killed.number)
+        return 128 + killed.number  # where it is blocked
+
+
+def execute(argv: list[str]) -> int:
+    """The same, but Killed where a signal shall end this program."""
     from guest.errors import MicroguestError, StartError
     from host_client.cli.arguments import parse
+    from host_client.cli.tell import complain
 
     try:
-        options = parse(sys.argv[1:] if argv is None else argv)
+        options = parse(argv)
         code: int = options.run(options)
-        sys.stdout.flush()
     except StartError as error:
         complain(str(error))
         return NOT_FOUND if error.code in ("not_found", "bad_interpreter") else NOT_EXECUTABLE
-    except BrokenPipeError:
-        # Whoever read our output is gone; Python would complain once more at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OURS
     except (MicroguestError, OSError, ValueError) as error:
         complain(str(error))
         return OURS
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Killed as killed:
-        signal.signal(killed.number, signal.SIG_DFL)
-        os.kill(os.getpid(), killed.number)
-        return 128 + killed.number  # where it is blocked
     return code
-
-
-def complain(message: str) -> None:
-    """One line on stderr."""
-    print(f"microguest: {' '.join(message.split())}", file=sys.stderr)

@@ -2,12 +2,12 @@
 
 import argparse
 import importlib
-import os
 from collections.abc import Callable
 from typing import Final, NoReturn
 
 from guest import __version__, limits
 from host_client.cli.runoptions import add_options
+from host_client.cli.tell import complain, say
 
 __all__ = ["Parser", "parse"]
 
@@ -23,7 +23,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and where the help is."""
-        self.exit(125, f"{self.prog}: {message}: see {self.prog} --help\n")
+        complain(f"{message}: see {self.prog} --help", self.prog)
+        raise SystemExit(125)
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        """argparse's own writes to a stream that may be closed, and hides that it is full."""
+        for line in message.splitlines():
+            say(line)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -77,6 +83,13 @@ def _add_exec(parser: argparse.ArgumentParser) -> None:
     _add_process_options(parser)
     _add_kept_options(parser)
     parser.add_argument("-d", "--detach", action="store_true", help="print its id and return")
+    parser.add_argument(
+        "--drain",
+        type=float,
+        metavar="SECONDS",
+        help="after its end, for output that others hold open "
+        f"(default {limits.STREAM_CAP_AFTER_EXIT:g}, or {limits.STREAM_IDLE_AFTER_EXIT:g} idle)",
+    )
     parser.add_argument("target", metavar="TARGET", help="the machine's name")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
     parser.set_defaults(run=_command("exec"))
@@ -86,7 +99,7 @@ def _add_shell(parser: argparse.ArgumentParser) -> None:
     _add_identity_options(parser)
     _add_kept_options(parser)
     parser.add_argument("target", metavar="TARGET", help="the machine's name")
-    parser.set_defaults(run=_command("exec", "shell"))
+    parser.set_defaults(run=_command("exec", "shell"), drain=None)
 
 
 def _add_attach(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +116,7 @@ def _add_ps(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-a", "--all", action="store_true", help="also those that have ended")
     add("-q", "--quiet", action="store_true", help="ids only")
+    add("--no-trunc", action="store_true", help="lines longer than the terminal is wide")
     add("target", metavar="TARGET", help="the machine's name")
     parser.set_defaults(run=_command("processes", "list_processes"))
 
@@ -125,6 +139,7 @@ def _add_ls(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-a", "--all", action="store_true", help="also those that have ended")
     add("-q", "--quiet", action="store_true", help="names only")
+    add("--no-trunc", action="store_true", help="lines longer than the terminal is wide")
     parser.set_defaults(run=_command("machines", "list_machines"))
 
 
@@ -171,7 +186,8 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_identity_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]", type=_variable)
+    add("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]", help="set it")
+    add("--env-file", action="append", default=[], metavar="FILE", help="of lines NAME[=VALUE]")
     add("-u", "--user", help="name, uid, name:group or uid:gid")
     add("-w", "--workdir", metavar="DIR", help="working directory")
 
@@ -188,12 +204,6 @@ def _add_detach_keys(parser: argparse.ArgumentParser) -> None:
         default=DETACH_KEYS,
         help=f"leave a terminal with these (default {DETACH_KEYS}); empty for none",
     )
-
-
-def _variable(text: str) -> tuple[str, str]:
-    """NAME=VALUE, or NAME for the value that it has here."""
-    name, equals, value = text.partition("=")
-    return name, value if equals else os.environ.get(name, "")
 
 
 def _command(module: str, function: str = "main") -> Callable[[argparse.Namespace], int]:

@@ -4,10 +4,9 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 
 from host_client.chart import boot_chart
-from host_client.cli.stream import write_all
+from host_client.cli.output import write_all
 from host_client.errors import MachineError
 from host_client.machines.folder import check_name, read_state
 from host_client.machines.plan import MachineState
@@ -42,7 +41,6 @@ def put(path: str | None, text: str) -> int:
     """Write it whole, or leave an earlier file as it is."""
     data = text.encode("ascii", "xmlcharrefreplace")
     if path is None:
-        sys.stdout.flush()
         write_all(1, data)
         return 0
     try:

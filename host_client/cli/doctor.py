@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from guest.errors import MicroguestError
+from host_client.cli.tell import say
 from host_client.machines import host
 from host_client.machines.bundle import find_bundle
 from host_client.machines.folder import machines_root
@@ -30,9 +31,9 @@ def main(_options: argparse.Namespace) -> int:
     findings = [check() for check in CHECKS]
     for finding in findings:
         mark = "ok" if finding.good else "no" if finding.needed else "--"
-        print(f"{mark}  {finding.what:<12} {finding.detail}")
+        say(f"{mark}  {finding.what:<12} {finding.detail}")
     usable = all(finding.good for finding in findings if finding.needed)
-    print("machines can run here" if usable else "no machine can run here yet")
+    say("machines can run here" if usable else "no machine can run here yet")
     return 0 if usable else 1
 
 

@@ -1,12 +1,15 @@
 """`microguest exec` and `microguest shell`: a command in a machine that runs."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 
 from guest.messages import Keep, Start
-from host_client.cli import INTERRUPTED, complain
+from host_client.cli import INTERRUPTED
 from host_client.cli.detachkeys import parse as parse_keys
+from host_client.cli.environment import environment
 from host_client.cli.foreground import Detached, Interrupted, in_foreground
+from host_client.cli.tell import complain, say
 from host_client.cli.terminal import Terminal, size_of
 from host_client.errors import MachineError
 from host_client.machines.find import agent_of
@@ -58,7 +61,7 @@ def attached(options: argparse.Namespace, argv: Sequence[str]) -> int:
         except Interrupted:
             return INTERRUPTED
         except Detached as process:
-            complain(f"detached: microguest attach {options.target} {process}")
+            complain(f"detached: microguest attach {options.target} {shlex.quote(str(process))}")
             return 0
 
 
@@ -67,13 +70,15 @@ def detached(options: argparse.Namespace) -> int:
     start = start_of(options, words(options.command), keep=Keep(on_full="drop"))
     with agent_of(options.target) as agent, agent.open_process(start) as process:
         assert process.started is not None
-        print(process.started.id)
+        say(process.started.id)
     return 0
 
 
 def start_of(options: argparse.Namespace, argv: Sequence[str], keep: Keep | None = None) -> Start:
     """The request that the options describe."""
-    given = Options(env=dict(options.env), cwd=options.workdir, user=options.user, keep=keep)
+    given = Options(env=environment(options), cwd=options.workdir, user=options.user, keep=keep)
+    if options.drain is not None:
+        given["drain_idle"] = given["drain_cap"] = options.drain
     if options.label:
         given["label"] = options.label
     size = size_of(1, 0)

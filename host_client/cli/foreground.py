@@ -12,6 +12,7 @@ from guest.messages import Attach, Exited, Start
 from host_client.agent import Agent
 from host_client.cli import Killed
 from host_client.cli.stream import FORWARDED, Detached, Interrupted, join, passed_signals
+from host_client.cli.tell import complain
 from host_client.cli.terminal import Terminal
 from host_client.deadline import Deadline
 from host_client.errors import DeadlineExceeded
@@ -68,7 +69,17 @@ def in_foreground(
             raise
         if ours:
             forget(agent, name)
-        return exited
+    if not tty and not (isinstance(request, Start) and request.tty):
+        tell_what_was_cut(exited, can_wait=isinstance(request, Start))
+    return exited
+
+
+def tell_what_was_cut(exited: Exited, *, can_wait: bool) -> None:
+    """Say that output may be missing. Of a terminal it is usual that something stays on it."""
+    if exited.open_streams:
+        names = " and ".join(exited.open_streams)
+        hint = ": --drain SECONDS waits longer for it" if can_wait else ""
+        complain(f"{names} was cut at its end, as another process still held it open{hint}")
 
 
 def leave(process: ProcessStream) -> None:

@@ -3,16 +3,15 @@
 import argparse
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Final
 
 from guest.report import CONSOLE_MARK
-from host_client.cli import complain
-from host_client.cli.stream import write_all
+from host_client.cli.output import write_all
 from host_client.cli.table import duration, show
+from host_client.cli.tell import complain, say
 from host_client.errors import MachineError
 from host_client.machines.console import LogReader, read_log
 from host_client.machines.find import find
@@ -51,9 +50,10 @@ def list_machines(options: argparse.Namespace) -> int:
         rows.append((name, state.machine, status(state, alive=alive), state.image, state.command))
     if options.quiet:
         for row in rows:
-            print(row[0])
+            say(row[0])
         return 0
-    show(("NAME", "MACHINE", "STATUS", "IMAGE", "COMMAND"), rows)
+    cut = () if options.no_trunc else ("IMAGE", "COMMAND")
+    show(("NAME", "MACHINE", "STATUS", "IMAGE", "COMMAND"), rows, cut=cut)
     return 0
 
 
@@ -88,7 +88,7 @@ def stop(options: argparse.Namespace) -> int:
         if not is_alive(name) and state is not None and state.ended:
             continue
         find(name).stop(grace=options.time)
-        print(name)
+        say(name)
     return 0
 
 
@@ -96,7 +96,7 @@ def pause(options: argparse.Namespace) -> int:
     """Let each stand still."""
     for name in options.names:
         find(name).pause()
-        print(name)
+        say(name)
     return 0
 
 
@@ -104,7 +104,7 @@ def unpause(options: argparse.Namespace) -> int:
     """Let each go on, and set its clock."""
     for name in options.names:
         find(name).resume()
-        print(name)
+        say(name)
     return 0
 
 
@@ -119,10 +119,12 @@ def logs(options: argparse.Namespace) -> int:
     if state is not None and state.stdio != "console":
         complain(f"this is the console; {ELSEWHERE[state.stdio].format(name=name)}")
     lines = follow(name, path) if options.follow else iter(read_log(path).splitlines(True))
-    sys.stdout.flush()
+    # Of a virtual machine the console is a terminal, which writes \r\n for \n (ONLCR); what the
+    # program wrote is what is left without that. In namespaces it is a pipe.
+    is_terminal = state is None or state.machine != "namespaces"
     for line in lines:
         if not NOT_THE_WORKLOADS.match(line):
-            write_all(1, line.replace(b"\r\n", b"\n"))
+            write_all(1, line.replace(b"\r\n", b"\n") if is_terminal else line)
     return 0
 
 

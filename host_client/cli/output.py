@@ -6,13 +6,18 @@ terminals are opened a second time instead. Files are always writable.
 """
 
 import os
+import select
+import signal
 import stat
 from collections import deque
 from typing import Final
 
-__all__ = ["Outputs"]
+from host_client.cli import Killed
+
+__all__ = ["Outputs", "write_all"]
 
 AGAIN: Final = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+LOOK_EVERY: Final = 1000  # ms
 
 
 class Outputs:
@@ -35,7 +40,10 @@ class Outputs:
         return self._waiting[0][0] if self._waiting else None
 
     def put(self, stream: int, data: bytes) -> None:
-        """Write it, or keep what cannot be written now. BrokenPipeError, OSError."""
+        """Write it, or keep what cannot be written now. OSError.
+
+        Killed by SIGPIPE, as any program is, where nobody reads it any more.
+        """
         self._waiting.append((self._descriptors[stream], memoryview(data)))
         if len(self._waiting) == 1:
             self.flush()
@@ -48,6 +56,8 @@ class Outputs:
                 written = os.write(fd, data)
             except BlockingIOError:
                 return
+            except BrokenPipeError:
+                raise Killed(signal.SIGPIPE) from None
             if written == len(data):
                 self._waiting.popleft()
             else:
@@ -63,3 +73,20 @@ def _opened_again(fd: int) -> int:
         return os.open(f"/proc/self/fd/{fd}", AGAIN)
     except OSError:  # another user's terminal, as after su; a pipe that nobody reads
         return fd
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write to one of our own streams, past any buffer, also where it is non-blocking.
+
+    Killed as `Outputs.put`; OSError.
+    """
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BrokenPipeError:
+            raise Killed(signal.SIGPIPE) from None
+        except BlockingIOError:
+            poll = select.poll()
+            poll.register(fd, select.POLLOUT)
+            poll.poll(LOOK_EVERY)

@@ -9,10 +9,11 @@ from typing import Final
 from guest.errors import OperationError
 from guest.messages import ProcessInfo
 from host_client.agent import Agent
-from host_client.cli import INTERRUPTED, complain
+from host_client.cli import INTERRUPTED
 from host_client.cli.detachkeys import parse as parse_keys
 from host_client.cli.foreground import Detached, Interrupted, in_foreground
 from host_client.cli.table import duration, show
+from host_client.cli.tell import complain, say
 from host_client.cli.terminal import Terminal
 from host_client.errors import ConnectionLost
 from host_client.machines.find import agent_of
@@ -45,7 +46,7 @@ def attach(options: argparse.Namespace) -> int:
         except Interrupted:
             return INTERRUPTED
         except Detached:
-            complain(f"detached: microguest attach {options.target} {process.id}")
+            complain(f"detached: microguest attach {options.target} {shlex.quote(process.id)}")
             return 0
 
 
@@ -66,22 +67,17 @@ def list_processes(options: argparse.Namespace) -> int:
         listed = [each for each in agent.processes() if options.all or each.exited is None]
     if options.quiet:
         for process in listed:
-            print(process.id)
+            say(process.id)
         return 0
-    show(("ID", "PID", "STATUS", "LABEL", "COMMAND"), [row(process) for process in listed])
+    cut = () if options.no_trunc else ("LABEL", "COMMAND")
+    show(("ID", "PID", "STATUS", "LABEL", "COMMAND"), [row(each) for each in listed], cut=cut)
     return 0
 
 
 def row(process: ProcessInfo) -> tuple[str, ...]:
-    """As the table has it; what the guest said is printable here."""
+    """As the table has it."""
     command = shlex.join(process.argv)
-    return (
-        process.id,
-        str(process.pid),
-        status(process),
-        "".join(char if char.isprintable() else "?" for char in process.label),
-        "".join(char if char.isprintable() else "?" for char in command),
-    )
+    return (process.id, str(process.pid), status(process), process.label, command)
 
 
 def status(process: ProcessInfo) -> str:
@@ -110,7 +106,7 @@ def kill(options: argparse.Namespace) -> int:
         for name in options.processes:
             find(agent, options.target, name)
             if agent.signal(name, number, target):
-                print(name)
+                say(name)
             else:
                 complain(f"process {name} of machine {options.target} has ended already")
                 failed = 1
@@ -121,7 +117,7 @@ def wait(options: argparse.Namespace) -> int:
     """Print the exit code of each when it has ended, in the order asked for."""
     for name in options.processes:
         code = of_workload(options.target) if name == MAIN else of_process(options.target, name)
-        print(code, flush=True)
+        say(str(code))
     return 0
 
 

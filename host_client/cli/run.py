@@ -1,6 +1,7 @@
 """`microguest run`: a machine for one command, in the foreground or detached."""
 
 import argparse
+import shlex
 import time
 from typing import Final
 
@@ -9,11 +10,12 @@ from guest.errors import MicroguestError, StartError
 from guest.messages import Attach
 from guest.report import WorkloadFailed
 from guest.status import ExitStatus
-from host_client.cli import INTERRUPTED, complain
+from host_client.cli import INTERRUPTED
 from host_client.cli.detachkeys import parse as parse_keys
 from host_client.cli.foreground import Detached, Interrupted, in_foreground
 from host_client.cli.runoptions import machine_options
 from host_client.cli.stream import passed_signals
+from host_client.cli.tell import complain, say
 from host_client.cli.terminal import Terminal, size_of
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded, MachineError
 from host_client.machines.boot import start
@@ -47,8 +49,8 @@ def main(options: argparse.Namespace) -> int:
     except Detached as process:
         machine.detach()
         complain(
-            f"detached: microguest attach {machine.name} {process}; the machine goes on until "
-            f"microguest stop {machine.name}"
+            f"detached: microguest attach {machine.name} {shlex.quote(str(process))}; the machine "
+            f"goes on until microguest stop {machine.name}"
         )
         return 0
     except BaseException:
@@ -123,7 +125,7 @@ def detach(machine: Machine) -> int:
         machine.kill()
         raise
     machine.detach()
-    print(machine.name)
+    say(machine.name)
     return 0
 
 

@@ -7,6 +7,7 @@ other commands need not import what knows them.
 import argparse
 from typing import Any, Final
 
+from host_client.cli.environment import environment
 from host_client.errors import MachineError
 from host_client.machines.settings import MachineOptions
 
@@ -40,7 +41,7 @@ def machine_options(options: argparse.Namespace) -> MachineOptions:
         "timeout": options.timeout,
         "command": options.command or None,
         "entrypoint": None if options.entrypoint is None else [options.entrypoint],
-        "env": dict(options.env),
+        "env": environment(options),
         "user": options.user,
         "cwd": options.workdir,
         "mounts": mounts,

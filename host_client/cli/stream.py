@@ -18,7 +18,7 @@ from host_client.cli.output import Outputs
 from host_client.cli.terminal import Terminal
 from host_client.process import ProcessStream
 
-__all__ = ["FORWARDED", "Detached", "Interrupted", "join", "passed_signals", "write_all"]
+__all__ = ["FORWARDED", "Detached", "Interrupted", "join", "passed_signals"]
 
 FORWARDED: Final = (
     signal.SIGINT,
@@ -46,7 +46,11 @@ class Detached(Exception):
 
 @contextmanager
 def passed_signals(numbers: Sequence[int] = FORWARDED) -> Iterator[socket.socket]:
-    """While this is open, these signals arrive as bytes on the socket and do nothing else."""
+    """While this is open, these signals arrive as bytes on the socket and do nothing else.
+
+    Who started us with some of them ignored, as nohup(1) does, wants neither us nor the process to
+    be ended by them: these stay ignored.
+    """
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)
@@ -54,8 +58,7 @@ def passed_signals(numbers: Sequence[int] = FORWARDED) -> Iterator[socket.socket
     before = {number: signal.getsignal(number) for number in handled}
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
-        for number in numbers:
-            signal.signal(number, _nothing)
+        take_over(numbers)
         yield reader
     finally:
         for number, handler in before.items():
@@ -63,6 +66,13 @@ def passed_signals(numbers: Sequence[int] = FORWARDED) -> Iterator[socket.socket
         signal.set_wakeup_fd(wakeup)
         reader.close()
         writer.close()
+
+
+def take_over(numbers: Sequence[int]) -> None:
+    """Let each of them do no more than wake us, but where it is ignored."""
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _nothing)
 
 
 def _nothing(_number: int, _frame: object) -> None:
@@ -80,8 +90,8 @@ def join(
     """Until the process has ended and all it wrote is written here. `stdin`: pass ours on.
 
     `terminal`: ours, which is raw and belongs to the process; `keys` detach from it then.
-    ConnectionLost where the machine dies; BrokenPipeError where stdout is gone; Interrupted,
-    Detached; Killed where a signal ends us and not the process.
+    ConnectionLost where the machine dies; Interrupted, Detached; Killed where a
+    signal ends us and not the process, as SIGPIPE does where nobody reads our output.
     """
     joint = _Joint(process, signals, stdin=stdin, terminal=terminal, keys=keys)
     try:
@@ -112,8 +122,7 @@ class _Joint:
     def run(self) -> Exited:
         """Move bytes until the end."""
         if self._terminal is not None:
-            for number in OF_TERMINALS:
-                signal.signal(number, _nothing)
+            take_over(OF_TERMINALS)
             self._resize()  # also where it has changed since the start
         self._take()
         while self._process.exited is None or self.outputs.blocked_on is not None:
@@ -220,15 +229,3 @@ class _Joint:
         assert self._terminal is not None
         size = self._terminal.size
         self._process.resize(size.rows, size.columns)
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """Write to one of our own streams, past any buffer, also where it is non-blocking."""
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[os.write(fd, view) :]
-        except BlockingIOError:
-            poll = select.poll()
-            poll.register(fd, select.POLLOUT)
-            poll.poll(CHECK_EVERY * 1000)

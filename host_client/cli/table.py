@@ -1,22 +1,63 @@
 """Rows for people, in columns, and what stands in them."""
 
+import os
 from collections.abc import Sequence
 from typing import Final
+
+from guest.errors import printable
+from host_client.cli.tell import say
 
 __all__ = ["duration", "show"]
 
 MINUTE: Final = 60
 HOUR: Final = 3600
 DAY: Final = 86400
+GAP: Final = 2  # columns between two
+NARROWEST: Final = 8  # columns that a cut cell keeps
+CUT: Final = "…"
 
 
-def show(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; the last column is as long as it likes to be."""
-    table = [heads, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(heads) - 1)]
+def show(heads: Sequence[str], rows: Sequence[Sequence[str]], *, cut: Sequence[str] = ()) -> None:
+    """Print a table; the last column is as long as it likes to be.
+
+    cut: heads of columns that may be shortened where stdout is a terminal, so that a row is a line
+    of it. Widths are counted in characters.
+    """
+    table = [heads, *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(heads))]
+    width = terminal_width()
+    if width is not None:
+        shrink(widths, [heads.index(head) for head in cut], width - GAP * (len(heads) - 1))
+        table = [
+            [shortened(cell, most) for cell, most in zip(row, widths, strict=True)] for row in table
+        ]
     for row in table:
-        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*padded, row[-1]]).rstrip())
+        padded = [cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)]
+        say((" " * GAP).join(padded).rstrip())
+
+
+def terminal_width() -> int | None:
+    """Of stdout, in characters; None where it is no terminal."""
+    try:
+        return os.get_terminal_size(1).columns or None
+    except OSError:
+        return None
+
+
+def shrink(widths: list[int], columns: Sequence[int], most: int) -> None:
+    """Take from the widest of these columns until all together fit, or none can be narrower."""
+    while (over := sum(widths) - most) > 0 and columns:
+        widest = max(columns, key=lambda column: widths[column])
+        others = [widths[column] for column in columns if column != widest]
+        step = max(1, min(over, widths[widest] - max([*others, NARROWEST])))
+        if widths[widest] <= NARROWEST:
+            return
+        widths[widest] -= step
+
+
+def shortened(text: str, most: int) -> str:
+    """At most so many characters, with a mark where some are missing."""
+    return text if len(text) <= most else text[: most - 1] + CUT
 
 
 def duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ before it can, by a small process that waits for its end. And the screen's own m
 screen, mouse, hidden cursor), where the process that set them did not live to unset them.
 """
 
+import errno
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ IFLAG, OFLAG, CFLAG, LFLAG, CC = 0, 1, 2, 3, 6  # indices of tcgetattr's list
 
 
 class NoTerminal(ValueError):
-    """A terminal was asked for, and stdin is none."""
+    """A terminal was asked for, and stdin is none, or is another's for good."""
 
 
 def size_of(*descriptors: int) -> Winsize:
@@ -39,14 +40,15 @@ class Terminal:
     """A context manager: raw inside, restored outside. Ctrl-C and the like are bytes meanwhile."""
 
     def __init__(self, fd: int = 0) -> None:
-        """NoTerminal where `fd` is not one."""
+        """In the background it waits for the foreground. NoTerminal where `fd` is not one."""
         self._fd = fd
-        try:
-            self._before: list[Any] = termios.tcgetattr(fd)
-        except termios.error:
+        if not os.isatty(fd):
             raise NoTerminal(
                 "the input device is not a TTY: leave out -t, or start this in a terminal"
-            ) from None
+            )
+        await_foreground(fd)
+        # Not earlier: until then it may have the modes of a shell that edits its line.
+        self._before: list[Any] = termios.tcgetattr(fd)
         self._raw = raw_modes(self._before)
         self._guard: _Guard | None = None
         self.modes = ScreenModes()
@@ -69,7 +71,8 @@ class Terminal:
         return size_of(1, self._fd)
 
     def resume(self) -> None:
-        """Make it raw."""
+        """Make it raw; in the background, when we are brought to the foreground."""
+        await_foreground(self._fd)
         self._set(self._raw)
 
     def suspend(self) -> None:
@@ -91,6 +94,26 @@ def in_foreground(fd: int) -> bool:
         return os.tcgetpgrp(fd) == os.getpgrp()
     except OSError:
         return True  # not our controlling terminal: no job control
+
+
+def await_foreground(fd: int) -> None:
+    """Stop as other programs do that want a terminal in the background, until `fg`.
+
+    From there a change of the terminal makes the kernel send SIGTTOU to our process group, unless
+    that is orphaned: then nobody could go on with us (POSIX, General Terminal Interface).
+    NoTerminal there, and where the signal is ignored.
+    """
+    while not in_foreground(fd):
+        try:
+            termios.tcflow(fd, termios.TCOON)  # changes nothing where output was not stopped
+        except termios.error as error:
+            if error.args[0] == errno.EINTR:  # by a SIGCONT, which has brought us here or there
+                continue
+        if not in_foreground(fd):
+            raise NoTerminal(
+                "the terminal belongs to another job and this one cannot wait for it: leave out "
+                "-t, or start this in the foreground"
+            )
 
 
 def raw_modes(modes: list[Any]) -> list[Any]:

@@ -6,7 +6,9 @@ Used by the monitor, so it imports next to nothing.
 import os
 from typing import BinaryIO, Final
 
-__all__ = ["HALF_MAX", "TAIL_MAX", "LogReader", "RotatingLog", "printable", "read_log"]
+from guest.errors import printable
+
+__all__ = ["HALF_MAX", "TAIL_MAX", "LogReader", "RotatingLog", "printable_lines", "read_log"]
 
 HALF_MAX: Final = 4 * 1024 * 1024  # bytes of the current and of the previous file, each
 TAIL_MAX: Final = 16 * 1024  # bytes at the end that stay in memory, for errors
@@ -106,6 +108,6 @@ def is_same(one: BinaryIO, other: BinaryIO) -> bool:
     return os.path.samestat(os.fstat(one.fileno()), os.fstat(other.fileno()))
 
 
-def printable(text: str) -> str:
-    """Console text without what could drive the reader's terminal."""
-    return "".join(c for c in text.replace("\r\n", "\n") if c.isprintable() or c in "\n\t")
+def printable_lines(text: str) -> str:
+    """Console text for people: lines as they were, what could drive a terminal as escapes."""
+    return printable(text.replace("\r\n", "\n"), keep="\n\t")

@@ -13,7 +13,6 @@ from guest.report import (
     WorkloadFailed,
     WorkloadStarted,
 )
-from host_client.machines.console import printable
 from host_client.machines.plan import (
     AGENT_EXITS_MAX,
     EVENT_MAX,
@@ -85,8 +84,7 @@ def handed_off(state: MachineState, report: HandedOff, at_ms: float) -> Changes:
 def oom_killed(state: MachineState, report: OomKilled, at_ms: float) -> Changes:
     """Who, and whose limit it was."""
     why = "its own limit" if report.limit else "the machine's memory"
-    name = printable(report.name)[:40]
-    message = f"the kernel killed {name!r} (pid {report.pid}) for want of memory: {why}"
+    message = f"the kernel killed {report.name[:40]!r} (pid {report.pid}) for want of memory: {why}"
     return event(state, "oom-killed", at_ms, message)
 
 

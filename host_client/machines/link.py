@@ -10,8 +10,9 @@ import time
 from typing import Final
 
 from guest.record import Record, RecordError
+from host_client.descriptors import above_standard
 from host_client.errors import MachineError
-from host_client.machines.console import printable, read_log
+from host_client.machines.console import printable_lines, read_log
 from host_client.machines.folder import Folder
 from host_client.machines.plan import COMMANDS, STATE_MAX, End, MachineState
 
@@ -75,7 +76,7 @@ class Link:
     def console(self) -> str:
         """All of the console that is kept; of an ended machine at least the last lines."""
         self._console = read_log(self._console_path) or self._console
-        return printable(self._console.decode("utf-8", "replace")) or self.state.console
+        return printable_lines(self._console.decode("utf-8", "replace")) or self.state.console
 
     @property
     def over(self) -> bool:
@@ -154,7 +155,8 @@ def start_monitor(folder: Folder, link: socket.socket) -> "subprocess.Popen[byte
         os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC,
         0o600,
     )
-    descriptors = (link.fileno(), folder.fd)
+    # Behind those that become the child's standard ones, whichever are closed here.
+    descriptors = (above_standard(link.fileno()), above_standard(folder.fd))
     try:
         return subprocess.Popen(
             [
@@ -168,4 +170,5 @@ def start_monitor(folder: Folder, link: socket.socket) -> "subprocess.Popen[byte
             start_new_session=True,
         )
     finally:
-        os.close(log)
+        for fd in (log, *descriptors):
+            os.close(fd)

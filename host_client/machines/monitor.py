@@ -20,10 +20,11 @@ import time
 from select import EPOLLIN
 from typing import Final
 
+from guest.errors import printable
 from guest.record import Record, RecordError
 from guest.report import BootFailed, Ready, Stopping
 from host_client.machines.boottime import BootTimeline
-from host_client.machines.console import RotatingLog, printable
+from host_client.machines.console import RotatingLog, printable_lines
 from host_client.machines.folder import write_file
 from host_client.machines.history import changes
 from host_client.machines.plan import (
@@ -72,6 +73,10 @@ SIOCOUTQ: Final = 0x5411  # linux/sockios.h: bytes that the other end has not re
 
 def main(arguments: list[str]) -> int:
     """`FOLDER LINK_FD LOCK_FD`: the machine's folder, the link to its caller, the folder's lock."""
+    # Whatever signals who started us ignores or blocks: ours end the machine, and with SIGCHLD
+    # ignored no exit code could be had.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     folder, link_fd, lock_fd = arguments[0], int(arguments[1]), int(arguments[2])
     os.set_inheritable(link_fd, False)
     os.set_inheritable(lock_fd, False)
@@ -264,7 +269,7 @@ class Monitor:
         try:
             write_file(os.path.join(self.folder, "state.json"), document)
         except OSError as error:
-            print(f"state.json: {error}", file=sys.stderr)
+            note(f"state.json: {error}")
         self._tell()
 
     def _tell(self) -> None:
@@ -320,7 +325,7 @@ class Monitor:
         self._console.write(data)
 
     def _on_bad_report(self, what: str) -> None:
-        print(what, file=sys.stderr)
+        note(what)
 
     def _on_report(self, report: Record) -> None:
         report = clipped(report)
@@ -380,7 +385,7 @@ class Monitor:
 
     def _note_end(self, status: str, error: str = "") -> None:
         if not self.state.status:
-            self._change(phase="stopping", status=status, error=cut(printable(error)))
+            self._change(phase="stopping", status=status, error=cut(error))
 
     def _on_device_failure(self, reason: str) -> None:
         self._end("crashed", f"its vsock device failed: {reason}")
@@ -417,7 +422,7 @@ class Monitor:
         self._shares.close()
         if self._device is not None:
             self._device.close()
-        last = cut(printable(self._console.tail()), CONSOLE_SHOWN, tail=True)
+        last = cut(printable_lines(self._console.tail()), CONSOLE_SHOWN, tail=True)
         self._change(phase="ended", vmm_code=code, console=last)
         self._farewell()
         self.loop.stop()
@@ -458,6 +463,11 @@ def unread(link: socket.socket) -> int:
     count = bytearray(4)
     fcntl.ioctl(link, SIOCOUTQ, count)
     return int.from_bytes(count, sys.byteorder)
+
+
+def note(what: str) -> None:
+    """A line in monitor.log, which somebody may read at a terminal."""
+    print(printable(what), file=sys.stderr, flush=True)
 
 
 def hold_lease(path: str) -> int:

@@ -102,9 +102,7 @@ class Preparation:
     def command(self) -> str:
         """The workload for people, shortened."""
         workload = self._workload()
-        text = " ".join(workload.argv) if workload else ""
-        printable = "".join(c if c.isprintable() else "?" for c in text)
-        return printable[:COMMAND_SHOWN]
+        return " ".join(workload.argv)[:COMMAND_SHOWN] if workload else ""
 
     @property
     def token_proof(self) -> str:

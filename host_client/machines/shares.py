@@ -15,7 +15,6 @@ from select import EPOLLIN
 from typing import Final
 
 from host_client.errors import MachineError
-from host_client.machines.console import printable
 from host_client.machines.plan import Share
 from host_client.machines.vmm import spawn
 from host_client.vhost_vsock.loop import EventLoop
@@ -152,7 +151,7 @@ class Shares:
 
     def _outlived(self, reason: str) -> None:
         if not self._closed:
-            last = printable(self._last.decode("utf-8", "replace")).strip().splitlines()[-1:]
+            last = self._last.decode("utf-8", "replace").strip().splitlines()[-1:]
             self._on_failure(f"{reason}: {last[0]:.300}" if last else reason)
 
     def _read(self) -> None:

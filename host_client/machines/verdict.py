@@ -3,7 +3,6 @@
 from guest import limits
 from guest.record import RecordError
 from guest.report import CONSOLE_MARK, REPORTS, BootFailed
-from host_client.machines.console import printable
 from host_client.machines.plan import MachineState
 
 __all__ = ["failure_on_console", "has_restarted", "unexplained"]
@@ -47,7 +46,7 @@ def unexplained(
     if restarted and state.machine == "namespaces":
         return "reboot", ""
     how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-    words = panicked[-1:] or printable(last).strip().splitlines()[-1:]
+    words = panicked[-1:] or last.strip().splitlines()[-1:]
     when = "before the guest was ready" if state.phase == "starting" else "unexpectedly"
     status = "boot-failed" if state.phase == "starting" else "crashed"
     said = f": {words[0]}"[:LAST_WORDS] if words else ""
@@ -57,6 +56,4 @@ def unexplained(
 def panics(console: str) -> list[str]:
     """What the guest's kernel said when it gave up, as at the end of PID 1."""
     mark = "Kernel panic - not syncing"
-    return [
-        printable(line[line.find(mark) :]).strip() for line in console.splitlines() if mark in line
-    ]
+    return [line[line.find(mark) :].strip() for line in console.splitlines() if mark in line]

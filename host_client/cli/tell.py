@@ -1,0 +1,29 @@
+"""What this program says of its own: the one place where text goes to a terminal, pipe or log.
+
+Much of it comes from guests, images and other programs: what could drive a terminal is shown as an
+escape, whoever said it. What commands write is data and does not pass here: `output`, `stream`.
+"""
+
+from typing import Final
+
+from guest.errors import printable
+from host_client.cli.output import write_all
+
+__all__ = ["complain", "say"]
+
+STDOUT: Final = 1
+STDERR: Final = 2
+
+
+def say(text: str) -> None:
+    """One line on stdout. Killed where nobody reads it any more."""
+    _tell(STDOUT, printable(text))
+
+
+def complain(message: str, program: str = "microguest") -> None:
+    """One line on stderr. Killed as `say`."""
+    _tell(STDERR, printable(f"{program}: {' '.join(message.split())}"))
+
+
+def _tell(fd: int, text: str) -> None:
+    write_all(fd, f"{text}\n".encode())
