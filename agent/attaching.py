@@ -10,7 +10,7 @@ import trio
 
 from agent import processes
 from agent.channel import BUFFER, Channel, ConnectionLost
-from agent.kept import MAIN_ID, KeptProcess, check_room, keep
+from agent.kept import MAIN_ID, KeptProcess, check_room, claimed, keep
 from agent.main_process import find_main
 from agent.state import Agent
 from guest import limits
@@ -52,10 +52,12 @@ async def start(agent: Agent, channel: Channel, args: Record, early: list[Event]
         return
     await agent.wait_root()
     check_room(agent)
-    process = await keep(agent, await processes.begin(agent, args), args)
+    with claimed(agent, args.id):
+        process = await keep(agent, await processes.begin(agent, args), args)
     attachment = Attachment(channel, process, dict.fromkeys(OUTPUTS, 0), write=True)
     channel.queue(Response(result=Started(id=process.id, pid=process.pid)))
     await attachment.run(early)
+    await attachment.take_leave()
 
 
 async def attach(agent: Agent, channel: Channel, args: Record, early: list[Event]) -> None:
@@ -87,6 +89,7 @@ async def attach(agent: Agent, channel: Channel, args: Record, early: list[Event
         await read_main(agent, channel, attachment, early)
     else:
         await attachment.run(early)
+    await attachment.take_leave()
 
 
 async def read_main(
@@ -167,6 +170,7 @@ class Attachment:
         self._refusal: OperationError | None = None
         self._lost: Exception | None = None
         self._detached = False
+        self._forgets = False  # it detached from what nobody is to find again
         process.enter(self, write=write)
 
     async def run(self, early: list[Event]) -> bool:
@@ -196,6 +200,11 @@ class Attachment:
             self._channel.queue(self._process.exited)
         await self._channel.flush()
         return self._refusal is None
+
+    async def take_leave(self) -> None:
+        """After `run`: forget the process where the host asked for that. OperationError."""
+        if self._forgets:
+            await self._process.forget()
 
     def _leaving(self) -> bool:
         if self._detached or self._refusal is not None or self._lost is not None:
@@ -311,6 +320,7 @@ class Attachment:
                     self._acknowledge(event)
                 case Detach():
                     self._detached = True
+                    self._forgets = event.forget
                 case _:
                     raise AssertionError(f"{event!r} must have been refused")
 

@@ -11,7 +11,8 @@ import os
 import select
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import trio
 
@@ -31,7 +32,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.attaching import Attachment
 
-__all__ = ["MAIN_ID", "KeptProcess", "Notes", "check_room", "keep", "new_rings"]
+__all__ = ["MAIN_ID", "KeptProcess", "Notes", "check_room", "claimed", "keep", "new_rings"]
 
 MAIN_ID = "main"
 IN = select.EPOLLIN
@@ -90,6 +91,27 @@ async def keep(agent: Agent, child: ChildProcess, args: Start) -> "KeptProcess":
         raise OperationError("out_of_memory", f"no buffer for output: {error.strerror}") from None
     await process.begin()
     return process
+
+
+@contextmanager
+def claimed(agent: Agent, name: str) -> Iterator[None]:
+    """Nobody else gets an id that a host chose, until its process is listed under it, or is not.
+
+    Raises OperationError id_taken.
+    """
+    if not name:
+        yield
+        return
+    if name in agent.processes or name in agent.claimed:
+        raise OperationError(
+            "id_taken",
+            f"there is a process {name!r} already: attach to it, forget it, or choose another id",
+        )
+    agent.claimed.add(name)
+    try:
+        yield
+    finally:
+        agent.claimed.discard(name)
 
 
 def new_rings(child: ChildProcess, notes: Notes) -> dict[int, Ring]:
@@ -264,7 +286,8 @@ class KeptProcess(Process):
         self._epoll.close()
         await self._child.end()
         self._agent.processes.pop(self.id, None)
-        await self._agent.link.deliver(lambda: (Withdraw(id=self.id), ()))
+        with claimed(self._agent, self.id):  # the next one's deposit comes after
+            await self._agent.link.deliver(lambda: (Withdraw(id=self.id), ()))
         self._released.set()
 
     async def _deposit(self) -> None:

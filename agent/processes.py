@@ -200,7 +200,7 @@ class Starting:
                 leaf.give_back()
             raise
         process = ChildProcess(
-            self.agent.next_id(),
+            self.args.id or self.agent.next_id(),
             pid,
             pidfd,
             streams,

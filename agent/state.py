@@ -130,7 +130,8 @@ class Agent:
     """`processes`: all that `Process` speaks of, by id, in the order of their starts.
 
     `connections`: those past hello. `child_limits`: resource limits that every process gets back,
-    (resource, soft, hard) each.
+    (resource, soft, hard) each. `claimed`: ids that hosts chose for what is not in `processes`, yet
+    or any more.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class Agent:
         self.pauses = 0  # that `agent.clock` has found out, and how many seconds the last one was
         self.last_pause = 0.0
         self._last_id = 0
+        self.claimed: set[str] = set()
 
     def next_id(self) -> str:
         """A process id that was never used before in this boot, also not by an earlier agent."""

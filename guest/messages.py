@@ -61,7 +61,10 @@ PACK_BUFFER = 1024
 
 # What an agent names in its welcome: "engine" once it serves everything in this module, but for
 # what has a name of its own.
-FEATURES = ("engine", "seccomp", "renew")
+FEATURES = ("engine", "seccomp", "renew", "id")
+
+# Ids that are never a host's to choose; nor are those that the agent counts, p1, p2…
+RESERVED_IDS = ("main", "agent")
 
 # Channel numbers of a process's streams, as its file descriptors.
 STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
@@ -200,6 +203,7 @@ class Start(Record):
     no_new_privs: bool = False
     seccomp: bytes = b""  # struct sock_filter[], as seccomp(2) takes it; implies no_new_privs
     keep: Keep | None = None  # None: losing the connection kills everything of it
+    id: str = ""  # of a kept process, where the host has chosen it; "": the agent does
     files: tuple[StagedFile, ...] = ()
     label: str = ""  # for lists; means nothing to the agent
     drain_idle: float = limits.STREAM_IDLE_AFTER_EXIT  # seconds; see docs/protocol.md
@@ -218,10 +222,26 @@ class Start(Record):
             raise RecordError(f"umask: {self.umask:o} is not 0 to 777")
         if self.tty is not None and not self.stdin:
             raise RecordError("tty: needs stdin")
+        if self.id:
+            check_id(self.id)
+            if self.keep is None:
+                raise RecordError("id: is chosen only for a process with keep")
         if len(self.label) > limits.LABEL:
             raise RecordError(f"label: longer than {limits.LABEL} characters")
         if len(self.seccomp) % 8 or len(self.seccomp) > limits.SECCOMP_FILTER:
             raise RecordError("seccomp: must be at most 4096 instructions of 8 bytes each")
+
+
+def check_id(name: str) -> None:
+    """RecordError for what a host may not choose as a process's id: the agent's own look other."""
+    plain = name.isascii() and name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+    if not (plain and name[0].isalnum() and len(name) <= limits.KEPT_NAME):
+        raise RecordError(
+            f"id: must be 1 to {limits.KEPT_NAME} ASCII letters, digits, '-', '_' and '.', and "
+            "begin with a letter or digit"
+        )
+    if name in RESERVED_IDS or (name[0] == "p" and name[1:2].isdigit()):
+        raise RecordError("id: main, agent, and p with a digit behind it are the agent's to give")
 
 
 class Attach(Record):
@@ -292,6 +312,8 @@ class Detach(Record):
 
     The agent closes the connection. Without it a lost connection has the same effect, later.
     """
+
+    forget: bool = False  # it does not go on: it is killed and forgotten, as nobody has its id
 
 
 class Exited(ExitStatus):

@@ -143,6 +143,10 @@ class Driver:
         began = time.monotonic_ns()
         try:
             exchange = kind(channel, self._greeting(), args)
+        except BaseException:
+            channel.close()
+            raise
+        try:
             if acknowledge and FEATURES[0] in (self._features or ()):
                 channel.queue(_first_acknowledgement(args))
             yield from exchange.answer(
@@ -152,7 +156,7 @@ class Driver:
                 self._welcomed(exchange.welcome, began)
             yield from self._correct_clock()
         except BaseException:
-            channel.close()
+            exchange.abandon()
             raise
         return exchange
 

@@ -3,6 +3,7 @@
 Shared by every kind of client; it waits by steps. `host_client.session` puts streams on top.
 """
 
+from signal import SIGKILL
 from typing import Final
 
 from guest import limits
@@ -143,6 +144,18 @@ class Exchange:
     def acknowledge(self, *, stdout: int = 0, stderr: int = 0) -> None:
         """Nothing before these offsets is needed again. Only for who may write."""
         self.say(Acknowledge(stdout=stdout, stderr=stderr))
+
+    def abandon(self) -> None:
+        """Drop the connection of a start that nobody will get: also a kept process is ended.
+
+        Never waits. An agent that has not got all of the request by now starts nothing.
+        """
+        request = self.request
+        if isinstance(request, Start) and request.keep is not None and not self.over:
+            self.say(Signal(signal=SIGKILL, target="tree"))  # what agents without `forget` know
+            self.channel.queue(Detach(forget=True))
+            self.channel.flush()
+        self.close()
 
     def detach(self) -> None:
         """Leave a kept process to itself; the agent closes the connection."""

@@ -63,6 +63,7 @@ class Options(TypedDict, total=False):
     no_new_privs  setuid bits and file capabilities give it nothing
     seccomp       a compiled filter of system calls, as host_client.seccomp makes; no_new_privs too
     keep          True or a Keep: it outlives its connection; see docs/host.md
+    id            of a kept process, chosen here: found again also where this program has died
     files         written before it starts and owned by its user: {path: content} or StagedFiles
     label         shown in lists
     drain_idle    seconds without output after its exit, until what others hold open is cut
@@ -83,6 +84,7 @@ class Options(TypedDict, total=False):
     no_new_privs: bool
     seccomp: bytes | None
     keep: bool | Keep | None
+    id: str
     files: Mapping[str, bytes] | Sequence[StagedFile]
     label: str
     drain_idle: float
