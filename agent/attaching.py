@@ -185,13 +185,15 @@ class Attachment:
                 while not self._leaving():
                     await trio.lowlevel.wait_readable(self._epoll)
                     self._work()
+            if self._lost is not None:
+                self._hear_the_rest()
         finally:
             self._process.leave(self)
             self._epoll.close()
-        if self._lost is not None:
-            raise self._lost
         if self._detached:
             return False
+        if self._lost is not None:
+            raise self._lost
         if self._refusal is not None:
             error = self._refusal
             self._channel.queue(Failure(code=error.code, message=error.message))
@@ -300,8 +302,21 @@ class Attachment:
             if ready & IN and self._process.input_room:
                 self._take(self._channel.receive_now(self._process.input_room) or [])
             elif ready & ~OUT:
-                raise ConnectionLost
+                self._lost = ConnectionLost()
         self.push()
+
+    def _hear_the_rest(self) -> None:
+        """What the host had sent before it left, as that may be that the process shall not stay."""
+        try:
+            for _ in range(ROUNDS):
+                if self._detached or not self._process.input_room:
+                    return
+                events = self._channel.receive_now(self._process.input_room)
+                if events is None:
+                    return
+                self._take(events)
+        except (ConnectionLost, RemoteProtocolError):
+            pass  # that was all
 
     def _take(self, events: list[Event]) -> None:
         """What the host sent: input, its end, controls."""

@@ -146,7 +146,11 @@ class Agent:
         start = start_record(argv, options, stdin=stdin, tty=tty)
         check_reading(acknowledge, max_unread)
         exchange = run(self.driver.open(start, Exchange, acknowledge=start.keep is not None))
-        return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
+        try:
+            return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
+        except BaseException:  # interrupted: nobody would have its id
+            exchange.abandon()
+            raise
 
     def attach(
         self,

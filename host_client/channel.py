@@ -57,7 +57,9 @@ class Channel:
         self._obituary = obituary
         self._probe = probe
         self._connection = Connection(Role.HOST)
-        self._outbox: deque[bytes | memoryview] = deque()
+        self._outbox: list[bytes | memoryview] = []
+        self._pieces_sent = 0  # of the outbox, whole ones
+        self._bytes_sent = 0  # of the next one
         self._send_broken = False
         self._failed: MicroguestError | None = None  # why nothing can be sent or received any more
         self._heard = 0.0  # monotonic: last sign of life from the agent; 0.0: since the last look
@@ -74,7 +76,8 @@ class Channel:
     @property
     def pending(self) -> int:
         """Bytes that are queued and not yet with the kernel."""
-        return sum(len(piece) for piece in self._outbox)
+        self._forget_sent()
+        return sum(map(len, self._outbox)) - self._bytes_sent
 
     @property
     def ready(self) -> bool:
@@ -104,7 +107,8 @@ class Channel:
 
     def own_queued(self) -> None:
         """Copy what is still queued, so that its owner may change it."""
-        self._outbox = deque(bytes(piece) for piece in self._outbox)
+        self._forget_sent()
+        self._outbox = [bytes(piece) for piece in self._outbox]
 
     def step(self, deadline: Deadline) -> Steps[list[Event]]:
         """Send what can be sent and return what has arrived, waiting for the first of either.
@@ -164,20 +168,35 @@ class Channel:
             pass  # it has ended already, which they notice as well
 
     def flush(self) -> None:
-        """Give the kernel what it takes now."""
+        """Give the kernel what it takes now.
+
+        Also exact where it is interrupted (Ctrl-C, an exception for this thread), which happens
+        after a call: so `map` makes the call, and between that and the count there is none.
+        """
+        self._forget_sent()
         try:
-            while self._outbox:
-                sent = self.sock.send(self._outbox[0])
-                if sent == len(self._outbox[0]):
-                    self._outbox.popleft()
-                else:
-                    self._outbox[0] = memoryview(self._outbox[0])[sent:]
+            for index, piece in enumerate(self._outbox):
+                size = len(piece)
+                while self._pieces_sent == index:
+                    rest = memoryview(piece)[self._bytes_sent :] if self._bytes_sent else piece
+                    for sent in map(self.sock.send, (rest,)):
+                        self._bytes_sent += sent
+                        if self._bytes_sent == size:
+                            self._bytes_sent = 0
+                            self._pieces_sent += 1
         except BlockingIOError:
             pass
         except OSError:
             # The agent is done with our bytes; what it said before it closed can still be read.
             self._send_broken = True
             self._outbox.clear()
+            self._pieces_sent = self._bytes_sent = 0
+        self._forget_sent()
+
+    def _forget_sent(self) -> None:
+        """Let the pieces go that the kernel has."""
+        del self._outbox[: self._pieces_sent]
+        self._pieces_sent = 0
 
     def receive(self) -> list[Event]:
         """What is there. Raises Broken, RemoteProtocolError; then again what it failed with."""

@@ -8,7 +8,7 @@ from typing import Final
 
 from guest import limits
 from guest.connection import Data, End, Event, Request, Response
-from guest.errors import RemoteProtocolError, operation_error
+from guest.errors import LocalProtocolError, RemoteProtocolError, operation_error
 from guest.messages import (
     STREAMS,
     Acknowledge,
@@ -29,7 +29,7 @@ from host_client.deadline import Deadline
 from host_client.errors import OutputTooLarge
 from host_client.steps import Steps
 
-__all__ = ["Exchange", "Output"]
+__all__ = ["Exchange", "Output", "too_large"]
 
 STDIN: Final = 0
 
@@ -151,17 +151,32 @@ class Exchange:
         Never waits. An agent that has not got all of the request by now starts nothing.
         """
         request = self.request
-        if isinstance(request, Start) and request.keep is not None and not self.over:
-            self.say(Signal(signal=SIGKILL, target="tree"))  # what agents without `forget` know
-            self.channel.queue(Detach(forget=True))
-            self.channel.flush()
-        self.close()
+        try:
+            if isinstance(request, Start) and request.keep is not None and not self.over:
+                # Agents that do not know `forget` do as the signal says.
+                self.channel.queue(Signal(signal=SIGKILL, target="tree"), Detach(forget=True))
+                self.channel.flush()
+        except LocalProtocolError:
+            pass  # it was refused, so that nothing was started
+        finally:
+            self.close()
 
     def detach(self) -> None:
         """Leave a kept process to itself; the agent closes the connection."""
         if not self.over:
             self.channel.queue(Detach())
             self._left = True
+
+
+def too_large(stream: int, limit: int) -> OutputTooLarge:
+    """What to raise where a stream has more than `limit` bytes."""
+    name = STREAMS[stream]
+    return OutputTooLarge(
+        f"the command wrote more than {limit} bytes to {name}: raise max_output, or "
+        "send the output to a file",
+        stream=name,
+        limit=limit,
+    )
 
 
 class Output:
@@ -175,13 +190,7 @@ class Output:
         """Keep the bytes. OutputTooLarge where that would be more than the limit."""
         backlog = self._backlogs[stream]
         if backlog.size + len(data) > self._limit:
-            name = STREAMS[stream]
-            raise OutputTooLarge(
-                f"the command wrote more than {self._limit} bytes to {name}: raise max_output, or "
-                "send the output to a file",
-                stream=name,
-                limit=self._limit,
-            )
+            raise too_large(stream, self._limit)
         backlog.add(data)
 
     @property

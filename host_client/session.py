@@ -9,7 +9,8 @@ change, by a `Wait` without a socket.
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from guest import limits
@@ -19,7 +20,7 @@ from host_client.backlog import Backlog
 from host_client.channel import CHECK_EVERY, Broken
 from host_client.deadline import Deadline
 from host_client.errors import ConnectionLost, DeadlineExceeded, OutputStalled
-from host_client.exchange import Exchange, Output
+from host_client.exchange import Exchange, too_large
 from host_client.result import Result
 from host_client.steps import Steps, Wait
 from host_client.values import Buffer, check_bytes, check_count, check_seconds
@@ -65,6 +66,7 @@ class Session:
         self._caller = caller
         self._max_unread = max_unread
         self._unread = {STDOUT: Backlog(), STDERR: Backlog()}
+        self._collectors: dict[int, list[int]] = {STDOUT: [], STDERR: []}  # bytes that they allow
         self._readers: dict[int, int] = {}  # who read an output last
         self._runs: deque[list[int]] = deque()  # [output, bytes] in the order of their arrival
         self._full_since = 0.0  # monotonic; 0.0: nothing is full, or something was taken since
@@ -102,11 +104,11 @@ class Session:
         return self.read_all(stream, MAX_OUTPUT) if most < 0 else self.read(stream, most)
 
     def read_all(self, stream: int, most: int) -> Steps[bytes]:
-        """All until the end. OutputTooLarge beyond `most` bytes."""
-        output = Output(most)
-        while piece := (yield from self.read(stream, most)):
-            output.add(stream, piece)
-        return output.stdout or output.stderr
+        """All until the end. OutputTooLarge beyond `most` bytes; they can still be read then."""
+        with self._collecting(most, stream):
+            while self._fits(stream, most) and stream not in self._ended:
+                yield from self._turn(stream=stream)
+        return self._hand_all(stream)
 
     def read_line(self, stream: int) -> Steps[bytes]:
         """A line with its newline; the last one may have none. b"" at the end.
@@ -203,22 +205,25 @@ class Session:
         check_count(max_output, "max_output")
         if stdin is not None:
             check_bytes(stdin, "input")
-        deadline, output, exchange = Deadline(timeout), Output(max_output), self.exchange
+        deadline, exchange = Deadline(timeout), self.exchange
         rest = None if stdin is None else memoryview(stdin).cast("B")
         try:
-            while True:
-                while self._runs:
-                    stream, size = self._runs[0]
-                    output.add(stream, self._hand(stream, self._unread[stream].take(size)))
-                if self.exited is not None:
-                    return self.result(output.stdout, output.stderr)
-                if deadline.passed:
-                    raise self._late(timeout, output.stdout, output.stderr)
-                if rest is not None and not exchange.pending:
-                    rest = self._feed(rest)
-                yield from self._turn(stream=0, deadline=deadline)
+            with self._collecting(max_output, STDOUT, STDERR):
+                while (
+                    self._fits(STDOUT, max_output)
+                    and self._fits(STDERR, max_output)
+                    and self.exited is None
+                    and not deadline.passed
+                ):
+                    if rest is not None and not exchange.pending:
+                        rest = self._feed(rest)
+                    yield from self._turn(stream=0, deadline=deadline)
         finally:
             exchange.channel.own_queued()
+        outputs = self._hand_all(STDOUT), self._hand_all(STDERR)
+        if self.exited is None:
+            raise self._late(timeout, *outputs)
+        return self.result(*outputs)
 
     def _feed(self, rest: memoryview) -> memoryview | None:
         """Queue the next piece of stdin; what is left of it, None after its end."""
@@ -301,8 +306,10 @@ class Session:
                 yield from channel.check_alive()
         except Broken as error:
             raise (yield from self._fail(error)) from error
-        except Exception as error:
-            self._failed = error
+        except GeneratorExit:
+            raise  # while it waited: nothing has happened
+        except BaseException as error:
+            self._failed = error if isinstance(error, Exception) else self._torn()
             raise
         if ready & select.POLLOUT:
             self._full_since = 0.0
@@ -384,6 +391,32 @@ class Session:
         self.version += 1
         return data
 
+    def _hand_all(self, stream: int) -> bytes:
+        unread = self._unread[stream]
+        return self._hand(stream, unread.take_all()) if unread.size else b""
+
+    @contextmanager
+    def _collecting(self, most: int, *streams: int) -> Iterator[None]:
+        """Let up to `most` bytes of these outputs wait for who wants all of them at once.
+
+        They stay where others would find them until that call is about to return: cancelled, or
+        ended by an error, it has taken nothing.
+        """
+        for stream in streams:
+            self._collectors[stream].append(most)
+        self.version += 1
+        try:
+            yield
+        finally:
+            for stream in streams:
+                self._collectors[stream].remove(most)
+
+    def _fits(self, stream: int, most: int) -> bool:
+        """True. OutputTooLarge where more than that waits."""
+        if self._unread[stream].size > most:
+            raise too_large(stream, most)
+        return True
+
     def _note_reader(self, stream: int) -> None:
         for each in (stream,) if stream else (STDOUT, STDERR):
             self._readers[each] = self._caller()
@@ -391,22 +424,36 @@ class Session:
     def _full(self) -> int:
         """An output whose buffer is full, so that nothing is received any more; 0 for none."""
         for stream, unread in self._unread.items():
-            if unread.size >= self._max_unread:
+            room = max(self._collectors[stream], default=0)
+            if unread.size >= self._max_unread and unread.size > room:
                 return stream
         return 0
 
     def _acknowledge(self) -> None:
-        if self._closed or self._failed is not None:
+        if not self._acknowledges or self._closed or self._failed is not None:
             return
-        if self._acknowledges and self.offsets != self._acknowledged:
-            self.exchange.acknowledge(**self.offsets)
-            self._acknowledged = dict(self.offsets)
+        had = dict(self._acknowledged)
+        for stream, unread in self._unread.items():
+            name = STREAMS[stream]
+            # What is collected counts: the process may wait for that before it writes the rest.
+            collected = unread.size if self._collectors[stream] else 0
+            had[name] = max(had[name], self.offsets[name] + collected)
+        if had != self._acknowledged:
+            self.exchange.acknowledge(**had)
+            self._acknowledged = had
 
     def _check_usable(self) -> None:
         if self._failed is not None:
             raise self._failed
         if self._closed:
             raise ConnectionLost(f"the connection to {self.name} was closed here")
+
+    def _torn(self) -> ConnectionLost:
+        """An interrupt came between bytes that were taken from the socket and their place here."""
+        return ConnectionLost(
+            f"the connection to {self.name} was interrupted while it received: attach again where "
+            "the process is kept"
+        )
 
     def _fail(self, error: Broken) -> Steps[Exception]:
         failed = yield from self.exchange.channel.explained(error)

@@ -38,9 +38,10 @@ def run(steps: Steps[R]) -> R:
             wait = steps.send(wait_for(wait))
     except StopIteration as stop:
         result: R = stop.value
-        return result
-    finally:
+        return result  # with no call in between, at which an interrupt could take the result away
+    except BaseException:
         steps.close()  # Ctrl-C while we wait: they clean up after themselves
+        raise
 
 
 def wait_for(wait: Wait) -> int:

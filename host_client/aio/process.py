@@ -6,7 +6,7 @@ from typing import Final, Protocol, Self, TypeVar
 
 import anyio
 from anyio.abc import ByteReceiveStream, ByteSendStream
-from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
+from anyio.lowlevel import checkpoint
 
 from guest.messages import Resize, Signal
 from host_client.aio.waiting import wait_for
@@ -131,9 +131,13 @@ class Process:
         self._changed = anyio.Event()
 
     async def _run(self, steps: Steps[R]) -> R:
-        """Run steps of the session; between two of their waits no other task runs."""
+        """Run steps of the session; between two of their waits no other task runs.
+
+        What they return has been taken from the session, so nothing is awaited after that: no
+        shield of anyio's holds against a `cancel` of asyncio's own.
+        """
         session = self._session
-        await checkpoint_if_cancelled()
+        await checkpoint()
         version = session.version
         try:
             wait = next(steps)
@@ -156,7 +160,6 @@ class Process:
         finally:
             steps.close()
             self._tell()
-        await cancel_shielded_checkpoint()
         return result
 
 

@@ -5,7 +5,7 @@ import socket
 from typing import TypeVar
 
 import anyio
-from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
+from anyio.lowlevel import checkpoint
 
 from host_client.steps import Steps, Wait
 
@@ -17,10 +17,11 @@ R = TypeVar("R")
 async def run(steps: Steps[R]) -> R:
     """The result of the steps. Cancelled, they clean up after themselves.
 
-    Also lets others run and notices a cancellation where there is nothing to wait for; a result
-    that is there already is never lost to one.
+    Lets others run and notices a cancellation before them also where there is nothing to wait for.
+    Nothing is awaited after them, so that a result is never lost to a cancellation: no shield of
+    anyio's holds against a `cancel` of asyncio's own.
     """
-    await checkpoint_if_cancelled()
+    await checkpoint()
     try:
         wait = next(steps)
         while True:
@@ -29,7 +30,6 @@ async def run(steps: Steps[R]) -> R:
         result: R = stop.value
     finally:
         steps.close()
-    await cancel_shielded_checkpoint()
     return result
 
 
