@@ -222,6 +222,8 @@ class Attachment:
             return
         try:
             for _ in range(ROUNDS):
+                if self._write:
+                    self._channel.grant_input(self._process.input_held)
                 if not self._channel.flush_now():
                     self._behind = True
                     break
@@ -289,8 +291,8 @@ class Attachment:
     # ── from the host ────────────────────────────────────────────────────────────────────────────
 
     def watch(self) -> None:
-        """Wait for what can happen next: room in the socket, and input while there is room."""
-        mask = CLOSED | (OUT if self._behind else 0) | (IN if self._process.input_room else 0)
+        """Wait for what can happen next: room in the socket, and what the host says."""
+        mask = CLOSED | (OUT if self._behind else 0) | (IN if self._room() else 0)
         if self._mask == 0:
             self._epoll.register(self._channel.sock, mask)
         elif mask != self._mask:
@@ -299,8 +301,8 @@ class Attachment:
 
     def _work(self) -> None:
         for _, ready in self._epoll.poll(0, 1):
-            if ready & IN and self._process.input_room:
-                self._take(self._channel.receive_now(self._process.input_room) or [])
+            if ready & IN and (room := self._room()):
+                self._take(self._channel.receive_now(room) or [])
             elif ready & ~OUT:
                 self._lost = ConnectionLost()
         self.push()
@@ -309,14 +311,19 @@ class Attachment:
         """What the host had sent before it left, as that may be that the process shall not stay."""
         try:
             for _ in range(ROUNDS):
-                if self._detached or not self._process.input_room:
+                room = 0 if self._detached else self._room()
+                if not room:
                     return
-                events = self._channel.receive_now(self._process.input_room)
+                events = self._channel.receive_now(room)
                 if events is None:
                     return
                 self._take(events)
         except (ConnectionLost, RemoteProtocolError):
             pass  # that was all
+
+    def _room(self) -> int:
+        """How much may be read; what waits is of no concern to who cannot write."""
+        return self._channel.input_room(self._process.input_held if self._write else 0)
 
     def _take(self, events: list[Event]) -> None:
         """What the host sent: input, its end, controls."""

@@ -3,7 +3,8 @@
 Output is queued as pieces and written with as few calls as possible. Bulk is not copied into the
 queue: the kernel moves it from a pipe, or it is written out of the buffer that it was read into.
 Nobody queues more than one read of each stream before it is written, so the queue is bounded by its
-users, and what all connections hold of bulk together by `limits.HELD_BULK`.
+users, and what all connections hold of bulk together by `limits.HELD_BULK`. What a host may send of
+a process's input has a window, which is wider while the process keeps up.
 """
 
 import fcntl
@@ -15,6 +16,7 @@ import trio
 
 from guest import limits
 from guest.connection import Connection, Event, Role
+from guest.messages import Credit
 
 __all__ = ["BUFFER", "Channel", "ConnectionLost", "readable_bytes"]
 
@@ -33,6 +35,7 @@ class Channel:
     """The connection is closed by whoever accepted it, not here."""
 
     held = 0  # bytes that could not be written yet, of all channels
+    widened = 0  # bytes of their windows above INPUT_WINDOW, of all channels
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -43,6 +46,7 @@ class Channel:
         self.splices = sock.family == socket.AF_UNIX
         self.urgent = False  # something queued has to be followed by `flush_now` at once
         self._held = 0
+        self._window = limits.INPUT_WINDOW
         self._pipe = -1
         self._pipe_bytes = 0  # of the last data frame, after all of `outgoing`; still in the pipe
 
@@ -91,6 +95,37 @@ class Channel:
         self._pipe, self._pipe_bytes = pipe, count
         self.urgent = True
 
+    def input_room(self, held: int) -> int:
+        """How much may be read, where `held` bytes of input wait for the process.
+
+        Always something, unless the host is one that knows of no window.
+        """
+        if self.connection.windowed:
+            return limits.STREAM_READ
+        return max(0, limits.INPUT_WINDOW - held)
+
+    def grant_input(self, held: int) -> None:
+        """Queue credit for what the window has room for beside `held` bytes of input.
+
+        Half a window at a time; not where there is none, and not inside a frame.
+        """
+        credit = self.connection.input_credit
+        if credit is None or self._pipe_bytes:
+            return
+        taken = self.connection.input_bytes - held
+        if taken + self._window // 2 < credit:
+            return
+        if not held and credit:
+            self._widen()
+        self.queue(Credit(stdin=taken + self._window))
+
+    def _widen(self) -> None:
+        """The process takes its input as fast as it comes: twice as much, as far as there is."""
+        more = min(self._window, limits.BULK_INPUT_WINDOW - self._window)
+        if Channel.widened + more <= limits.BULK_INPUT:
+            Channel.widened += more
+            self._window += more
+
     def flush_now(self) -> bool:
         """Write what the socket takes without waiting; whether that was all.
 
@@ -128,6 +163,8 @@ class Channel:
         """Forget what was not written: the connection is over."""
         self.outgoing.clear()
         self._pipe_bytes = 0
+        Channel.widened -= self._window - limits.INPUT_WINDOW
+        self._window = limits.INPUT_WINDOW
         self._hold()
 
     def _splice(self) -> None:

@@ -165,7 +165,8 @@ class Exchange:
         if events & OUT:
             self._flush_due = True
         if events & IN:
-            self._take(self._channel.receive_now(self._input.room) or [])
+            room = self._channel.input_room(self._input.held)
+            self._take(self._channel.receive_now(room) or [] if room else [])
         elif events & ~OUT:
             raise ConnectionLost
 
@@ -175,6 +176,8 @@ class Exchange:
     def _flush(self) -> None:
         """Write what can be written; stop reading outputs while something is left."""
         self._flush_due = False
+        if not self._blocked():
+            self._channel.grant_input(self._input.held)
         blocked = not self._channel.flush_now()
         if blocked == self._blocked():
             return
@@ -193,7 +196,8 @@ class Exchange:
                 pump.last_data = now
 
     def _update_socket_mask(self) -> None:
-        mask = CLOSED | (IN if self._input.room else 0) | (OUT if self._blocked() else 0)
+        room = self._channel.input_room(self._input.held)
+        mask = CLOSED | (IN if room else 0) | (OUT if self._blocked() else 0)
         if self._socket_mask == 0:
             self._epoll.register(self._channel.sock, mask)
         elif mask != self._socket_mask:

@@ -360,6 +360,8 @@ class KeptProcess(Process):
                 elif fd == self.stdin:
                     self._input.resume()
                     self._input_moved()
+                    if self.writer is not None:
+                        self.writer.push()
                 else:
                     self._read(next(s for s, other in self.outputs.items() if other == fd))
             if exited:
@@ -451,9 +453,9 @@ class KeptProcess(Process):
     # ── its input ────────────────────────────────────────────────────────────────────────────────
 
     @property
-    def input_room(self) -> int:
-        """Bytes of input that can be taken."""
-        return self._input.room
+    def input_held(self) -> int:
+        """Bytes of input that wait for the process."""
+        return self._input.held
 
     def feed(self, data: bytes) -> None:
         """From the writer; what cannot be read by anybody any more is dropped."""
@@ -471,8 +473,6 @@ class KeptProcess(Process):
             # PID 1's copy must go as well, or the process never sees the end.
             assert self._agent.nursery is not None
             self._agent.nursery.start_soon(self._deposit)
-        if self.writer is not None:
-            self.writer.watch()
 
     # ── signals and time ─────────────────────────────────────────────────────────────────────────
 

@@ -112,7 +112,7 @@ class OutputPump:
 class InputPump:
     """To the process's stdin, which it closes at its end. For a terminal, END types the end.
 
-    It holds at most `limits.PENDING_INPUT` bytes, if its owner never reads more than `room`.
+    `held` bytes wait in it, for which the window of the connection is a bound: `agent.channel`.
     """
 
     def __init__(self, process: Process, epoll: select.epoll) -> None:
@@ -125,9 +125,9 @@ class InputPump:
         self._line_open = False  # something was typed after the last newline
 
     @property
-    def room(self) -> int:
-        """Bytes that it can take."""
-        return limits.PENDING_INPUT - len(self._pending)
+    def held(self) -> int:
+        """Bytes that the process has not taken yet."""
+        return len(self._pending)
 
     def feed(self, data: bytes) -> None:
         """Behind what waits already. Dropped where nobody can read it any more."""

@@ -1,8 +1,9 @@
 """The protocol as a state machine without I/O: bytes in, events out; events in, bytes out.
 
 One `Connection` per transport connection, the same class on both sides. It holds no socket, clock
-or thread. What may be sent and received in which state is in the two tables below; everything else
-is a LocalProtocolError (we wanted to send it) or a RemoteProtocolError (the peer did send it).
+or thread. What may be sent and received in which state is in the tables of `guest.states`;
+everything else is a LocalProtocolError (we wanted to send it) or a RemoteProtocolError (the peer
+did send it).
 
 A connection's life, seen from the host:
 
@@ -13,11 +14,13 @@ A connection's life, seen from the host:
 
 The host may send preface, hello and its first request in one piece, and stdin right after `start`.
 
+Stdin has a window where both sides name the feature "credit": the host sends no more of it than it
+has credit for, and so the agent can read on, and sees what stands behind it, however little of its
+input the process takes.
+
 Bytes are copied once on their way through: out of what the caller read into the event. Only a
 preface, a header or a control payload that has not arrived as a whole is kept between two calls.
 """
-
-from enum import Enum
 
 from guest import frames, limits, messages
 from guest.errors import LocalProtocolError, RemoteProtocolError
@@ -26,6 +29,7 @@ from guest.messages import (
     STREAMS,
     Acknowledge,
     Attach,
+    Credit,
     Detach,
     Exited,
     Failure,
@@ -36,6 +40,7 @@ from guest.messages import (
     Welcome,
 )
 from guest.record import Record
+from guest.states import AGENT_MAY_SEND, AGENT_STREAMS, HOST_MAY_SEND, HOST_STREAMS, Role, State
 
 __all__ = ["Connection", "Control", "Data", "End", "Event", "Request", "Response", "Role", "State"]
 
@@ -67,51 +72,7 @@ class End(Record):
 
 
 Control = Signal | Resize | Acknowledge | Detach
-Event = Hello | Welcome | Request | Response | Failure | Data | End | Control | Exited
-
-
-class Role(Enum):
-    HOST = "host"
-    AGENT = "agent"
-
-
-class State(Enum):
-    __hash__ = object.__hash__  # Enum's own is Python, and each frame looks its state up
-
-    HELLO = "hello"  # the host has not said hello yet
-    WELCOME = "welcome"  # the agent has not answered the hello yet
-    READY = "ready"
-    BUSY = "busy"  # a small request is being answered
-    STARTING = "starting"  # a start or attach is being answered
-    PROCESS = "process"
-    DONE = "done"  # nothing more may be sent or received
-    FAILED = "failed"  # the peer broke the protocol; the agent may still say why, once
-
-
-HOST_MAY_SEND: dict[State, frozenset[int]] = {
-    State.HELLO: frozenset({Kind.HELLO}),
-    State.WELCOME: frozenset({Kind.REQUEST}),
-    State.READY: frozenset({Kind.REQUEST}),
-    State.BUSY: frozenset(),
-    State.STARTING: frozenset({Kind.DATA, Kind.END, Kind.CONTROL}),
-    State.PROCESS: frozenset({Kind.DATA, Kind.END, Kind.CONTROL}),
-    State.DONE: frozenset(),
-    State.FAILED: frozenset(),
-}
-
-AGENT_MAY_SEND: dict[State, frozenset[int]] = {
-    State.HELLO: frozenset({Kind.ERROR}),
-    State.WELCOME: frozenset({Kind.WELCOME, Kind.ERROR}),
-    State.READY: frozenset({Kind.ERROR}),
-    State.BUSY: frozenset({Kind.RESPONSE, Kind.ERROR}),
-    State.STARTING: frozenset({Kind.RESPONSE, Kind.ERROR}),
-    State.PROCESS: frozenset({Kind.DATA, Kind.END, Kind.EXITED, Kind.ERROR}),
-    State.DONE: frozenset(),
-    State.FAILED: frozenset({Kind.ERROR}),
-}
-
-HOST_STREAMS = frozenset({0})
-AGENT_STREAMS = frozenset({1, 2})
+Event = Hello | Welcome | Request | Response | Failure | Data | End | Control | Credit | Exited
 
 
 class Connection:
@@ -130,6 +91,9 @@ class Connection:
         self._preface_sent = False
         self._op = ""
         self._ended: set[int] = set()  # streams that carry nothing more
+        self.input_bytes = 0  # of stdin, that passed here or were announced by a header
+        self._windowed = False  # both sides name the feature, as far as is known
+        self._credit: int | None = None  # how many these may be; None: any number
         self._watches = False  # attached without the right to write
         self._ended_by_us = False  # what the peer had sent before it knew is dropped
         self._inbox = bytearray()  # the part of one preface, header or control payload that came
@@ -147,6 +111,19 @@ class Connection:
     def detached(self) -> bool:
         """The host has left by `Detach`: it drops whatever would be sent now."""
         return self.role is Role.AGENT and self.state is State.DONE and not self._ended_by_us
+
+    @property
+    def windowed(self) -> bool:
+        """Whether stdin has a window, as far as is known by now."""
+        return self._windowed
+
+    @property
+    def input_credit(self) -> int | None:
+        """Bytes of stdin that may be sent by now, from the connection's first.
+
+        None: any number, or none any more.
+        """
+        return None if self._ended >= HOST_STREAMS else self._credit
 
     # ── sending ──────────────────────────────────────────────────────────────────────────────────
 
@@ -170,6 +147,8 @@ class Connection:
                 self._decode(head, payload)
         except RemoteProtocolError as error:
             raise LocalProtocolError(f"{type(event).__name__} cannot be sent: {error}") from None
+        if kind == Kind.DATA:
+            self._count(channel, head.length)
         opening = b"" if self._preface_sent else frames.preface()
         self._advance(channel, event)
         self._preface_sent = True
@@ -186,6 +165,7 @@ class Connection:
                 f"data frame of {length} bytes, must have 1 to {limits.DATA_PAYLOAD}"
             )
         self._check(FrameHeader(length, Kind.DATA, stream), ours=True)
+        self._count(stream, length)
         return frames.header(length, Kind.DATA, stream)
 
     def _encode(self, event: Event) -> tuple[int, int, bytes]:
@@ -203,7 +183,7 @@ class Connection:
                 return Kind.RESPONSE, 0, messages.pack(event.result.to_map())
             case Failure():
                 return Kind.ERROR, 0, messages.pack(_shortened(event).to_map())
-            case Hello() | Welcome() | Exited():
+            case Hello() | Welcome() | Credit() | Exited():
                 return _KIND_OF[type(event)], 0, messages.pack(event.to_map())
         if type(event) in messages.CONTROLS.values():  # by type: SignalProcess is not a control
             return Kind.CONTROL, 0, messages.encode_control(event)
@@ -314,6 +294,8 @@ class Connection:
                 code="unsupported_version",
             )
         self._check(head, ours=False)
+        if head.kind == Kind.DATA:
+            self._count(head.channel, head.length)
         self._current = head
         self._data_left = head.length
         return True
@@ -361,7 +343,7 @@ class Connection:
             values = messages.unpack(payload, f"result of {self._op}")
             return Response(result=messages.check(result, values, f"result of {self._op}"))
         message = messages.decode(head.kind, payload)
-        assert isinstance(message, Hello | Welcome | Failure | Control | Exited)
+        assert isinstance(message, Hello | Welcome | Failure | Control | Credit | Exited)
         return message
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────
@@ -377,38 +359,53 @@ class Connection:
         if kind not in (HOST_MAY_SEND if by_host else AGENT_MAY_SEND)[state]:
             problem = f"{_SHORT[kind]} frame in state {state.value}"
         elif kind in (Kind.DATA, Kind.END):
-            if head.channel not in (HOST_STREAMS if by_host else AGENT_STREAMS):
-                problem = f"stream {head.channel} belongs to the other side or does not exist"
-            elif head.channel in self._ended:
-                problem = f"stream {STREAMS[head.channel]} has ended or was not asked for"
-            elif kind == Kind.DATA and head.length == 0:
-                problem = "data frame without data"
+            problem = self._stream_problem(head, by_host=by_host)
+        elif kind == Kind.CREDIT and self._credit is None:
+            problem = "credit frame where stdin has no window"
         elif kind == Kind.EXITED and not self._ended >= AGENT_STREAMS:
             problem = "exited before the end of stdout and stderr"
         if problem:
             raise LocalProtocolError(problem) if ours else RemoteProtocolError(problem)
 
+    def _stream_problem(self, head: FrameHeader, *, by_host: bool) -> str:
+        """What is wrong with a data or end frame; "" where nothing is."""
+        if head.channel not in (HOST_STREAMS if by_host else AGENT_STREAMS):
+            return f"stream {head.channel} belongs to the other side or does not exist"
+        if head.channel in self._ended:
+            return f"stream {STREAMS[head.channel]} has ended or was not asked for"
+        if head.kind == Kind.END:
+            return ""
+        if head.length == 0:
+            return "data frame without data"
+        credit = self._credit if by_host else None
+        if credit is not None and self.input_bytes + head.length > credit:
+            return f"stdin beyond the {credit} bytes that there is credit for"
+        return ""
+
     def _check_event(self, event: Event, *, ours: bool) -> None:
         """Refuse what a frame's header does not show to be wrong."""
+        if isinstance(event, Credit) and self._credit is not None and event.stdin <= self._credit:
+            problem = f"credit of {event.stdin} bytes after one of {self._credit}"
+            raise LocalProtocolError(problem) if ours else RemoteProtocolError(problem)
         if self._watches and type(event) is Acknowledge:
             problem = "acknowledge on a connection that was attached without write"
             raise LocalProtocolError(problem) if ours else RemoteProtocolError(problem)
 
+    def _count(self, stream: int, length: int) -> None:
+        if stream in HOST_STREAMS:
+            self.input_bytes += length
+
     def _advance(self, channel: int, event: Event) -> None:
         match event:
             case Hello():
+                self._windowed = messages.CREDIT in event.features
                 self.state = State.WELCOME
             case Welcome():
-                self._welcomed = True
-                if self.state is State.WELCOME:
-                    self.state = State.READY
+                self._welcome(event)
             case Request():
-                self._op = event.op
-                starting = event.op in messages.PROCESS_OPERATIONS
-                self.state = State.STARTING if starting else State.BUSY
-                self._watches = isinstance(event.args, Attach) and not event.args.write
-                if self._watches or (isinstance(event.args, Start) and not event.args.stdin):
-                    self._ended |= HOST_STREAMS
+                self._request(event)
+            case Credit():
+                self._credit = event.stdin
             case Response():
                 self.state = State.PROCESS if self.state is State.STARTING else State.READY
             case Failure():
@@ -421,10 +418,30 @@ class Connection:
             case _:
                 pass
 
+    def _welcome(self, event: Welcome) -> None:
+        self._welcomed = True
+        if messages.CREDIT not in event.features:
+            self._windowed = False
+            self._credit = None
+        if self.state is State.WELCOME:
+            self.state = State.READY
+
+    def _request(self, event: Request) -> None:
+        self._op = event.op
+        args = event.args
+        starting = event.op in messages.PROCESS_OPERATIONS
+        self.state = State.STARTING if starting else State.BUSY
+        self._watches = isinstance(args, Attach) and not args.write
+        if self._watches or (isinstance(args, Start) and not args.stdin):
+            self._ended |= HOST_STREAMS
+        elif starting and self._windowed:
+            self._credit = limits.INPUT_WINDOW if isinstance(args, Start) else 0
+
 
 _KIND_OF: dict[type[Record], int] = {
     Hello: Kind.HELLO,
     Welcome: Kind.WELCOME,
+    Credit: Kind.CREDIT,
     Exited: Kind.EXITED,
 }
 _SHORT = {value: name.lower() for name, value in vars(Kind).items() if name.isupper()}

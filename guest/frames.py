@@ -31,6 +31,7 @@ class Kind:
     END = 7
     CONTROL = 8
     EXITED = 9
+    CREDIT = 10  # only between two sides that both name the feature "credit"
 
 
 # The longest payload of each kind; a kind that is not here does not exist.
@@ -44,6 +45,7 @@ MAX_PAYLOAD = {
     Kind.END: 0,
     Kind.CONTROL: limits.HELLO_PAYLOAD,
     Kind.EXITED: limits.HELLO_PAYLOAD,
+    Kind.CREDIT: limits.HELLO_PAYLOAD,
 }
 
 

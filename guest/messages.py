@@ -19,12 +19,15 @@ from guest.workload import check_limits
 
 __all__ = [
     "CONTROLS",
+    "CREDIT",
     "FEATURES",
+    "HOST_FEATURES",
     "OPERATIONS",
     "PROCESS_OPERATIONS",
     "STREAMS",
     "Acknowledge",
     "Attach",
+    "Credit",
     "Detach",
     "Exited",
     "Failure",
@@ -61,7 +64,10 @@ PACK_BUFFER = 1024
 
 # What an agent names in its welcome: "engine" once it serves everything in this module, but for
 # what has a name of its own.
-FEATURES = ("engine", "seccomp", "renew", "id")
+FEATURES = ("engine", "seccomp", "renew", "id", "credit")
+# What a host names in its hello.
+HOST_FEATURES = ("credit",)
+CREDIT = "credit"  # where both sides name it, stdin has a window
 
 # Ids that are never a host's to choose; nor are those that the agent counts, p1, p2…
 RESERVED_IDS = ("main", "agent")
@@ -316,6 +322,19 @@ class Detach(Record):
     forget: bool = False  # it does not go on: it is killed and forgotten, as nobody has its id
 
 
+class Credit(Record):
+    """Sent by the agent on a process connection: how much stdin the host may send there in all.
+
+    `stdin`: bytes, counted from the connection's first; more each time.
+    """
+
+    stdin: int
+
+    def check(self) -> None:
+        if not 0 <= self.stdin <= limits.CREDIT_MAX:
+            raise RecordError(f"stdin: must be 0 to {limits.CREDIT_MAX}")
+
+
 class Exited(ExitStatus):
     """How the process ended; always the last frame."""
 
@@ -442,6 +461,7 @@ _PAYLOADS: dict[int, type[Record]] = {
     Kind.WELCOME: Welcome,
     Kind.ERROR: Failure,
     Kind.EXITED: Exited,
+    Kind.CREDIT: Credit,
 }
 
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from guest import limits
 from guest.connection import Connection, Event, Role, State
 from guest.errors import MicroguestError, OperationError, RemoteProtocolError
 from host_client.deadline import Deadline
@@ -109,6 +110,14 @@ class Channel:
         """Copy what is still queued, so that its owner may change it."""
         self._forget_sent()
         self._outbox = [bytes(piece) for piece in self._outbox]
+
+    @property
+    def input_room(self) -> int:
+        """Bytes of stdin that there is credit for, at most one frame."""
+        credit = self._connection.input_credit
+        if credit is None:
+            return limits.DATA_PAYLOAD
+        return min(credit - self._connection.input_bytes, limits.DATA_PAYLOAD)
 
     def step(self, deadline: Deadline) -> Steps[list[Event]]:
         """Send what can be sent and return what has arrived, waiting for the first of either.

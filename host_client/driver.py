@@ -18,6 +18,7 @@ from guest.errors import (
 )
 from guest.messages import (
     FEATURES,
+    HOST_FEATURES,
     Acknowledge,
     Attach,
     Exited,
@@ -91,7 +92,7 @@ class Driver:
         self.timeout = timeout
         self.keeps_clock = True  # a guest's clock that is out is set without being asked
         self.first_exec_at: float | None = None  # monotonic clock, when the first result was here
-        self._hello = Hello(token=token, client=CLIENT)
+        self._hello = Hello(token=token, client=CLIENT, features=HOST_FEATURES)
         self._obituary = obituary
         self._features: tuple[str, ...] | None = None  # of the agent, once it has said them
         self._lock = threading.Lock()

@@ -3,16 +3,17 @@
 Shared by every kind of client; it waits by steps. `host_client.session` puts streams on top.
 """
 
+from collections import deque
 from signal import SIGKILL
 from typing import Final
 
-from guest import limits
 from guest.connection import Data, End, Event, Request, Response
 from guest.errors import LocalProtocolError, RemoteProtocolError, operation_error
 from guest.messages import (
     STREAMS,
     Acknowledge,
     Attach,
+    Credit,
     Detach,
     Exited,
     Failure,
@@ -45,6 +46,8 @@ class Exchange:
         self.exited: Exited | None = None
         self._early: list[Event] = []  # what came together with the answer; one recv(2) at most
         self._left = False  # detached
+        self._input: deque[memoryview] = deque()  # stdin that waits for credit
+        self._input_ends = False  # behind it
         op = "start" if isinstance(args, Start) else "attach"
         channel.queue(hello, Request(op=op, args=args))
 
@@ -58,7 +61,12 @@ class Exchange:
 
     @property
     def pending(self) -> int:
-        """Bytes of stdin that are queued; write more when it is 0."""
+        """Bytes that are not with the kernel yet; write more stdin when it is 0."""
+        return self.channel.pending + sum(map(len, self._input))
+
+    @property
+    def unsent(self) -> int:
+        """Those of them that only wait for room in the socket, and not for the agent's credit."""
         return self.channel.pending
 
     @property
@@ -69,6 +77,11 @@ class Exchange:
     def flush(self) -> None:
         """Give the kernel what it takes now of what was queued."""
         self.channel.flush()
+
+    def own_queued(self) -> None:
+        """Copy what is still queued, so that its owner may change it."""
+        self._input = deque(memoryview(bytes(piece)) for piece in self._input)
+        self.channel.own_queued()
 
     # ── what the process says ────────────────────────────────────────────────────────────────────
 
@@ -96,6 +109,7 @@ class Exchange:
     def checked(self, events: list[Event]) -> list[Event]:
         """Events of the process; answers are noted and refusals raised."""
         passed: list[Event] = []
+        credited = False
         for event in events:
             match event:
                 case Welcome():
@@ -106,26 +120,42 @@ class Exchange:
                     self.started = started
                 case Exited():
                     self.exited = event
+                    self._input.clear()
                     passed.append(event)
                 case Data() | End():
                     passed.append(event)
+                case Credit():
+                    credited = True
                 case _:
                     raise RemoteProtocolError(f"{type(event).__name__} on a process connection")
+        if credited and not self.over:  # its end may have come right behind
+            self._feed()
+            self.channel.flush()
         return passed
 
     # ── what is said to it; after its end all of this does nothing ───────────────────────────────
 
     def write(self, data: bytes | memoryview) -> None:
         """Queue bytes for stdin; call while `pending` is 0 to keep what is queued small."""
-        if self.over:
-            return
-        view = memoryview(data)
-        for start in range(0, len(view), limits.DATA_PAYLOAD):
-            self.channel.queue_data(STDIN, view[start : start + limits.DATA_PAYLOAD])
+        if not self.over and len(data):
+            self._input.append(memoryview(data))
+            self._feed()
 
     def end_input(self) -> None:
         """No more stdin."""
         if not self.over:
+            self._input_ends = True
+            self._feed()
+
+    def _feed(self) -> None:
+        """As much of the input as there is credit for; controls go past what waits for more."""
+        while self._input and (room := self.channel.input_room):
+            piece = self._input.popleft()
+            self.channel.queue_data(STDIN, piece[:room])
+            if len(piece) > room:
+                self._input.appendleft(piece[room:])
+        if self._input_ends and not self._input:
+            self._input_ends = False
             self.channel.queue(End(stream=STDIN))
 
     def say(self, control: Signal | Resize | Acknowledge) -> None:
@@ -162,8 +192,12 @@ class Exchange:
             self.close()
 
     def detach(self) -> None:
-        """Leave a kept process to itself; the agent closes the connection."""
+        """Leave a kept process to itself; the agent closes the connection.
+
+        Input that still waits for credit is dropped.
+        """
         if not self.over:
+            self._input.clear()
             self.channel.queue(Detach())
             self._left = True
 

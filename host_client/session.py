@@ -146,7 +146,7 @@ class Session:
                 else:
                     yield from self._turn()
         finally:
-            exchange.channel.own_queued()
+            exchange.own_queued()
 
     def say(self, control: Signal | Resize | Acknowledge) -> Steps[None]:
         """Send a control; nothing after the process's end."""
@@ -219,7 +219,7 @@ class Session:
                         rest = self._feed(rest)
                     yield from self._turn(stream=0, deadline=deadline)
         finally:
-            exchange.channel.own_queued()
+            exchange.own_queued()
         outputs = self._hand_all(STDOUT), self._hand_all(STDERR)
         if self.exited is None:
             raise self._late(timeout, *outputs)
@@ -319,7 +319,7 @@ class Session:
         wanted = 0
         if not (self._reading or full):
             wanted |= select.POLLIN
-        if self.exchange.pending and not self._writing:
+        if self.exchange.unsent and not self._writing:
             wanted |= select.POLLOUT
         return wanted
 

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from patience import PATIENCE
 
-from guest.connection import Connection, End, Request, Response, Role
-from guest.messages import FEATURES, Exited, Hello, PingResult, Started, Welcome
+from guest import limits
+from guest.connection import Connection, End, Request, Response, Role, State
+from guest.messages import FEATURES, Credit, Exited, Hello, PingResult, Started, Welcome
 from host_client.address import UnixAddress
 from host_client.agent import Agent
 
@@ -26,6 +27,7 @@ class Peer:
         self.sock = sock
         self.connection = Connection(Role.AGENT)
         self.events: list[object] = []
+        self.takes_input = True  # gives credit for more as soon as some has come
 
     def next(self) -> object:
         while not self.events:
@@ -33,7 +35,15 @@ class Peer:
             if not data:
                 raise EOFError
             self.events += self.connection.receive(data)
+            self._grant()
         return self.events.pop(0)
+
+    def _grant(self) -> None:
+        connection = self.connection
+        credit, used = connection.input_credit, connection.input_bytes
+        running = connection.state is State.PROCESS and credit is not None
+        if self.takes_input and running and used + limits.INPUT_WINDOW // 2 >= credit:
+            self.send(Credit(stdin=used + limits.INPUT_WINDOW))
 
     def send(self, *events: object) -> None:
         self.sock.sendall(b"".join(self.connection.send(event) for event in events))  # type: ignore[arg-type]

@@ -35,6 +35,7 @@ from guest.frames import Kind
 from guest.messages import (
     Acknowledge,
     Attach,
+    Credit,
     Detach,
     Exited,
     Failure,
@@ -271,6 +272,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(Resize, rows=st.integers(1, 99), columns=st.integers(1, 99)),
     st.builds(Acknowledge, stdout=st.integers(0, 2**40), stderr=st.integers(0, 2**40)),
     st.just(Detach()),
+    st.builds(Credit, stdin=st.integers(0, 90)),
     st.builds(Exited, code=st.integers(0, 255), timed_out=st.booleans()),
 )
 OPENINGS: list[list[tuple[Role, Event]]] = [
@@ -290,6 +292,12 @@ OPENINGS: list[list[tuple[Role, Event]]] = [
         (Role.AGENT, WELCOME),
         (Role.HOST, Request(op="attach", args=Attach(write=False))),
         (Role.AGENT, Response(result=Started(id="1", pid=1, offsets={"stdout": 7}))),
+    ],
+    [  # stdin has a window, and nothing fits into it yet
+        (Role.HOST, HELLO.replace(features=messages.HOST_FEATURES)),
+        (Role.AGENT, WELCOME.replace(features=messages.FEATURES)),
+        (Role.HOST, Request(op="attach", args=Attach())),
+        (Role.AGENT, Response(result=Started(id="1", pid=1))),
     ],
 ]
 

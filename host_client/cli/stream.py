@@ -143,7 +143,9 @@ class _Joint:
         """Descriptors that are ready; none after a while."""
         poll = select.poll()
         pending, blocked_on = self._process.pending, self.outputs.blocked_on
-        wanted = (select.POLLOUT if pending else 0) | (select.POLLIN if blocked_on is None else 0)
+        wanted = (select.POLLOUT if self._process.unsent else 0) | (
+            select.POLLIN if blocked_on is None else 0
+        )
         if wanted and self._process.exited is None:
             poll.register(self._process, wanted)
         if blocked_on is not None:
