@@ -10,7 +10,7 @@ GUEST := dist/guest/$(ARCH)
 DEMO_IMAGE := dist/demo
 TEST ?= tests
 
-.PHONY: setup demo test soak check guest bench clean
+.PHONY: setup demo test test-slowed soak check guest bench clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,19 @@ test: guest $(DEMO_IMAGE)/index.json
 	$(PYTHON) build/packages.py run
 	$(PYTHON) build/packages.py test
 	$(BIN)/pytest $(TEST)
+
+# The demo, and of each part some tests, on a fifth of this machine: what holds only where it is quiet
+# shows. About ten minutes.
+SLOWED := $(BIN)/python tests/slowed.py 0.2
+SLOWED_TESTS := $(addprefix tests/test_,machine_agent.py machine_end.py machine_monitor.py cli.py \
+	cli_processes.py agent_exec.py agent_service.py agent_streams.py guest_reports.py init_boot.py \
+	init_supervision.py)
+
+test-slowed: guest $(DEMO_IMAGE)/index.json
+	$(PYTHON) build/packages.py run
+	$(PYTHON) build/packages.py test
+	$(SLOWED) $(BIN)/python docs/examples/demo.py oci:$(DEMO_IMAGE):busybox
+	$(SLOWED) $(BIN)/pytest -m "not qemu and not slow" $(SLOWED_TESTS)
 
 soak: guest $(DEMO_IMAGE)/index.json
 	$(PYTHON) build/packages.py run

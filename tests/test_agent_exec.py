@@ -412,7 +412,7 @@ def test_grandchild_that_holds_stdout_does_not_hold_the_result(agent: AgentProce
 def test_grandchild_that_keeps_writing_is_cut_at_the_cap(agent: AgentProcess) -> None:
     script = "(while :; do echo tick; sleep 0.02; done) 2>&- & echo $! >&2"
     started = time.monotonic()
-    result = shell(agent, script)
+    result = shell(agent, script, drain_idle=60.0)  # a writer that is kept waiting is not idle
     os.kill(int(result.stderr), signal.SIGKILL)
     elapsed = time.monotonic() - started
     assert limits.STREAM_CAP_AFTER_EXIT <= elapsed < limits.STREAM_CAP_AFTER_EXIT + SLACK

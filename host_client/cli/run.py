@@ -14,7 +14,7 @@ from host_client.cli import INTERRUPTED
 from host_client.cli.detachkeys import parse as parse_keys
 from host_client.cli.foreground import Detached, Interrupted, in_foreground
 from host_client.cli.runoptions import machine_options
-from host_client.cli.stream import passed_signals
+from host_client.cli.stream import ended_in_order, passed_signals
 from host_client.cli.tell import complain, say
 from host_client.cli.terminal import Terminal, size_of
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded, MachineError
@@ -36,6 +36,12 @@ TOLD_WAIT: Final = 5.0  # seconds from a lost connection until PID 1's report is
 
 def main(options: argparse.Namespace) -> int:
     """The command's exit code; 127 and 126 where it could not be started."""
+    with ended_in_order():
+        return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """The same, but Killed at any moment where a signal shall end this program."""
     terminal = Terminal() if options.tty and options.interactive and not options.detach else None
     keys = parse_keys(options.detach_keys) if terminal else b""
     machine = start(settings_of(options))

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, NoReturn
 
 from guest.connection import Data
 from guest.messages import Exited
@@ -18,7 +18,7 @@ from host_client.cli.output import Outputs
 from host_client.cli.terminal import Terminal
 from host_client.process import ProcessStream
 
-__all__ = ["FORWARDED", "Detached", "Interrupted", "join", "passed_signals"]
+__all__ = ["FORWARDED", "Detached", "Interrupted", "ended_in_order", "join", "passed_signals"]
 
 FORWARDED: Final = (
     signal.SIGINT,
@@ -66,6 +66,27 @@ def passed_signals(numbers: Sequence[int] = FORWARDED) -> Iterator[socket.socket
         signal.set_wakeup_fd(wakeup)
         reader.close()
         writer.close()
+
+
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """While this is open, TERM and HUP raise Killed, so that what was begun is taken back.
+
+    Ignored ones stay ignored. Inside of `passed_signals` they are passed on as ever.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, _killed)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _killed(number: int, _frame: object) -> NoReturn:
+    raise Killed(number)
 
 
 def take_over(numbers: Sequence[int]) -> None:
