@@ -7,7 +7,6 @@ know is told anew after each start, so that an agent that died costs its connect
 import _socket
 import fcntl
 import os
-import resource
 import time
 
 from guest import limits, supervision
@@ -346,7 +345,6 @@ def become_agent(program: int, pair: int, words: int, stands_back: bool) -> None
             set_nice(os.getpid(), NICEST)
         for stream in (1, 2):
             os.dup2(words, stream)
-        resource.setrlimit(*given_limit())
         os.dup2(pair, AGENT_FD)
         os.set_inheritable(AGENT_FD, True)
         os.execve(program, [NAME], {})  # noqa: S606
@@ -354,12 +352,6 @@ def become_agent(program: int, pair: int, words: int, stands_back: bool) -> None
         say(f"cannot start the agent: {error}")
     finally:
         os._exit(127)
-
-
-def given_limit() -> tuple[int, tuple[int, int]]:
-    """For setrlimit(2): the limit on descriptors that PID 1 was given."""
-    number, soft, hard = deposits.given_descriptor_limit()
-    return number, (soft, hard)
 
 
 def set_nice(pid: int, nice: int) -> None:

@@ -14,10 +14,7 @@ from guest.supervision import Deposit, KeptExited, KeptStatus, Restored
 from init_shim.reporter import say
 from init_shim.timeline import boot_ms
 
-__all__ = ["Deposits", "close_all", "given_descriptor_limit", "make_room"]
-
-# All of them, and what PID 1 has open besides.
-DESCRIPTORS = limits.KEPT_PROCESSES * limits.SUPERVISION_DESCRIPTORS + 64
+__all__ = ["Deposits", "close_all"]
 
 
 class Entry:
@@ -124,18 +121,3 @@ def close_all(descriptors: list[int]) -> None:
     """Close them."""
     for fd in descriptors:
         os.close(fd)
-
-
-def make_room() -> None:
-    """Raise PID 1's own limit, up to the hard one; where that is low, less can be deposited."""
-    _, soft, hard = given_descriptor_limit()
-    if soft < DESCRIPTORS:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(DESCRIPTORS, hard), hard))
-
-
-def given_descriptor_limit() -> tuple[int, int, int]:
-    """What PID 1 was given, for everybody that it starts: the resource, soft, hard."""
-    return (resource.RLIMIT_NOFILE, *_GIVEN)
-
-
-_GIVEN = resource.getrlimit(resource.RLIMIT_NOFILE)

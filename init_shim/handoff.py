@@ -4,7 +4,6 @@ Imported in that mode only. The child that stays behind for the host is `init_sh
 """
 
 import os
-import resource
 
 import _guestsys
 
@@ -12,9 +11,8 @@ from guest import process
 from guest.bootconfig import BootConfig
 from guest.report import Ready
 from guest.workload import Workload
-from init_shim import deposits, keeper, workload
+from init_shim import keeper, workload
 from init_shim.agent_process import AgentProcess
-from init_shim.failure import call
 from init_shim.main import proof
 from init_shim.reporter import Reporter
 from init_shim.signals import Signals
@@ -87,9 +85,6 @@ def leave_nothing(umask: int) -> None:
     """
     os.chdir("/")
     os.umask(umask)
-    number, soft, hard = deposits.given_descriptor_limit()
-    with call("setrlimit", "RLIMIT_NOFILE"):
-        resource.setrlimit(number, (soft, hard))
     # The kernel never kills PID 1, but what the init starts inherits this; and an init below a
     # cgroup of somebody else takes that for the whole hierarchy.
     for path, value in (("/proc/self/oom_score_adj", "0"), (ROOT_CGROUP, "0")):

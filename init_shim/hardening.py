@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_MEASURES", "STRICT_MEASURES", "forbid_core_dumps", "harden"]
 
+GROUP_MAP = "/proc/self/gid_map"
 SECURITY = "/sys/kernel/security"  # where securityfs belongs
 
 # Those of docker, for what containers must not see or change of the machine.
@@ -81,11 +82,21 @@ def profile_sysctls(profile: str, *, modules: bool) -> "list[tuple[str, str]]":
     """Paths and values, those last that others might need to be still open for."""
     from init_shim import sysctls
 
-    if profile == "off":
-        return []
-    table = {**sysctls.DEFAULT, **(sysctls.STRICT if profile == "strict" else {})}
-    last = {} if modules else sysctls.LOCKED_MODULES
-    return [(sysctls.path_of(name), value) for name, value in (*table.items(), *last.items())]
+    table = {**sysctls.SERVERS, sysctls.PING_GROUPS: f"0 {last_group()}"}
+    if profile == "strict":
+        for name in sysctls.UNTRUSTING:
+            del table[name]
+    if profile != "off":
+        table |= {**sysctls.DEFAULT, **(sysctls.STRICT if profile == "strict" else {})}
+        table |= {} if modules else sysctls.LOCKED_MODULES
+    return [(sysctls.path_of(name), value) for name, value in table.items()]
+
+
+def last_group() -> int:
+    """The highest group that there is; in an ordinary user's namespace few have a number."""
+    with call("open", GROUP_MAP), open(GROUP_MAP, encoding="ascii") as file:
+        first, _, count = map(int, file.readline().split())
+    return min(first + count - 1, 2**31 - 1)
 
 
 def measures(profile: str, *, in_namespaces: bool) -> "dict[str, Callable[[], None]]":

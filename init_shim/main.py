@@ -11,7 +11,6 @@ from guest.bootconfig import BootConfig
 from guest.errors import BootConfigError, raised_at
 from guest.report import BootFailed, Ready
 from init_shim import (
-    deposits,
     hardening,
     modules,
     mounts,
@@ -19,6 +18,7 @@ from init_shim import (
     power,
     protection,
     root,
+    server_limits,
     volumes,
 )
 from init_shim.agent_process import AgentProcess
@@ -127,7 +127,7 @@ def settle() -> None:
     own_session()
     mounts.mount_api()
     power.prepare()
-    deposits.make_room()
+    server_limits.raise_limits()
     protection.unkillable()
 
 

@@ -8,7 +8,18 @@ import os
 
 from init_shim.failure import Failure, call
 
-__all__ = ["DEFAULT", "LOCKED_MODULES", "STRICT", "is_namespaced", "path_of", "write", "write_each"]
+__all__ = [
+    "DEFAULT",
+    "LOCKED_MODULES",
+    "PING_GROUPS",
+    "SERVERS",
+    "STRICT",
+    "UNTRUSTING",
+    "is_namespaced",
+    "path_of",
+    "write",
+    "write_each",
+]
 
 ROOT = "/proc/sys"
 
@@ -40,6 +51,18 @@ DEFAULT = {
     "vm.mmap_min_addr": "65536",
     "vm.unprivileged_userfaultfd": "0",
 }
+PING_GROUPS = "net.ipv4.ping_group_range"
+# What servers meet on a Debian host or in docker, and would miss in a small machine of its own. In
+# every profile, `off` included; docs/security.md says where each comes from.
+SERVERS = {
+    "fs.file-max": "9223372036854775807",
+    "fs.inotify.max_user_watches": "65536",
+    "net.ipv4.ip_unprivileged_port_start": "0",
+    PING_GROUPS: "0 2147483647",
+    "vm.max_map_count": "262144",
+}
+# Of SERVERS, what gives users something: `strict` leaves the kernel's own.
+UNTRUSTING = ("net.ipv4.ip_unprivileged_port_start", PING_GROUPS)
 # Over DEFAULT. Some programs miss what these take away.
 STRICT = {
     "fs.protected_fifos": "2",

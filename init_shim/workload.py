@@ -16,7 +16,6 @@ from guest import limits, process, users
 from guest.errors import OperationError
 from guest.status import exit_fields
 from guest.workload import ImageDefaults, Workload
-from init_shim import deposits
 from init_shim.confined import RootFolder
 from init_shim.failure import call
 from init_shim.workload_cgroup import LimitsUnavailable, WorkloadCgroup, open_cgroup
@@ -145,14 +144,14 @@ class Privileges:
     """
 
     def __init__(self, workload: Workload) -> None:
-        self.resources: tuple[tuple[int, int, int], ...] = (deposits.given_descriptor_limit(),)
+        self.resources: tuple[tuple[int, int, int], ...] = ()
         self.sets: tuple[int, int, int, int, int] | None = None
         self.filter = b""
         try:
             if workload.rlimits:
                 from guest.privileges import resource_limits
 
-                self.resources += resource_limits(workload.rlimits)
+                self.resources = resource_limits(workload.rlimits)
             if workload.capabilities is not None:
                 from guest.privileges import capability_sets
 

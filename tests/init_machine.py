@@ -15,7 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -115,12 +115,14 @@ class Machine:
         user: int | None = None,
         prepare: Callable[[Path], object] = lambda host: None,
         console_fd: int | None = None,
+        under: Sequence[str] = (),
     ) -> None:
         self.root = root
         self.config = config if isinstance(config, str) else json.dumps(config)
         self.listen = listen
         self.user = user
         self.prepare = prepare  # fills the host's folder before the start
+        self.under = under  # a command that becomes the launcher, as prlimit
         self.console_fd = console_fd  # instead of the file that `console` reads
 
     def __enter__(self) -> Self:
@@ -161,7 +163,7 @@ class Machine:
             identity = {"user": self.user, "group": self.user, "extra_groups": []}
         command = [str(PROGRAM), "namespaces", "--root", str(self.root), "--run", str(self.run)]
         self.process = subprocess.Popen(
-            command,
+            [*self.under, *command],
             stdin=subprocess.DEVNULL,
             stdout=self._console if self.console_fd is None else self.console_fd,
             stderr=subprocess.STDOUT,

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import pty
+import resource
 import select
 import shutil
 import subprocess
@@ -265,7 +266,7 @@ def oci_config(wanted: dict[str, Any]) -> dict[str, Any]:
         },
         "rlimits": [
             {"type": f"RLIMIT_{name.upper()}", "soft": soft % 2**64, "hard": hard % 2**64}
-            for name, (soft, hard) in wanted.get("rlimits", {}).items()
+            for name, (soft, hard) in {**ENGINES, **wanted.get("rlimits", {})}.items()
         ],
     }
     if "umask" in wanted:
@@ -292,6 +293,17 @@ def oci_config(wanted: dict[str, Any]) -> dict[str, Any]:
 def mount(target: str, kind: str, options: str) -> dict[str, Any]:
     return {"destination": target, "type": kind, "source": kind, "options": options.split(",")}
 
+
+def as_an_engine_gives(kind: int, wanted: int) -> tuple[int, int]:
+    """Soft and hard, as far as the host goes: docker's daemon decides it, not the runtime."""
+    soft, hard = resource.getrlimit(kind)
+    return (max(soft, min(hard, wanted)) if hard != -1 else wanted), hard
+
+
+ENGINES = {
+    "nofile": as_an_engine_gives(resource.RLIMIT_NOFILE, 2**20),
+    "nproc": (resource.getrlimit(resource.RLIMIT_NPROC)[1],) * 2,
+}
 
 MOUNTS = (
     ("/proc", "proc", "nosuid,nodev,noexec"),

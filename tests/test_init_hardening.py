@@ -17,11 +17,18 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "security.md"
 SYSCTLS = Path("/proc/sys")
 
 
+# What strict leaves as the kernel has it.
+KERNELS_OWN = {"net.ipv4.ip_unprivileged_port_start": "1024", sysctls.PING_GROUPS: "1\t0"}
+
+
 def profile(name: str) -> dict[str, str]:
     """Paths and values of a profile, by the product's own tables."""
-    table = {**sysctls.DEFAULT, **(sysctls.STRICT if name == "strict" else {})}
+    table = {**sysctls.SERVERS, **sysctls.DEFAULT}
+    if name == "strict":
+        table |= {**sysctls.STRICT, **KERNELS_OWN}
     table |= sysctls.LOCKED_MODULES
-    return {sysctls.path_of(key): value for key, value in table.items()}
+    # The kernel separates two numbers by a tab.
+    return {sysctls.path_of(key): "\t".join(value.split()) for key, value in table.items()}
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +155,47 @@ def test_nobody_dumps_core_unasked(root: Path, name: str, limit: str) -> None:
     assert lines == [limit, "unlimited"]
 
 
+PORTS = """
+    cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/net/ipv4/ping_group_range
+    su -s /bin/sh tester -c 'httpd -h /tmp -p 80 && echo serves'
+"""
+
+
+@pytest.mark.parametrize("name", ["default", "off"])
+def test_users_may_serve_any_port_and_ping(root: Path, name: str) -> None:
+    """As in docker: an image whose server is not root's serves port 80."""
+    assert console_of(root, PORTS, {"profile": name}) == ["0", "0\t2147483647", "serves"]
+
+
+def test_strict_leaves_low_ports_to_root(root: Path) -> None:
+    script = "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/net/ipv4/ping_group_range"
+    assert console_of(root, script, {"profile": "strict"}) == ["1024", "1\t0"]
+
+
+def test_what_the_config_says_of_ports_wins(root: Path) -> None:
+    own = {"net.ipv4.ip_unprivileged_port_start": "443"}
+    script = "cat /proc/sys/net/ipv4/ip_unprivileged_port_start"
+    assert console_of(root, script, {"sysctls": own}) == ["443"]
+
+
+LIMITS = "awk '/Max (open files|processes)/ { print $(NF - 2), $(NF - 1) }' /proc/self/limits"
+
+
+@pytest.mark.parametrize("given", [(1024, 4096), (512, 2**20), (4096, 4096)])
+def test_limits_are_a_servers_as_far_as_the_hosts_go(root: Path, given: tuple[int, int]) -> None:
+    import resource
+
+    soft, hard = given
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
+        pytest.skip(f"needs a hard limit of {hard} descriptors")
+    under = ["prlimit", f"--nofile={soft}:{hard}", "--nproc=5000:6000"]
+    with Machine(root, boot_config(["sh", "-c", LIMITS]), under=under) as machine:
+        machine.report("ready")
+        assert machine.wait() == 0
+        told = machine.console.split()
+    assert told == ["6000", "6000", str(hard), str(hard)]
+
+
 # ── the document ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -166,3 +214,12 @@ def test_every_measure_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     expected |= dict.fromkeys([*hardening.DEFAULT_MEASURES, "core-limit"], "default")
     expected |= dict.fromkeys(hardening.STRICT_MEASURES, "strict")
     assert documented() == expected
+
+
+def test_every_servers_setting_is_documented() -> None:
+    row = r"^\| `(.+?)` \|.*\| (all|all but strict) \|"
+    rows = re.findall(row, DOCUMENT.read_text(), re.MULTILINE)
+    assert dict(rows) == {
+        f"{name}={value}": "all but strict" if name in sysctls.UNTRUSTING else "all"
+        for name, value in sysctls.SERVERS.items()
+    }

@@ -148,7 +148,8 @@ def test_an_init_finds_nothing_of_ours(root: Path) -> None:
         assert status["Umask"] == "0027"
         assert sorted(os.listdir(init / "fd")) == ["0", "1", "2"]
         assert (init / "oom_score_adj").read_text() == "0\n"
-        assert limit.split()[3:5] == [str(n) for n in resource.getrlimit(resource.RLIMIT_NOFILE)]
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert limit.split()[3:5] == [str(max(soft, min(hard, 2**20))), str(hard)]
         assert (init / "cwd").stat().st_ino == (init / "root").stat().st_ino
     assert environment >= {b"GIVEN=yes", b"FROM=image", b"HOME=/root"}
     assert {entry.partition(b"=")[0] for entry in environment} == {

@@ -48,6 +48,22 @@ grep ' /sys ' /proc/mounts | tail -n1 | sed 's/.* \\(r[ow]\\),.*/sys \\1/'
 Look = Callable[..., dict[str, str]]
 
 
+SERVER = """
+grep -E 'Max (open files|processes)' /proc/self/limits
+su -s /bin/sh tester -c 'ulimit -n; httpd -h /tmp -p 80 && echo serves'
+cat /proc/sys/fs/file-max /proc/sys/fs/inotify/max_user_watches /proc/sys/vm/max_map_count
+"""
+
+
+def test_a_small_machine_has_a_servers_limits(image: Path) -> None:
+    ended = run_vm(vm_config(["/bin/sh", "-c", SERVER]), disks={"root": image}, memory=160)
+    assert [line.split()[-3:-1] for line in ended.lines[:2]] == [
+        ["unlimited", "unlimited"],
+        ["1048576", "1048576"],
+    ]
+    assert ended.lines[2:] == ["1048576", "serves", str(2**63 - 1), "65536", "262144"]
+
+
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Busybox with /etc, and the attacks."""
