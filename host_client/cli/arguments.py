@@ -70,6 +70,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--entrypoint", help="program instead of the image's entrypoint; an empty one for none")
     add("--timeout", type=float, default=60.0, help="seconds from launch to ready (default 60)")
     add("-d", "--detach", action="store_true", help="print the name and return")
+    add("-q", "--quiet", action="store_true", help="do not show how far a new image is")
     _add_process_options(parser)
     _add_detach_keys(parser)
     add_options(parser)

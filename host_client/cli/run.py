@@ -13,6 +13,7 @@ from guest.status import ExitStatus
 from host_client.cli import INTERRUPTED
 from host_client.cli.detachkeys import parse as parse_keys
 from host_client.cli.foreground import Detached, Interrupted, in_foreground
+from host_client.cli.progress import Display
 from host_client.cli.runoptions import machine_options
 from host_client.cli.stream import ended_in_order, passed_signals
 from host_client.cli.tell import complain, say
@@ -44,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
     """The same, but Killed at any moment where a signal shall end this program."""
     terminal = Terminal() if options.tty and options.interactive and not options.detach else None
     keys = parse_keys(options.detach_keys) if terminal else b""
-    machine = start(settings_of(options))
+    with Display(quiet=options.quiet) as progress:
+        machine = start(settings_of(options), progress=progress)
     if options.detach:
         return detach(machine)
     try:

@@ -40,25 +40,37 @@ BACKENDS: Final[dict[str, Backend]] = {
 
 
 def boot(
-    image: str, *, bundle: str | os.PathLike[str] | None = None, **options: Unpack[MachineOptions]
+    image: str,
+    *,
+    bundle: str | os.PathLike[str] | None = None,
+    progress: images.OnProgress | None = None,
+    **options: Unpack[MachineOptions],
 ) -> Machine:
     """Start a machine from an image and wait until its agent serves. Use it in a `with` block.
 
     image: oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME] or dir:ROOTFS, and
     @sha256:DIGEST behind all but the last (docs/images.md). bundle: folder of kernel and
     initramfs, instead of where they are looked for. options: MachineOptions says what there is.
-    Making a disk of an image that is new here does not count for the `timeout`.
+    Making a disk of an image that is new here does not count for the `timeout`; `progress` is
+    called with how far it is (`images.Progress`), and what it raises ends the making.
 
     Raises TypeError for an option of a wrong type, ImageError, MachineError, and BootFailed where
     the guest did not come up. Nothing is left behind then, nor after the end or death of this
     program.
     """
     return start(
-        Settings.of(image, options), bundle=None if bundle is None else path(bundle, "bundle")
+        Settings.of(image, options),
+        bundle=None if bundle is None else path(bundle, "bundle"),
+        progress=progress,
     )
 
 
-def start(settings: Settings, *, bundle: str | None = None) -> Machine:
+def start(
+    settings: Settings,
+    *,
+    bundle: str | None = None,
+    progress: images.OnProgress | None = None,
+) -> Machine:
     """The machine of these settings, ready. Raises as `boot` does."""
     backend = BACKENDS.get(settings.machine)
     if backend is None:
@@ -73,21 +85,27 @@ def start(settings: Settings, *, bundle: str | None = None) -> Machine:
         folder.remove()
         raise
     try:
-        return bring_up(backend, settings, folder, found, link)
+        return bring_up(backend, settings, folder, found, link, progress=progress)
     except BaseException:
         link.close()
         raise
 
 
 def bring_up(
-    backend: Backend, settings: Settings, folder: Folder, bundle: Bundle, link: Link
+    backend: Backend,
+    settings: Settings,
+    folder: Folder,
+    bundle: Bundle,
+    link: Link,
+    *,
+    progress: images.OnProgress | None,
 ) -> Machine:
     """Everything between the empty folder and the ready machine; the link's end undoes it."""
     token = new_token()
     try:
         folder.write("token", token.encode())
         with images.open_image(settings.image) as image:
-            plan = backend.plan(Preparation(settings, folder, bundle, image, token))
+            plan = backend.plan(Preparation(settings, folder, bundle, image, token, progress))
             link.send(plan)
             await_ready(link, folder, settings.timeout)
     except OSError as error:

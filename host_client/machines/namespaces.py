@@ -48,7 +48,7 @@ class NamespacesBackend:
         host = os.path.join(folder.run, "host")
         assert len(HOST_FOLDER) + len(REPORT_SOCKET) < SUN_PATH_MAX
         os.mkdir(host, 0o700)
-        root = images.as_directory(preparation.image, folder.run)
+        root = images.as_directory(preparation.image, folder.run, progress=preparation.progress)
         sources: list[str] = []
         volumes = [volume_of(preparation, mount, sources) for mount in settings.mounts]
         config = preparation.boot_config(

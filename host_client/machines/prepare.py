@@ -10,7 +10,7 @@ from guest.record import RecordError
 from guest.rootplan import Lower, Root, Upper, Volume
 from guest.workload import ImageDefaults, Workload
 from host_client.errors import MachineError
-from host_client.images import Image
+from host_client.images import Image, OnProgress
 from host_client.machines.bundle import Bundle
 from host_client.machines.folder import Folder
 from host_client.machines.mounts import Mount, byte_size
@@ -32,6 +32,7 @@ class Preparation:
     bundle: Bundle
     image: Image
     token: str
+    progress: OnProgress | None = None
 
     def boot_config(
         self,

@@ -49,7 +49,7 @@ class Supplies:
 
     def __init__(self, preparation: Preparation) -> None:
         settings, folder = preparation.settings, preparation.folder
-        root = images.as_disk(preparation.image, folder.run)
+        root = images.as_disk(preparation.image, folder.run, progress=preparation.progress)
         self.root = root.path
         self.lower = Lower(kind="disk", serial=DISK_SERIAL, fstype=root.fstype)
         self.disks = [GuestDisk(str(root.path), DISK_SERIAL, read_only=True)]
