@@ -6,7 +6,8 @@ turns itself into and out of plain maps with every field's type checked. It exis
 messages and manifest need the same strict decoder anyway.
 
 Field types: str, int, float, bool, bytes, other records, `tuple[X, ...]`, `dict[str, X]`,
-`X | None` and unions of scalars.
+`X | None` and unions of scalars. Every number has a range, whatever its field: an int is one of 64
+bits with a sign, a float is finite and no larger. Texts and lists are as long as their document.
 """
 
 from types import GenericAlias, UnionType
@@ -26,6 +27,8 @@ else:
 __all__ = ["Catalogue", "Record", "RecordError", "misfit"]
 
 SCALARS = (str, int, float, bool, bytes)
+NUMBERS = (int, float)
+NUMBER_MAX = 2**63 - 1  # a signed integer of 64 bits: what kernels and other languages have
 _TEXTS = frozenset((str,))  # the types in a list of texts
 _NONE = object()  # the default of a field that has none
 
@@ -139,7 +142,7 @@ class Record:
             raise RecordError(f"missing field {dot}{missing}")
         checked = {
             name: value
-            if type(value := values[name]) is kind and kind is not float
+            if type(value := values[name]) is kind and kind not in NUMBERS
             else _checked(value, kind, f"{dot}{name}", ignore_unknown)
             for name, kind in cls._fields.items()
             if name in values
@@ -258,6 +261,8 @@ def _plain(value: object) -> object:
 
 
 def _checked(value: object, kind: object, where: str, ignore_unknown: bool) -> object:
+    if kind is int and type(value) is int:
+        return _in_range(value, where)
     if isinstance(kind, UnionType):
         return _checked_union(value, kind, where, ignore_unknown)
     if isinstance(kind, GenericAlias):
@@ -306,14 +311,17 @@ def _checked_container(
     raise RecordError(f"{where}: expected {_kind_name(kind)}, got {_name(value)}")
 
 
+def _in_range(value: int, where: str) -> int:
+    if not -NUMBER_MAX - 1 <= value <= NUMBER_MAX:
+        raise RecordError(f"{where}: must be an integer of 64 bits")
+    return value
+
+
 def _finite(value: "Any", where: str) -> float:
-    try:
-        number = float(value)
-    except OverflowError:  # JSON has integers of any size
-        number = float("inf")
-    if number - number != 0:  # infinite or not a number: no time or size is
-        raise RecordError(f"{where}: must be a finite number")
-    return number
+    most = NUMBER_MAX + 1  # what a float makes of NUMBER_MAX
+    if not -most <= value <= most:  # NaN is not, either; and JSON has integers of any size
+        raise RecordError(f"{where}: must be a finite number, at most {most}")
+    return float(value)
 
 
 def _name(value: object) -> str:

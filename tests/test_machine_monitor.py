@@ -211,8 +211,8 @@ time.sleep(60)
 """
     with booted(tmp_path, root, script) as machine:
         machinekit.wait_until("the monitor has had enough", lambda: "enough" in machine.console())
+        machinekit.wait_until("all is told", lambda: len(machine.state.events) == EVENTS_MAX)
         assert len(machine.state.agent_exits) == AGENT_EXITS_MAX
-        assert len(machine.state.events) == EVENTS_MAX
         assert machine.state.phase == "running"
         machine.kill()
 

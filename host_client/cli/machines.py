@@ -44,7 +44,7 @@ def list_machines(options: argparse.Namespace) -> int:
     sweep()
     rows = []
     for name in names():
-        alive, state = is_alive(name), read_state(name) or MachineState(name=name)
+        alive, state = is_alive(name), read_state(name) or MachineState(name=name, phase="unknown")
         if not (alive or options.all):
             continue
         rows.append((name, state.machine, status(state, alive=alive), state.image, state.command))
@@ -112,7 +112,7 @@ def logs(options: argparse.Namespace) -> int:
     """The console without what PID 1 says; with -f until the machine ends."""
     name = check_name(options.name)
     folder = os.path.join(machines_root(), name)
-    if not os.path.isdir(folder):
+    if not is_alive(name) and not os.path.isdir(folder):  # the first also asks whose it is
         raise MachineError(f"no machine named {name}: see microguest ls -a")
     path = os.path.join(folder, "console.log")
     state = read_state(name)

@@ -14,13 +14,13 @@ import fcntl
 import json
 import os
 import shutil
-import stat
 import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
 
 from host_client.errors import ImageError
+from host_client.ownership import own_folder_problem
 
 DEFAULT_MAX_BYTES = 10 << 30
 BUILD_WAIT_SECONDS = 1800.0
@@ -94,7 +94,8 @@ class Cache:
         return lease
 
     def _prepare(self) -> None:
-        """Make the directories; refuse one that another user could write to."""
+        """Make the directories; refuse one that another user could write to, or replace."""
+        self._refuse(own_folder_problem(self.directory))
         try:
             for path in (self.directory, self._entries, self._tmp, self._locks):
                 os.makedirs(path, mode=0o700, exist_ok=True)
@@ -102,11 +103,13 @@ class Cache:
             raise ImageError(
                 f"image cache {self.directory} cannot be made: {error.strerror}: set XDG_CACHE_HOME"
             ) from error
-        status = os.stat(self.directory)
-        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
+        self._refuse(own_folder_problem(self.directory))
+
+    def _refuse(self, problem: str) -> None:
+        if problem:
             raise ImageError(
-                f"image cache {self.directory} belongs to, or can be written by, another user: "
-                "set XDG_CACHE_HOME to a directory of your own"
+                f"image cache {self.directory} cannot be trusted: {problem}: set XDG_CACHE_HOME to "
+                "a directory of your own that only you can write to"
             )
 
     def _open(self, key: str) -> Lease | None:
@@ -164,7 +167,7 @@ class Cache:
         try:
             with open(os.path.join(self._entries, key, "entry.json"), "rb") as file:
                 return int(json.loads(file.read(_MAX_RECORD_BYTES))["bytes"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return 0
 
     def _evict(self) -> None:

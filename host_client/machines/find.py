@@ -13,12 +13,13 @@ from host_client.agent import Agent
 from host_client.errors import ConnectError, ConnectionLost, MachineError
 from host_client.machines import pausing
 from host_client.machines.folder import (
+    bury,
     check_name,
     is_alive,
     machines_root,
     read_state,
-    remove_dead,
 )
+from host_client.machines.holder import monitor_of
 from host_client.machines.machine import KILL_WAIT, POWER_OFF_WAIT
 from host_client.machines.plan import PAUSE_SIGNAL, POWER_SIGNAL, RESUME_SIGNAL, MachineState
 from host_client.renewal import STEP_BEYOND, GuestClock
@@ -43,24 +44,25 @@ def agent_of(name: str, *, timeout: float = 10.0) -> Agent:
 
 
 def find(name: str) -> "FoundMachine":
-    """A running machine. MachineError where none of that name runs."""
+    """A running machine. MachineError where none of that name runs.
+
+    Whether its state can be read does not matter: it can be ended in any case.
+    """
     check_name(name)
     state = read_state(name)
     if not is_alive(name):
         if state is not None and state.ended:
             raise MachineError(state.describe_end())
         raise MachineError(f"no machine named {name} runs: see microguest ls")
-    if state is None or not state.monitor:
-        raise MachineError(f"machine {name} is only being started: try again")
-    return FoundMachine(state)
+    return FoundMachine(name, state)
 
 
 class FoundMachine:
     """A machine that runs, held by nothing but its name."""
 
-    def __init__(self, state: MachineState) -> None:
-        self.name = state.name
-        self.started = state
+    def __init__(self, name: str, state: MachineState | None) -> None:
+        self.name = name
+        self.started = state or MachineState(name=name)
 
     @property
     def state(self) -> MachineState:
@@ -68,14 +70,20 @@ class FoundMachine:
         return read_state(self.name) or self.started
 
     def agent(self, *, timeout: float = 10.0) -> Agent:
-        """Its agent, not dialled yet."""
+        """Its agent, not dialled yet. MachineError where its state does not say where that is."""
+        url = self.state.url
+        if not url:
+            raise MachineError(
+                f"the state of machine {self.name} cannot be read: it is only being started (then "
+                f"try again), or can be no more than ended: microguest stop {self.name}"
+            )
         path = os.path.join(machines_root(), self.name, "token")
         try:
             with open(path, "rb") as file:
                 token = file.read(TOKEN_MAX).decode("ascii")
         except (OSError, UnicodeDecodeError) as error:
             raise MachineError(f"cannot read the token of machine {self.name}: {error}") from error
-        return Agent(parse(self.started.url), token, timeout=timeout, obituary=self._obituary)
+        return Agent(parse(url), token, timeout=timeout, obituary=self._obituary)
 
     def pause(self) -> None:
         """As `Machine.pause`."""
@@ -105,7 +113,7 @@ class FoundMachine:
                 try:
                     with self.agent() as agent:
                         agent.shutdown(grace=grace)
-                except (ConnectError, ConnectionLost):
+                except (ConnectError, ConnectionLost, MachineError):
                     watch.signal(POWER_SIGNAL)
                 ended = watch.wait(grace + POWER_OFF_WAIT)
             except MicroguestError:
@@ -115,7 +123,7 @@ class FoundMachine:
                 if not watch.wait(TERM_WAIT):
                     watch.signal(signal.SIGKILL)
                     watch.wait(TERM_WAIT)
-                    remove_dead(self.name)
+                    bury(self.name)
 
     def _obituary(self, seconds: float) -> str:
         deadline = time.monotonic() + seconds
@@ -130,19 +138,19 @@ class FoundMachine:
 
 
 class Watch:
-    """The monitor's process of a machine, so that its end can be awaited and not mistaken."""
+    """The monitor's process of a machine, so that its end can be awaited and not mistaken.
+
+    MachineError where there is none yet.
+    """
 
     def __init__(self, machine: FoundMachine) -> None:
         self._machine = machine
         self._pidfd = -1
 
     def __enter__(self) -> Self:
-        try:
-            self._pidfd = os.pidfd_open(self._machine.started.monitor)
-        except ProcessLookupError:
-            return self
-        if not is_alive(self._machine.name):  # the number may be another process's by now
-            self._close()
+        self._pidfd = monitor_of(self._machine.name, self._machine.started.monitor)
+        if self._pidfd < 0 and is_alive(self._machine.name):
+            raise MachineError(f"machine {self._machine.name} is only being started: try again")
         return self
 
     def __exit__(self, *_how: object) -> None:

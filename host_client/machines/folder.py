@@ -4,19 +4,23 @@
         state.json  token  console.log  vmm.log  monitor.log  run/
 
 A folder is locked (flock on the folder itself) as long as its machine's caller or monitor lives, so
-the kernel frees the name of whatever dies. All of it is 0700: the token is in there.
+the kernel frees the name of whatever dies. All of it is 0700: the token is in there. What another
+user has made, or could have, is refused: these files say which processes get signals.
 """
 
 import fcntl
 import os
 import re
 import shutil
+import stat
 import time
 from typing import Final
 
 from guest.record import RecordError
 from host_client.errors import MachineError
-from host_client.machines.plan import STATE_MAX, MachineState
+from host_client.machines.console import TAIL_MAX, printable_lines, read_log
+from host_client.machines.plan import CONSOLE_SHOWN, STATE_MAX, MachineState, cut
+from host_client.ownership import not_ours, own_folder_problem
 
 __all__ = [
     "Folder",
@@ -35,11 +39,25 @@ KEPT_MACHINES: Final = 20  # ended ones whose state and console stay
 
 
 def machines_root() -> str:
-    """The folder of all machines of this user; a relative XDG_STATE_HOME is ignored."""
+    """The folder of all machines of this user; a relative XDG_STATE_HOME is ignored.
+
+    MachineError where it, or what it is in, is another user's or can be written by others.
+    """
     base = os.environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(base):
         base = os.path.expanduser("~/.local/state")
-    return os.path.join(base, "microguest", "machines")
+    path = os.path.join(base, "microguest", "machines")
+    refuse(own_folder_problem(path))
+    return path
+
+
+def refuse(problem: str) -> None:
+    """MachineError, where there is a problem."""
+    if problem:
+        raise MachineError(
+            f"the folder of machines cannot be trusted: {problem}: set XDG_STATE_HOME to a "
+            "directory of your own that only you can write to"
+        )
 
 
 def check_name(name: str) -> str:
@@ -112,13 +130,16 @@ def names() -> list[str]:
 
 
 def is_alive(name: str) -> bool:
-    """Whether somebody holds the machine's folder."""
+    """Whether somebody holds the machine's folder. MachineError where that is not ours."""
     path = os.path.join(machines_root(), check_name(name))
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise MachineError(f"machine {name}: {path}: {error.strerror}") from error
     try:
+        refuse(not_ours(path, os.fstat(fd)))
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -128,38 +149,87 @@ def is_alive(name: str) -> bool:
 
 
 def read_state(name: str) -> MachineState | None:
-    """The machine's state as its monitor wrote it last; None where there is none."""
+    """The machine's state as its monitor wrote it last; None where there is none to be read."""
     path = os.path.join(machines_root(), check_name(name), "state.json")
     try:
-        with open(path, "rb") as file:
-            return MachineState.from_json(file.read(STATE_MAX + 1), ignore_unknown=True)
-    except (FileNotFoundError, RecordError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or not_ours(path, status):
+                return None
+            state = MachineState.from_json(file.read(STATE_MAX + 1), ignore_unknown=True)
+    except (OSError, RecordError):
         return None
+    return state if state.name == name else None
 
 
 def sweep() -> None:
-    """Remove what dead monitors left, and the oldest of the ended machines that were kept."""
+    """Put in order what dead monitors left; remove the oldest of the ended machines' folders."""
     ended: list[tuple[float, str]] = []
     for name in names():
         if is_alive(name):
             continue
         state = read_state(name)
-        if state is not None and state.ended and state.kept:
+        if state is None or not (state.ended and state.kept):
+            bury(name)
+            state = read_state(name)
+        if state is not None:
             ended.append((state.created, name))
-        else:
-            remove_dead(name)
     for _, name in sorted(ended)[:-KEPT_MACHINES]:
         remove_dead(name)
 
 
 def remove_dead(name: str) -> bool:
     """Remove the folder of a machine that nobody holds. False where somebody does."""
+    folder = _take_dead(name)
+    if folder is not None:
+        folder.remove()
+    return folder is not None
+
+
+def bury(name: str) -> None:
+    """Do for a monitor that was killed what it does at its end, where nobody holds the folder.
+
+    The console and the state of a machine that was to be kept stay, and say how it ended; so do
+    they where the state cannot be read and there is a console.
+    """
+    folder = _take_dead(name)
+    if folder is None:
+        return
+    state = read_state(name)
+    console = read_log(os.path.join(folder.path, "console.log"))[-TAIL_MAX:]
+    if not (state.kept if state is not None else console):
+        folder.remove()
+        return
+    if state is None:
+        state = MachineState(name=name, kept=True, created=os.fstat(folder.fd).st_mtime)
+    if not state.ended:
+        last = printable_lines(console.decode("utf-8", "replace"))
+        state = state.replace(
+            phase="ended",
+            status=state.status or "crashed",
+            error=state.error or ("" if state.status else "its monitor was killed"),
+            console=cut(last, CONSOLE_SHOWN, tail=True),
+        )
+        folder.write("state.json", state.to_json().encode("ascii"))
+    remove_running(folder.path)
+    folder.release()
+
+
+def remove_running(path: str) -> None:
+    """What a machine has only as long as it runs; its state and its logs stay."""
+    shutil.rmtree(os.path.join(path, "run"), ignore_errors=True)
+    for name in ("token", "monitor.log"):
+        try:
+            os.unlink(os.path.join(path, name))
+        except FileNotFoundError:
+            pass
+
+
+def _take_dead(name: str) -> Folder | None:
     path = os.path.join(machines_root(), check_name(name))
     fd = _lock_existing(path)
-    if fd is None:
-        return False
-    Folder(name, path, fd).remove()
-    return True
+    return None if fd is None else Folder(name, path, fd)
 
 
 def write_file(path: str, data: bytes) -> None:
@@ -191,11 +261,15 @@ def _lock_existing(path: str) -> int | None:
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        refuse(not_ours(path, os.fstat(fd)))
         # Removed or replaced while we opened it: then this lock is worth nothing.
         if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
             return fd
     except (BlockingIOError, FileNotFoundError):
         pass
+    except BaseException:
+        os.close(fd)
+        raise
     os.close(fd)
     return None
 

@@ -25,7 +25,7 @@ from guest.record import Record, RecordError
 from guest.report import BootFailed, Ready, Stopping
 from host_client.machines.boottime import BootTimeline
 from host_client.machines.console import RotatingLog, printable_lines
-from host_client.machines.folder import write_file
+from host_client.machines.folder import remove_running, write_file
 from host_client.machines.history import changes
 from host_client.machines.plan import (
     COMMANDS,
@@ -66,6 +66,7 @@ FAREWELL_WAIT: Final = 1.0
 # Seconds from the VMM's exit for the guest's last bytes to reach their readers. A workload's output
 # does not depend on it: PID 1 waits for its reader before it ends the machine.
 DRAIN_WAIT: Final = 1.0
+WRITE_EVERY: Final = 0.2  # seconds between two writes of what a guest reports after its boot
 UNREAD_MAX: Final = 64 * 1024  # bytes; with two states more a socket's default buffer is full
 UNREAD_EVERY: Final = 0.05  # seconds between looks whether the caller reads again
 SIOCOUTQ: Final = 0x5411  # linux/sockios.h: bytes that the other end has not read; as TIOCOUTQ
@@ -85,6 +86,7 @@ def main(arguments: list[str]) -> int:
     try:
         plan = await_plan(link)
         if plan is not None:
+            keep = plan.keep  # whatever this process does
             keep = Monitor(folder, link, plan).run() and plan.keep
     finally:
         remove_leftovers(folder, keep=keep)
@@ -105,13 +107,10 @@ def await_plan(link: socket.socket) -> Plan | None:
 def remove_leftovers(folder: str, *, keep: bool) -> None:
     """Everything, or all but the state and the logs."""
     os.chdir("/")
-    if not keep:
+    if keep:
+        remove_running(folder)
+    else:
         shutil.rmtree(folder, ignore_errors=True)
-        return
-    shutil.rmtree(os.path.join(folder, "run"), ignore_errors=True)
-    for name in ("token", "monitor.log"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(folder, name))
 
 
 class Monitor:
@@ -134,6 +133,8 @@ class Monitor:
         )
         self._link: socket.socket | None = link
         self._unsent = False
+        self._unwritten = False
+        self._written = float("-inf")  # time.monotonic()
         self._attached = True
         self._over = False
         self._restarted = False
@@ -265,12 +266,32 @@ class Monitor:
     def _change(self, **fields: object) -> None:
         """The state is another now: to disk, and to the caller."""
         self.state = self.state.replace(**fields)
+        self._write()
+        self._tell()
+
+    def _note(self, **fields: object) -> None:
+        """The same for what a guest may say again and again: to disk when it is time."""
+        self.state = self.state.replace(**fields)
+        self._tell()
+        wait = self._written + WRITE_EVERY - time.monotonic()
+        if wait <= 0:
+            self._write()
+        elif not self._unwritten:
+            self._unwritten = True
+            self.loop.call_later(wait, self._write_again)
+
+    def _write_again(self) -> None:
+        if self._unwritten and not self._over:
+            self._write()
+
+    def _write(self) -> None:
+        self._unwritten = False
+        self._written = time.monotonic()
         document = self.state.to_json().encode("ascii")
         try:
             write_file(os.path.join(self.folder, "state.json"), document)
         except OSError as error:
             note(f"state.json: {error}")
-        self._tell()
 
     def _tell(self) -> None:
         """Send the state. A caller that does not read gets the newest one when it does again.
@@ -344,7 +365,7 @@ class Monitor:
                 if moved:
                     fields["timeline"] = self._timeline.steps
                 if fields:
-                    self._change(**fields)
+                    self._note(**fields)
 
     def _on_ready(self, report: Ready) -> None:
         if self.state.phase != "starting":
