@@ -23,7 +23,7 @@ MODULES = (
     guest.bootconfig, guest.manifest, guest.messages, guest.renewal, guest.report,
     guest.supervision, host_client.machines.plan,
 )  # fmt: skip
-TOO_LARGE = [10**4000, -(10**4000), NUMBER_MAX + 1, -NUMBER_MAX - 2]
+TOO_LARGE = [10**4000, -(10**4000), NUMBER_MAX + 2, -NUMBER_MAX - 3]
 NO_NUMBERS = [float("inf"), float("-inf"), float("nan"), 1e300, -1e300]
 
 
