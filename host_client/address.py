@@ -14,6 +14,7 @@ from typing import Final
 from guest.bootconfig import AGENT_PORT
 from host_client.deadline import Deadline
 from host_client.errors import ConnectError
+from host_client.forking import close_in_children
 from host_client.steps import Steps, Wait
 
 __all__ = ["Address", "HybridAddress", "NotListening", "UnixAddress", "VsockAddress", "parse"]
@@ -59,7 +60,7 @@ class VsockAddress:
         if not hasattr(socket, "AF_VSOCK"):
             raise ConnectError(f"cannot dial {self}: this Python has no vsock", url=str(self))
         try:
-            sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+            sock = close_in_children(socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM))
         except OSError as error:
             raise _connect_error(str(self), error) from error
         try:
@@ -127,7 +128,7 @@ def parse(url: str) -> Address:
 def connect_unix(path: str, deadline: Deadline, url: Callable[[], str]) -> Steps[socket.socket]:
     """A non-blocking socket connected to `path`, however long that path is."""
     try:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = close_in_children(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     except OSError as error:
         raise _connect_error(url(), error) from error
     folder = -1

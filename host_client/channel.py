@@ -4,6 +4,7 @@ This is the only place that reads and writes such a socket; it waits by steps, f
 them. A wait ends with events, with its deadline, or with the news that the machine is gone.
 """
 
+import os
 import select
 import socket
 import time
@@ -55,6 +56,7 @@ class Channel:
         """Takes over `sock`, a connected non-blocking socket. `probe`: where waits have no end."""
         self.url = url
         self.sock = sock
+        self._owner = os.getpid()
         self._obituary = obituary
         self._probe = probe
         self._connection = Connection(Role.HOST)
@@ -71,8 +73,26 @@ class Channel:
         return self.sock.fileno()
 
     def close(self) -> None:
-        """Close the connection; a process that belongs to it is killed by the agent."""
+        """Close the connection; a process that belongs to it is killed by the agent.
+
+        In a forked child just its copy: the connection is the parent's.
+        """
+        if not self.foreign:
+            self.wake()  # also the agent must notice, where a child has a copy that we know not of
         self.sock.close()
+
+    @property
+    def foreign(self) -> bool:
+        """Whether this is a forked child's copy, which is of no use."""
+        return os.getpid() != self._owner
+
+    def check_owner(self) -> None:
+        """ConnectionLost in a forked child."""
+        if self.foreign:
+            raise ConnectionLost(
+                f"this connection to {self.url()} belongs to process {self._owner}, from which "
+                "this one was forked: connect, start or attach here anew"
+            )
 
     @property
     def pending(self) -> int:
@@ -182,6 +202,7 @@ class Channel:
         Also exact where it is interrupted (Ctrl-C, an exception for this thread), which happens
         after a call: so `map` makes the call, and between that and the count there is none.
         """
+        self.check_owner()
         self._forget_sent()
         try:
             for index, piece in enumerate(self._outbox):
@@ -244,6 +265,7 @@ class Channel:
         return self._failed
 
     def _check_whole(self) -> None:
+        self.check_owner()
         if self._failed is not None:
             raise self._failed
 

@@ -4,6 +4,7 @@ Every command has a connection of its own; small requests share a few kept ones.
 no event loop.
 """
 
+import os
 import threading
 import time
 from typing import Final, TypeVar
@@ -48,6 +49,7 @@ from host_client.channel import EXPLAIN_WITHIN, Channel, Obituary, ended
 from host_client.deadline import Deadline
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
 from host_client.exchange import Exchange, Output
+from host_client.forking import tell_children
 from host_client.renewal import GuestClock
 from host_client.request import signal_number
 from host_client.result import Result
@@ -95,12 +97,22 @@ class Driver:
         self._hello = Hello(token=token, client=CLIENT, features=HOST_FEATURES)
         self._obituary = obituary
         self._features: tuple[str, ...] | None = None  # of the agent, once it has said them
+        self._owner = os.getpid()
         self._lock = threading.Lock()
         self._idle: list[Channel] = []
         self._closed = False
         self._clock_looked_at = -CLOCK_EVERY  # monotonic clock
         self._asks_for_clock = False  # in a hello that no welcome has answered yet
         self._clock_is_out = False
+        tell_children(self)
+
+    def forked(self) -> None:
+        """See `Owner.forked`: this process begins without connections and makes its own."""
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
+        for channel in self._idle:
+            channel.close()
+        self._idle = []
 
     def close(self) -> None:
         """Close the kept connections."""
@@ -347,6 +359,8 @@ class Driver:
         yield from self.ping()
 
     def _take_idle(self) -> Channel | None:
+        if os.getpid() != self._owner:
+            self.forked()  # not by Python
         while True:
             with self._lock:
                 if not self._idle:
@@ -358,7 +372,7 @@ class Driver:
 
     def _keep_idle(self, channel: Channel) -> bool:
         with self._lock:
-            if self._closed or len(self._idle) >= IDLE_CONNECTIONS:
+            if self._closed or channel.foreign or len(self._idle) >= IDLE_CONNECTIONS:
                 return False
             self._idle.append(channel)
             return True

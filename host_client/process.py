@@ -13,6 +13,7 @@ from guest.messages import Resize, Signal
 from host_client.channel import Broken
 from host_client.deadline import Deadline
 from host_client.exchange import Exchange
+from host_client.forking import tell_children
 from host_client.request import signal_number
 from host_client.result import Result
 from host_client.session import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
@@ -40,7 +41,8 @@ class Process:
     once 1 MiB of it has arrived and its pipe in the guest is full; where that would make a call
     here wait for ever, it raises OutputStalled.
 
-    Every wait ends with ConnectionLost within seconds when the machine dies or freezes.
+    Every wait ends with ConnectionLost within seconds when the machine dies or freezes. In a forked
+    child every call but `close` does, and the process stays the parent's.
     """
 
     def __init__(
@@ -53,11 +55,16 @@ class Process:
             max_unread=max_unread,
         )
         self._changed = threading.Condition()
+        tell_children(self)
         self.id = self._session.started.id
         self.pid = self._session.started.pid
         self.stdin = ProcessInput(self._run, self._session)
         self.stdout = ProcessOutput(self._run, self._session, STDOUT)
         self.stderr = ProcessOutput(self._run, self._session, STDERR)
+
+    def forked(self) -> None:
+        """See `Owner.forked`: whatever thread had the lock is not here."""
+        self._changed = threading.Condition()
 
     def __enter__(self) -> Self:
         return self
@@ -135,6 +142,9 @@ class Process:
 
     def close(self) -> None:
         """Drop the connection. Kills it, unless it is kept or has ended. May be called again."""
+        if self._session.foreign:
+            self._session.close()
+            return
         with self._changed:
             self._session.close()
             self._changed.notify_all()
@@ -142,6 +152,7 @@ class Process:
     def _run(self, steps: Steps[R]) -> R:
         """Run steps of the session: alone between two waits, which others use for theirs."""
         session, changed = self._session, self._changed
+        session.check_owner()
         with changed:
             try:
                 version = session.version

@@ -290,5 +290,6 @@ _CONVERT: Final[dict[str, Any]] = {
     ),
     "seccomp": _filter,
     "files": _staged,
+    "id": lambda name: text(name, "id"),
     "label": lambda label: text(label, "label"),
 }

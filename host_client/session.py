@@ -264,13 +264,21 @@ class Session:
         """Drop the connection. Who waits on it is woken with ConnectionLost."""
         if self._closed:
             return
-        self._acknowledge()
-        self.exchange.channel.flush()
+        if not self.foreign:
+            self._acknowledge()
+            self.exchange.channel.flush()
         self._closed = True
         self.version += 1
-        if self._reading or self._writing:
-            self.exchange.channel.wake()
         self.exchange.close()
+
+    @property
+    def foreign(self) -> bool:
+        """Whether this is a forked child's copy: the process is the parent's."""
+        return self.exchange.channel.foreign
+
+    def check_owner(self) -> None:
+        """ConnectionLost in a forked child, whose copies of what was read nobody may have."""
+        self.exchange.channel.check_owner()
 
     # ── one turn of waiting ──────────────────────────────────────────────────────────────────────
 

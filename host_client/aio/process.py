@@ -120,7 +120,7 @@ class Process:
     def close(self) -> None:
         """Drop the connection. Kills it, unless it is kept or has ended. May be called again."""
         sock = self._session.exchange.channel.sock
-        if sock.fileno() >= 0:
+        if sock.fileno() >= 0 and not self._session.foreign:
             anyio.notify_closing(sock)
         self._session.close()
         self._tell()
@@ -137,6 +137,7 @@ class Process:
         shield of anyio's holds against a `cancel` of asyncio's own.
         """
         session = self._session
+        session.check_owner()
         await checkpoint()
         version = session.version
         try:

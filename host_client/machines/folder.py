@@ -18,6 +18,7 @@ from typing import Final
 
 from guest.record import RecordError
 from host_client.errors import MachineError
+from host_client.forking import tell_children
 from host_client.machines.console import TAIL_MAX, printable_lines, read_log
 from host_client.machines.plan import CONSOLE_SHOWN, STATE_MAX, MachineState, cut
 from host_client.ownership import not_ours, own_folder_problem
@@ -76,6 +77,11 @@ class Folder:
         self.name = name
         self.path = path
         self.fd = fd
+        tell_children(self)
+
+    def forked(self) -> None:
+        """See `Owner.forked`: a copy in a child would keep the name taken."""
+        self.release()
 
     @property
     def run(self) -> str:
@@ -141,6 +147,7 @@ def is_alive(name: str) -> bool:
     try:
         refuse(not_ours(path, os.fstat(fd)))
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked just now may have a copy
     except BlockingIOError:
         return True
     finally:

@@ -12,14 +12,16 @@ from typing import Final
 from guest.record import Record, RecordError
 from host_client.descriptors import above_standard
 from host_client.errors import MachineError
+from host_client.forking import close_in_children, tell_children
 from host_client.machines.console import printable_lines, read_log
-from host_client.machines.folder import Folder
+from host_client.machines.folder import Folder, is_alive, read_state
 from host_client.machines.plan import COMMANDS, STATE_MAX, End, MachineState
 
 __all__ = ["Link"]
 
 REAP_WAIT: Final = 10.0  # seconds for a monitor that closed its link to be gone
 TURN: Final = 0.2  # seconds that one thread listens before another may
+LOOK_EVERY: Final = 0.05  # seconds between looks at the state of a machine that is not ours
 
 # The monitor must run whatever the caller's environment, folder and site-packages are: isolated,
 # without `site`, with just the folders that hold our two packages.
@@ -38,12 +40,16 @@ class Link:
         self._console_path = os.path.join(folder.path, "console.log")
         self._console = b""
         self.state = MachineState(name=folder.name)
+        self._owner = os.getpid()
         self._lock = threading.Lock()
         self._closed_by_monitor = False
         try:
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
             raise MachineError(f"cannot start a monitor process: {error}") from error
+        close_in_children(self._socket)
+        close_in_children(theirs)
+        tell_children(self)
         try:
             self._process = start_monitor(folder, theirs)
         except OSError as error:
@@ -53,8 +59,28 @@ class Link:
             theirs.close()
         folder.release()
 
+    def forked(self) -> None:
+        """See `Owner.forked`: the monitor and its machine are the parent's."""
+        self._lock = threading.Lock()
+        if hasattr(self, "_process"):
+            self._process.returncode = 0  # not ours to reap
+
+    @property
+    def foreign(self) -> bool:
+        """Whether this is a forked child's copy."""
+        return os.getpid() != self._owner
+
+    def check_owner(self) -> None:
+        """MachineError in a forked child."""
+        if self.foreign:
+            raise MachineError(
+                f"machine {self.name} belongs to process {self._owner}, from which this one was "
+                f"forked: end it there, or by its name: microguest stop {self.name}"
+            )
+
     def send(self, command: Record) -> None:
         """Give a command; a monitor that is gone is noticed when its state is asked for."""
+        self.check_owner()
         try:
             self._socket.send(COMMANDS.encode(command), socket.MSG_NOSIGNAL)
         except OSError:
@@ -62,6 +88,8 @@ class Link:
 
     def listen(self, seconds: float) -> MachineState:
         """The newest state, waiting so long for another one than the last."""
+        if self.foreign:
+            return self._look(seconds)
         deadline = time.monotonic() + seconds
         before = self.state
         while True:
@@ -72,6 +100,13 @@ class Link:
                     took = self._receive(0.0)
             if self.state is not before or self._closed_by_monitor or not left:
                 return self.state
+
+    def _look(self, seconds: float) -> MachineState:
+        """The state on disk, for who has no link."""
+        time.sleep(min(seconds, LOOK_EVERY))
+        self.state = read_state(self.name) or self.state
+        self._closed_by_monitor = not is_alive(self.name)
+        return self.state
 
     def console(self) -> str:
         """All of the console that is kept; of an ended machine at least the last lines."""
@@ -94,16 +129,19 @@ class Link:
 
     def kill(self) -> None:
         """The monitor does not answer: kill it, and by that the VMM."""
+        self.check_owner()
         self._process.kill()
         self._reap()
 
     def abandon(self) -> None:
         """Stop listening: a detached machine goes on without us."""
+        self.check_owner()
         self._socket.close()
         self._process.returncode = 0  # not ours to reap any more: init inherits it
 
     def close(self) -> None:
         """Close the link, by which an attached machine ends, and wait for that."""
+        self.check_owner()
         if self._socket.fileno() >= 0:
             self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()

@@ -11,6 +11,7 @@ from guest.report import Step
 from host_client.address import parse
 from host_client.agent import Agent
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
+from host_client.forking import tell_children
 from host_client.machines import pausing
 from host_client.machines.link import Link
 from host_client.machines.plan import Detach, End, MachineState, Pause, PowerOff, Resume
@@ -25,12 +26,21 @@ KILL_WAIT: Final = 10.0  # seconds for the monitor to kill and clean up
 
 
 class Machine:
-    """Made by `boot`. As a context manager it is stopped at the end, and nothing of it stays."""
+    """Made by `boot`. As a context manager it is stopped at the end, and nothing of it stays.
+
+    A forked child can use its agent and look at its state, and cannot end it (MachineError): it is
+    the parent's, and goes with that.
+    """
 
     def __init__(self, link: Link, token: str) -> None:
         self._link = link
         self._closing = threading.Lock()
+        tell_children(self)
         self.agent = Agent(parse(link.state.url), token, obituary=self._obituary)
+
+    def forked(self) -> None:
+        """See `Owner.forked`: the agent can be used; to end the machine is for the parent."""
+        self._closing = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -41,6 +51,8 @@ class Machine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._link.foreign:
+            return  # a forked child leaves its copy of the block
         if kind is not None and not issubclass(kind, Exception):
             self.kill()  # Ctrl-C: no time for a clean end
         else:
@@ -107,6 +119,7 @@ class Machine:
         A machine that does not manage is killed POWER_OFF_WAIT seconds later. Returns the last
         state. May be called again.
         """
+        self._link.check_owner()
         if not self._link.over and not self.state.ended:
             try:
                 if self.state.paused:
@@ -124,6 +137,7 @@ class Machine:
 
     def kill(self) -> MachineState:
         """End it at once, without a word to what runs in it. Returns the last state."""
+        self._link.check_owner()
         with self._closing:
             self.agent.close()
             if not self._link.over:
@@ -135,6 +149,7 @@ class Machine:
 
     def wait(self, timeout: float | None = None) -> MachineState:
         """Until it has ended by itself. DeadlineExceeded after `timeout` seconds."""
+        self._link.check_owner()
         deadline = None if timeout is None else time.monotonic() + timeout
         while not (self._link.over or self._link.state.ended):
             left = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
@@ -147,6 +162,7 @@ class Machine:
 
     def detach(self) -> None:
         """Let it outlive this program. Find it again by its name."""
+        self._link.check_owner()
         self.agent.close()
         self._link.send(Detach())
         self._link.abandon()
