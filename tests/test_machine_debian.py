@@ -27,7 +27,8 @@ def debian(
     image = imagefactory.debian_layout(DEBIAN)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        with boot(image, machine=request.param, memory="1G") as machine:
+        memory = "1G" if request.param == "qemu" else "512M"  # in namespaces it is the host's
+        with boot(image, machine=request.param, memory=memory) as machine:
             machine.agent.ping()  # makes the connection that is kept for small requests
             yield machine
 

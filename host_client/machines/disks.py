@@ -3,11 +3,16 @@
 import os
 import stat
 from dataclasses import dataclass
+from typing import Final
 
 from host_client.errors import MachineError
 from host_client.machines.mounts import byte_size
 
 __all__ = ["GuestDisk", "image_disk"]
+
+LEAST: Final = (
+    64 << 20
+)  # bytes; the guest's template of an ext4 (init_shim/blank_disk.py) has as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +32,7 @@ def image_disk(path: str, serial: str, *, size: str, read_only: bool = False) ->
     absolute = os.path.abspath(path)
     try:
         if size and not read_only:
-            make_sparse(absolute, byte_size(size))
+            make_sparse(absolute, size)
         # A FIFO would hold us up until somebody opens its other end.
         fd = os.open(absolute, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK)
         kind = os.fstat(fd).st_mode
@@ -41,14 +46,19 @@ def image_disk(path: str, serial: str, *, size: str, read_only: bool = False) ->
     return GuestDisk(absolute, serial, read_only)
 
 
-def make_sparse(path: str, size: int) -> None:
-    """Unless there is something of that name. What could not be made large enough is removed."""
+def make_sparse(path: str, size: str) -> None:
+    """Unless there is something of that name. What could not be made large enough is removed.
+
+    MachineError where it would be too small to be formatted.
+    """
+    if not os.path.lexists(path) and byte_size(size) < LEAST:
+        raise MachineError(f"disk {path}: {size} is too small for an ext4: give 64M or more")
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
         return
     try:
-        os.ftruncate(fd, size)
+        os.ftruncate(fd, byte_size(size))
     except BaseException:
         os.unlink(path)
         raise

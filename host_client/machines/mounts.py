@@ -16,7 +16,7 @@ from host_client.errors import MachineError
 __all__ = ["Mount", "byte_size", "parse_mount", "parse_tmpfs", "parse_volume"]
 
 KINDS: Final = ("bind", "tmpfs", "disk")
-SIZE: Final = re.compile(r"([0-9]{1,15})([kKmMgGtT]?)[bB]?")
+SIZE: Final = re.compile(r"([0-9]{1,15})([kKmMgGtT]?)(?:[iI]?[bB])?")  # as docker writes it
 SHIFTS: Final = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
 

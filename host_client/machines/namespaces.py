@@ -15,7 +15,7 @@ from host_client.machines.folder import write_file
 from host_client.machines.mounts import Mount
 from host_client.machines.plan import Plan
 from host_client.machines.prepare import Preparation, directory, lease_of
-from host_client.machines.settings import Settings
+from host_client.machines.settings import MEMORY, Settings
 
 __all__ = ["NamespacesBackend"]
 
@@ -37,6 +37,11 @@ class NamespacesBackend:
         """MachineError for what this machine cannot do."""
         if settings.kernel is not None:
             raise MachineError("machine namespaces runs on the host's kernel: leave kernel out")
+        if settings.memory != MEMORY or settings.cpus != 1:
+            raise MachineError(
+                "machine namespaces has this host's memory and processors: leave memory and cpus "
+                "out, or use qemu"
+            )
         if settings.network != "none":
             raise MachineError("machine namespaces has no network: leave network out, or use qemu")
         if settings.upper is not None or any(mount.kind == "disk" for mount in settings.mounts):

@@ -16,6 +16,7 @@ from guest.rootplan import Lower, Upper, Volume
 from host_client import images
 from host_client.address import HybridAddress, VsockAddress
 from host_client.errors import MachineError
+from host_client.machines.capacity import check_enough, check_host
 from host_client.machines.disks import GuestDisk, image_disk
 from host_client.machines.host import VsockChoice, accelerator, qemu_command, vsock_choice
 from host_client.machines.mounts import Mount
@@ -101,12 +102,14 @@ class QemuBackend:
     def check(self, settings: Settings) -> None:
         """MachineError where QEMU or a given kernel is missing or is not what it should be."""
         qemu_command()
+        check_host(settings)
         if settings.kernel is not None:
             check_kernel(settings.kernel)
 
     def plan(self, preparation: Preparation) -> Plan:
         """Write the initramfs, have the disk made, and say what to start."""
         settings, folder = preparation.settings, preparation.folder
+        check_enough(settings, preparation.bundle.initramfs)
         vsock = vsock_choice()
         # The kernel refuses a CID that is taken already; of 2**31 that is not worth a register.
         cid = random.SystemRandom().choice(KERNEL_CIDS) if vsock.kind == "kernel" else PRIVATE_CID

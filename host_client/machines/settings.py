@@ -1,7 +1,6 @@
 """What a caller can choose about a machine, checked before anything is made."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Self, TypedDict
@@ -14,10 +13,9 @@ from host_client.errors import MachineError
 from host_client.machines.mounts import Mount, byte_size
 from host_client.values import Argument, identity, listed, nearest, path, word_of
 
-__all__ = ["MachineOptions", "Settings", "mebibytes", "restart_of"]
+__all__ = ["MEMORY", "MachineOptions", "Settings", "mebibytes", "restart_of"]
 
-MEMORY: Final = re.compile(r"([0-9]{1,9})([kKmMgG]?)")
-MEMORY_MIN: Final = 64  # MiB; the kernel and the initramfs need most of that
+MEMORY: Final = "512M"
 CPUS_MAX: Final = 256
 TMPFS_SIZE: Final = "50%"
 UPPER_SIZE: Final = "8G"
@@ -29,7 +27,7 @@ class MachineOptions(TypedDict, total=False):
 
     The machine:
     machine       "qemu", or "namespaces": the same PID 1 without a VM, which isolates nothing
-    memory, cpus  of the virtual machine: 512M or 2G; a number
+    memory, cpus  of the virtual machine: 512M or 2G; a number (qemu)
     name          None makes one up
     kernel        path of another one than the bundle's
     hostname      None: its name
@@ -120,7 +118,7 @@ class Settings:
 
     image: str
     machine: str = "qemu"
-    memory: str = "512M"
+    memory: str = MEMORY
     cpus: int = 1
     name: str | None = None
     kernel: str | None = None
@@ -241,14 +239,10 @@ class Settings:
 
 def mebibytes(memory: str) -> int:
     """The size in MiB of "512M", "2G" or a number of bytes. MachineError where it is none."""
-    match = MEMORY.fullmatch(memory)
-    if match is None:
-        raise MachineError(f"memory {memory!r:.40} is not a size: write 512M or 2G")
-    shift = {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()]
-    size = (int(match[1]) << shift) >> 20
-    if size < MEMORY_MIN:
-        raise MachineError(f"memory {memory} is too little: a machine needs {MEMORY_MIN}M")
-    return size
+    try:
+        return byte_size(memory) >> 20
+    except MachineError as error:
+        raise MachineError(f"memory: {error}") from None
 
 
 def restart_of(text: str) -> Restart:
