@@ -66,11 +66,12 @@ async def begin(agent: Agent, args: Start) -> "ChildProcess":
     starting = Starting(agent, args)
     if not args.files:
         return starting.spawn()
-    staged = await stage(args.files, starting.plan.cwd, starting.plan.identity)
+    plan, capabilities = starting.plan, starting.capabilities
+    staged = await stage(args.files, plan.cwd, plan.identity, capabilities)
     try:
         process = starting.spawn()
     except OperationError:
-        staged.take_back()
+        await staged.take_back()
         raise
     staged.keep()
     return process

@@ -2,15 +2,20 @@
 
 All of them are written under temporary names first and renamed then, so that a request that cannot
 be fulfilled changes nothing that was there. Paths are the process's: they cannot lead out of its
-root, and a symlink in the last place is replaced, not followed. The work is done in a thread,
-because a file system of the image may hang.
+root, a symlink in the last place is replaced, not followed, and whatever they lead to is written
+with the rights of its user. The work is done in a thread, because a file system of the image may
+hang.
 """
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 
 import _guestsys
 import trio
 
+from agent.rights import acting_as
 from guest import limits
 from guest.errors import OperationError, operation_error
 from guest.messages import StagedFile
@@ -22,42 +27,46 @@ RESOLVE_IN_ROOT = 0x10  # openat2(2)
 PREFIX = ".microguest-"
 
 
-async def stage(files: tuple[StagedFile, ...], cwd: bytes, owner: Identity) -> "Staged":
-    """Put them in place. Raises OperationError bad_file; then nothing has changed, as far as a
+async def stage(
+    files: tuple[StagedFile, ...], cwd: bytes, owner: Identity, capabilities: int = -1
+) -> "Staged":
+    """Put them in place, as `agent.rights.acting_as` says. Raises OperationError bad_file.
 
-    rename that failed after another one allows.
+    Then nothing has changed, as far as a rename that failed after another one allows.
     """
-    staged = Staged()
-    if files:
-        try:
-            await trio.to_thread.run_sync(
-                staged.write_all, files, cwd, owner, abandon_on_cancel=False
-            )
-        except BaseException:
-            staged.take_back()
-            raise
+    staged = Staged(owner, capabilities)
+    await trio.to_thread.run_sync(staged.write_all, files, cwd, abandon_on_cancel=False)
     return staged
 
 
 class Staged:
     """What was written: `keep` it once the process runs, or `take_back`."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Identity, capabilities: int) -> None:
+        self._owner = owner
+        self._capabilities = capabilities
         self._written: list[Written] = []
 
-    def write_all(self, files: tuple[StagedFile, ...], cwd: bytes, owner: Identity) -> None:
+    def write_all(self, files: tuple[StagedFile, ...], cwd: bytes) -> None:
         """Every file under its temporary name, then every rename. Raises OperationError."""
-        for file in files:
-            try:
-                self._written.append(Written(os.path.join(cwd, path_of(file)), owner))
-                self._written[-1].fill(file)
-            except OSError as error:
-                raise bad_file(file.path, error) from None
-        for file, written in zip(files, self._written, strict=True):
-            try:
-                written.put_in_place()
-            except OSError as error:
-                raise bad_file(file.path, error) from None
+        try:
+            with acting_as(self._owner, self._capabilities):
+                self._write_all(files, cwd)
+        except OSError as error:
+            raise bad_rights(self._owner, error) from None
+
+    def _write_all(self, files: tuple[StagedFile, ...], cwd: bytes) -> None:
+        try:
+            for file in files:
+                with told(file, self._owner):
+                    self._written.append(Written(os.path.join(cwd, path_of(file)), self._owner))
+                    self._written[-1].fill(file)
+            for file, written in zip(files, self._written, strict=True):
+                with told(file, self._owner):
+                    written.put_in_place()
+        except BaseException:
+            self._remove()
+            raise
 
     def keep(self) -> None:
         """They stay."""
@@ -65,8 +74,16 @@ class Staged:
             written.close()
         self._written.clear()
 
-    def take_back(self) -> None:
+    async def take_back(self) -> None:
         """Remove what is new; what took an older file's place cannot be undone and stays."""
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._take_back)
+
+    def _take_back(self) -> None:
+        with acting_as(self._owner, self._capabilities):
+            self._remove()
+
+    def _remove(self) -> None:
         for written in reversed(self._written):
             written.remove()
             written.close()
@@ -101,7 +118,8 @@ class Written:
             rest = memoryview(file.data)
             while rest:
                 rest = rest[os.write(fd, rest) :]
-            if (self._owner.uid, self._owner.gid) != (os.geteuid(), os.getegid()):
+            status = os.fstat(fd)  # its folder may pass on a group
+            if (status.st_uid, status.st_gid) != (self._owner.uid, self._owner.gid):
                 os.fchown(fd, self._owner.uid, self._owner.gid)
             os.fchmod(fd, file.mode)
         finally:
@@ -144,12 +162,28 @@ def path_of(file: StagedFile) -> bytes:
     return path
 
 
-def bad_file(path: str, error: OSError) -> OperationError:
-    """The error for the host."""
+@contextlib.contextmanager
+def told(file: StagedFile, owner: Identity) -> Iterator[None]:
+    """What fails is an error for the host, OperationError bad_file."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror
+        if error.errno in (errno.EACCES, errno.EPERM):
+            why = f"user {owner.uid}, whose process it is for, may not: {why}"
+        raise operation_error(
+            "bad_file",
+            f"{file.path!r:.200}: cannot be written: {why}",
+            {"step": "files", "errno": error.errno, "path": cut(file.path)},
+        ) from None
+
+
+def bad_rights(owner: Identity, error: OSError) -> OperationError:
+    """As the start would say itself."""
     return operation_error(
-        "bad_file",
-        f"{path!r:.200}: cannot be written: {error.strerror}",
-        {"step": "files", "errno": error.errno, "path": cut(path)},
+        "bad_user",
+        f"files: nobody can be {owner.uid}:{owner.gid} in this guest: {error.strerror}",
+        {"step": "setuid", "errno": error.errno},
     )
 
 

@@ -25,6 +25,8 @@ NO_SYMLINKS = 0x04
 BENEATH = 0x08
 IN_ROOT = 0x10
 
+LINKS = 40  # as path_resolution(7)
+
 
 class Opened:
     """`with Opened(fd) as it:` closes the descriptor in the end."""
@@ -129,10 +131,59 @@ class RootFolder(Opened):
             parent = found
         return parent
 
+    def make_folders(self, path: str) -> None:
+        """Make what is missing of a directory, for a user. Raises OSError.
+
+        Only links of root's are followed: through a user's own, root would make something where
+        that user may not. ELOOP: there is one, or a link has changed meanwhile, or too many.
+        """
+        ahead = [name for name in reversed(path.split("/")) if name not in ("", ".")]
+        behind: list[str] = []  # real directories
+        links = 0
+        while ahead:
+            name = ahead.pop()
+            if name == "..":
+                del behind[-1:]
+                continue
+            with self._resolve_really(behind) as parent:
+                place = make_or_find(parent.fd, name)
+            with place:
+                status = os.fstat(place.fd)
+                if not stat.S_ISLNK(status.st_mode):
+                    behind.append(name)
+                    continue
+                links += 1
+                if status.st_uid != 0 or links > LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+                target = os.readlink("", dir_fd=place.fd)
+            if target.startswith("/"):
+                behind.clear()
+            ahead += [part for part in reversed(target.split("/")) if part not in ("", ".")]
+
+    def _resolve_really(self, names: list[str]) -> Opened:
+        """A directory, if none of its names is a link by now. Raises OSError."""
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        path = "/" + "/".join(names)
+        return Opened(_guestsys.openat2(self.fd, path, flags, 0, IN_ROOT | NO_SYMLINKS))
+
     def resolve(self, path: str) -> Opened:
         """As `open`, with a bare OSError."""
         flags = os.O_PATH | os.O_CLOEXEC
         return Opened(_guestsys.openat2(self.fd, path, flags, 0, IN_ROOT | NO_MAGICLINKS))
+
+
+def make_or_find(folder: int, name: str) -> Opened:
+    """What `name` is in a folder, a link itself and not what it leads to. Raises OSError."""
+    flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return Opened(os.open(name, flags, dir_fd=folder))
+    except FileNotFoundError:
+        pass
+    try:
+        os.mkdir(name, 0o755, dir_fd=folder)
+    except FileExistsError:
+        pass  # by now
+    return Opened(os.open(name, flags, dir_fd=folder))
 
 
 def make_entry(parent: Opened, name: str, path: str, directory: bool) -> Opened:

@@ -171,7 +171,8 @@ def make_directory(plan: process.Plan) -> None:
     """
     try:
         if not os.path.lexists(plan.cwd):
-            os.makedirs(plan.cwd, 0o755)
+            with RootFolder("/") as root:
+                root.make_folders(os.fsdecode(plan.cwd))
     except OSError as error:
         raise not_started(plan, "mkdir", error.errno or 0) from None
 

@@ -5,7 +5,9 @@ What the kernel tells of it is read from /proc/self/status; docs/processes.md ha
 
 import base64
 import contextlib
+import errno
 import os
+import shutil
 import signal
 import struct
 from collections.abc import Iterator
@@ -276,6 +278,25 @@ def test_a_missing_working_directory_is_made_by_root(root: Path) -> None:
     script = "pwd; ls -ldn . | cut -d' ' -f1; ls -ldn . | tr -s ' ' | cut -d' ' -f3,4"
     lines = console(root, script, user="tester", cwd="/srv/new/place")
     assert lines == ["/srv/new/place", "drwxr-xr-x", "0 0"]
+
+
+def test_a_working_directory_is_not_made_through_a_users_link(root: Path, tmp_path: Path) -> None:
+    """A user's link leads where the user likes; root's own, as /var/run, are followed."""
+    image = tmp_path / "image"
+    shutil.copytree(root, image, symlinks=True)
+    (image / "etc" / "link").symlink_to("/srv")
+    (image / "srv").mkdir()
+    for name, owner in (("users", 1000), ("roots", 0)):
+        (image / "tmp" / name).symlink_to("../etc/link/./../srv")
+        os.lchown(image / "tmp" / name, owner, owner)
+    script = "pwd; stat -c %u ."
+    lines = console(image, script, user="tester", cwd="/tmp/roots/new/place")
+    assert lines == ["/srv/new/place", "0"]
+    config = boot_config(shell(script), user="tester", cwd="/tmp/users/new/place")
+    with Machine(image, config) as machine:
+        machine.report("ready")
+        failed = machine.report("workload_failed")
+    assert (failed["code"], failed["step"], failed["errno"]) == ("bad_cwd", "mkdir", errno.ELOOP)
 
 
 def test_a_working_directory_that_only_root_may_enter(root: Path) -> None:

@@ -23,6 +23,13 @@ def reset_signals() -> None:
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int: ...
 def openat2(dir_fd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) -> int: ...
+def act_as(uid: int, gid: int, groups: Sequence[int], capabilities: int = -1) -> None:
+    """Whose rights this thread has to files, from now on: setgroups(2), setfsgid(2), setfsuid(2).
+
+    Without user 0 it loses the capabilities that are about files, and has them again with 0.
+    `capabilities` has a bit for each that may stay effective; -1: all that are permitted. The
+    caller is root, and comes back by a second call. After an error some of it may be done.
+    """
 
 class SpawnError(OSError):
     """The child failed between clone and exec. `step` is the call that failed, as in "chdir".

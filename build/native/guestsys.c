@@ -696,6 +696,62 @@ run_plan(struct plan *plan)
     return raise_spawn_error(plan->step, plan->error, plan->path);
 }
 
+/* The effective set: all that is permitted, or of what it has now only what is kept. */
+static long
+set_effective(int all, uint64_t kept)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct sets[2];
+    if (syscall(SYS_capget, &header, sets) < 0)
+        return -1;
+    for (int half = 0; half < 2; half++)
+        sets[half].effective = all ? sets[half].permitted
+                                   : sets[half].effective & (uint32_t)(kept >> 32 * half);
+    return syscall(SYS_capset, &header, sets);
+}
+
+/* setfsuid(2) and setfsgid(2) say nothing of a failure; asked for an id that there is not, they tell
+ * the present one. */
+static long
+set_file_id(long call, uint32_t id)
+{
+    syscall(call, id);
+    if ((uint32_t)syscall(call, UINT32_MAX) == id)
+        return 0;
+    errno = EPERM;
+    return -1;
+}
+
+/* act_as(uid, gid, groups, capabilities=-1): for this thread alone, hence not by libc: see .pyi */
+static PyObject *
+sys_act_as(PyObject *module, PyObject *args)
+{
+    long long uid, gid, capabilities = -1;
+    PyObject *given, *fast;
+    gid_t *groups = NULL;
+    size_t count;
+    int failed = 1;
+    if (!PyArg_ParseTuple(args, "LLO|L:act_as", &uid, &gid, &given, &capabilities))
+        return NULL;
+    if (uid < 0 || uid >= UINT32_MAX || gid < 0 || gid >= UINT32_MAX)
+        return PyErr_SetString(PyExc_ValueError, "uid and gid must be 0 to 2**32 - 2"), NULL;
+    if (!(fast = PySequence_Fast(given, "groups")))
+        return NULL;
+    if (!read_groups(fast, &groups, &count)) {
+        failed = set_effective(1, 0) < 0 || set_groups(count, groups, (gid_t)gid) < 0 ||
+                 set_file_id(SYS_setfsgid, (uint32_t)gid) < 0 ||
+                 set_file_id(SYS_setfsuid, (uint32_t)uid) < 0 ||
+                 (capabilities >= 0 && set_effective(0, (uint64_t)capabilities) < 0);
+        if (failed)
+            os_error();
+    }
+    PyMem_Free(groups);
+    Py_DECREF(fast);
+    if (failed)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 /* spawn(argv, env, *, candidates, cwd, fds, ...): see _guestsys.pyi */
 static PyObject *
 sys_spawn(PyObject *module, PyObject *args, PyObject *keywords)
@@ -778,6 +834,7 @@ done:
 }
 
 static PyMethodDef guestsys_methods[] = {
+    {"act_as", sys_act_as, METH_VARARGS, NULL},
     {"finit_module", sys_finit_module, METH_VARARGS, NULL},
     {"mount", sys_mount, METH_VARARGS, NULL},
     {"mount_setattr", sys_mount_setattr, METH_VARARGS, NULL},
