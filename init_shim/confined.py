@@ -17,7 +17,7 @@ TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["Opened", "RootFolder"]
+__all__ = ["LinkOfUser", "Opened", "RootFolder"]
 
 # linux/openat2.h
 NO_MAGICLINKS = 0x02
@@ -26,6 +26,14 @@ BENEATH = 0x08
 IN_ROOT = 0x10
 
 LINKS = 40  # as path_resolution(7)
+
+
+class LinkOfUser(OSError):
+    """A symbolic link that is not root's, where only root's are followed. `uid`: its owner."""
+
+    def __init__(self, uid: int, path: str) -> None:
+        super().__init__(errno.ELOOP, "a symbolic link that is not root's", path)
+        self.uid = uid
 
 
 class Opened:
@@ -38,6 +46,10 @@ class Opened:
         return self
 
     def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+    def close(self) -> None:
+        """As leaving the with-block."""
         os.close(self.fd)
 
     @property
@@ -92,8 +104,10 @@ class RootFolder(Opened):
         """Where something is to be mounted: `path`, made where it is missing and `create` says so.
 
         A missing one is made as a directory, or as an empty file. What is there must be of the kind
-        that is asked for. Raises Failure.
+        that is asked for. Links that are not root's are no way to it: see `open_trusted`. Raises
+        Failure.
         """
+        self._refuse_users_links(path)
         try:
             found = self.resolve(path)
         except OSError as error:
@@ -131,38 +145,58 @@ class RootFolder(Opened):
             parent = found
         return parent
 
-    def make_folders(self, path: str) -> None:
-        """Make what is missing of a directory, for a user. Raises OSError.
+    def open_trusted(self, path: str, *, make: str = "") -> Opened:
+        """As `resolve`, where only root's links are followed. Raises OSError.
 
-        Only links of root's are followed: through a user's own, root would make something where
-        that user may not. ELOOP: there is one, or a link has changed meanwhile, or too many.
+        A user's own may lead where that user may do nothing, and root would do it there. ELOOP:
+        there is one (LinkOfUser), or one has changed meanwhile, or there are too many. What is
+        missing is made, the last as `make` says: "directory", "file", or "" for nothing at all.
         """
-        ahead = [name for name in reversed(path.split("/")) if name not in ("", ".")]
-        behind: list[str] = []  # real directories
+        ahead = names_of(path)
+        behind: list[str] = []  # names that are no links
         links = 0
         while ahead:
             name = ahead.pop()
             if name == "..":
                 del behind[-1:]
                 continue
-            with self._resolve_really(behind) as parent:
-                place = make_or_find(parent.fd, name)
+            with self._open_really(behind, os.O_DIRECTORY) as parent:
+                place = find_or_make(parent.fd, name, make and ("directory" if ahead else make))
+            behind.append(name)
             with place:
                 status = os.fstat(place.fd)
                 if not stat.S_ISLNK(status.st_mode):
-                    behind.append(name)
                     continue
                 links += 1
-                if status.st_uid != 0 or links > LINKS:
+                if status.st_uid != 0:
+                    raise LinkOfUser(status.st_uid, "/" + "/".join(behind))
+                if links > LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
                 target = os.readlink("", dir_fd=place.fd)
             if target.startswith("/"):
                 behind.clear()
-            ahead += [part for part in reversed(target.split("/")) if part not in ("", ".")]
+            del behind[-1:]
+            ahead += names_of(target)
+        return self._open_really(behind)
 
-    def _resolve_really(self, names: list[str]) -> Opened:
-        """A directory, if none of its names is a link by now. Raises OSError."""
-        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+    def _refuse_users_links(self, path: str) -> None:
+        """On the way to where something is to be mounted, before anything of the image runs."""
+        try:
+            self.open_trusted(path).close()
+        except LinkOfUser as error:
+            raise Failure(
+                f"{path} leads through {error.filename}, a symbolic link of user {error.uid}; what "
+                "is done there for root has to be where root says: give the path that it leads to",
+                syscall="openat2",
+                path=path,
+                errno=errno.ELOOP,
+            ) from None
+        except OSError:
+            pass  # to be found, or made, by who has the words for it
+
+    def _open_really(self, names: list[str], flags: int = 0) -> Opened:
+        """What is there, if none of its names is a link by now. Raises OSError."""
+        flags |= os.O_PATH | os.O_CLOEXEC
         path = "/" + "/".join(names)
         return Opened(_guestsys.openat2(self.fd, path, flags, 0, IN_ROOT | NO_SYMLINKS))
 
@@ -172,18 +206,33 @@ class RootFolder(Opened):
         return Opened(_guestsys.openat2(self.fd, path, flags, 0, IN_ROOT | NO_MAGICLINKS))
 
 
-def make_or_find(folder: int, name: str) -> Opened:
+def names_of(path: str) -> list[str]:
+    """The parts of a path that lead somewhere, last one first."""
+    return [name for name in reversed(path.split("/")) if name not in ("", ".")]
+
+
+def find_or_make(folder: int, name: str, make: str) -> Opened:
     """What `name` is in a folder, a link itself and not what it leads to. Raises OSError."""
     flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         return Opened(os.open(name, flags, dir_fd=folder))
     except FileNotFoundError:
-        pass
-    try:
-        os.mkdir(name, 0o755, dir_fd=folder)
-    except FileExistsError:
-        pass  # by now
+        if not make:
+            raise
+    make_new(folder, name, directory=make == "directory")
     return Opened(os.open(name, flags, dir_fd=folder))
+
+
+def make_new(folder: int, name: str, *, directory: bool) -> None:
+    """Make a directory or an empty file, unless something of that name is there. OSError."""
+    try:
+        if directory:
+            os.mkdir(name, 0o755, dir_fd=folder)
+        else:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            os.close(os.open(name, flags, 0o644, dir_fd=folder))
+    except FileExistsError:
+        pass
 
 
 def make_entry(parent: Opened, name: str, path: str, directory: bool) -> Opened:

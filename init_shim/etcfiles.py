@@ -174,12 +174,13 @@ def make_store() -> None:
 def write_through(root: RootFolder, etc: Opened, name: str, data: bytes, mode: int) -> bool:
     """Write the file that a symlink leads to, made with its directories; False if it cannot be.
 
+    Only through links that are root's, as programs of the image may run by now.
     Not one of the same file system: that takes nothing either, and would lose what it has.
     """
     try:
         leads_to = os.readlink(name, dir_fd=etc.fd)
         place = os.path.normpath(os.path.join(ETC, leads_to))
-        with root.open_target(place, directory=False, create=True) as target:
+        with root.open_trusted(place, make="file") as target:
             info = os.fstat(target.fd)
             if not stat.S_ISREG(info.st_mode) or info.st_dev == os.fstat(etc.fd).st_dev:
                 return False  # /dev/null, say

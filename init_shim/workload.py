@@ -172,7 +172,7 @@ def make_directory(plan: process.Plan) -> None:
     try:
         if not os.path.lexists(plan.cwd):
             with RootFolder("/") as root:
-                root.make_folders(os.fsdecode(plan.cwd))
+                root.open_trusted(os.fsdecode(plan.cwd), make="directory").close()
     except OSError as error:
         raise not_started(plan, "mkdir", error.errno or 0) from None
 

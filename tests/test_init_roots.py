@@ -400,6 +400,8 @@ def hostile(top: Path) -> None:
         ("cwd", "/proc/1/cwd/inside"),
     ):
         (top / name).symlink_to(target)
+    (top / "users").symlink_to("/etc")
+    os.lchown(top / "users", 1000, 1000)
     (top / "links").mkdir()
     (top / "links" / "one").symlink_to("../links/two")
     (top / "links" / "two").symlink_to("/../../etc/../real")
@@ -437,6 +439,14 @@ def test_links_on_the_way_stay_in_the_image(
         ({"target": "/host/x"}, "/host is a symbolic link that leads nowhere; nothing is made"),
         ({"target": "/magic/x"}, "openat2 /magic/x: Symbolic link loop"),
         ({"target": "/cwd"}, "openat2 /cwd: Symbolic link loop"),
+        (
+            {"target": "/users"},
+            "/users leads through /users, a symbolic link of user 1000; what is",
+        ),
+        (
+            {"target": "/root/users/x"},
+            "/root/users/x leads through /users, a symbolic link of user",
+        ),
         ({"target": "/proc"}, "/proc leads into /proc, where nothing is mounted"),
         ({"target": "/proc/sys/kernel"}, "/proc/sys/kernel leads into /proc, where nothing is"),
         ({"target": "/dev"}, "/dev leads to /dev, whose devices the machine needs; mount inside"),
