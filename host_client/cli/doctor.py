@@ -5,13 +5,15 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from guest.errors import MicroguestError
 from host_client.cli.tell import say
+from host_client.images.cache import default_directory
 from host_client.machines import host
 from host_client.machines.bundle import find_bundle
 from host_client.machines.folder import machines_root
-from host_client.machines.shares import virtiofsd
+from host_client.machines.shares import is_successor, share_command, virtiofsd
 
 __all__ = ["main"]
 
@@ -92,11 +94,14 @@ def image_tools() -> Finding:
 
 
 def shares() -> Finding:
-    """Whether a virtual machine can see directories of the host."""
+    """Whether a virtual machine can see directories of the host: as this user, with this daemon."""
     try:
-        return Finding(True, "shares", virtiofsd())
+        program = virtiofsd()
+        share_command(program, "/", read_only=False)
+        kind = "" if is_successor(program) else " (QEMU's own, which needs root, as you are)"
     except MicroguestError as error:
         return Finding(False, "shares", str(error))
+    return Finding(True, "shares", f"{program}{kind}")
 
 
 def namespaces() -> Finding:
@@ -115,14 +120,38 @@ def namespaces() -> Finding:
 
 def state() -> Finding:
     """Where machines keep what belongs to them."""
-    root = machines_root()
-    place = root
+    return _place("state", machines_root(), STATE_MIN, "XDG_STATE_HOME")
+
+
+def cache() -> Finding:
+    """Where disks of images are made and kept."""
+    return _place("image cache", default_directory(), CACHE_MIN, "XDG_CACHE_HOME")
+
+
+STATE_MIN: Final = 16 << 20  # bytes: a machine's folder with a console and a history at their caps
+CACHE_MIN: Final = (
+    64 << 20
+)  # bytes: less than any image with a C library takes, unpacked and as a disk
+INODES_MIN: Final = 64  # for one machine
+
+
+def _place(what: str, folder: str, least: int, variable: str) -> Finding:
+    """Whether the folder can be written to, and has room for one machine."""
+    place = folder
     while not os.path.exists(place):
         place = os.path.dirname(place)
-    if not os.access(place, os.W_OK):
-        return Finding(False, "state", f"{root} cannot be written: set XDG_STATE_HOME", True)
-    free = shutil.disk_usage(place).free >> 20
-    return Finding(True, "state", f"{root} ({free} MiB free)", True)
+    if not os.access(place, os.W_OK | os.X_OK):
+        return Finding(False, what, f"{folder} cannot be written: set {variable}", needed=True)
+    room = os.statvfs(place)
+    free = room.f_bavail * room.f_frsize
+    detail = f"{folder} ({free >> 20} MiB free)"
+    if free < least:
+        detail += f": {least >> 20} MiB are needed: free some, or set {variable}"
+        return Finding(False, what, detail, needed=True)
+    if room.f_files and room.f_favail < INODES_MIN:  # some file systems have no fixed number
+        detail += f": {room.f_favail} more files can be made there: remove some, or set {variable}"
+        return Finding(False, what, detail, needed=True)
+    return Finding(True, what, detail, needed=True)
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
@@ -134,4 +163,5 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     shares,
     namespaces,
     state,
+    cache,
 )

@@ -39,6 +39,7 @@ class Bundle:
         """Check every file's SHA-256. MachineError for the first that is another."""
         import hashlib
 
+        again = how_to_get(self.folder)
         for name, record in self.manifest.files.items():
             path = os.path.join(self.folder, name)
             digest = hashlib.sha256()
@@ -46,7 +47,7 @@ class Bundle:
                 while chunk := file.read(HASH_CHUNK):
                     digest.update(chunk)
             if digest.hexdigest() != record.sha256:
-                raise MachineError(f"{path} is not what {MANIFEST} says: build it with: make guest")
+                raise MachineError(f"{path} is not what {MANIFEST} says: {again}")
 
 
 def candidates(arch: str) -> list[str]:
@@ -56,11 +57,25 @@ def candidates(arch: str) -> list[str]:
     data = os.environ.get("XDG_DATA_HOME", "")
     if not os.path.isabs(data):
         data = os.path.expanduser("~/.local/share")
+    project = checkout()
+    built = [] if project is None else [os.path.join(project, "dist", "guest", arch)]
+    return [*built, os.path.join(data, "microguest", "guest", arch)]
+
+
+def checkout() -> str | None:
+    """The project's folder, if this package is used from there; None in an installed wheel."""
     project = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    return [
-        os.path.join(project, "dist", "guest", arch),
-        os.path.join(data, "microguest", "guest", arch),
-    ]
+    return project if os.path.exists(os.path.join(project, "build", "make.py")) else None
+
+
+def how_to_get(place: str) -> str:
+    """What makes a bundle at `place`, or puts it there, for the end of an error message."""
+    if checkout() is not None and not os.environ.get("MICROGUEST_BUNDLE"):
+        return "build it with `make guest`, or set MICROGUEST_BUNDLE to the folder of another"
+    return (
+        f"copy one to {place}, or set MICROGUEST_BUNDLE to the folder of one; `make guest` in a "
+        f"checkout of the project makes it, as dist/guest/{os.uname().machine}"
+    )
 
 
 def find_bundle(folder: str | None = None) -> Bundle:
@@ -77,10 +92,7 @@ def find_bundle(folder: str | None = None) -> Bundle:
             raise MachineError(f"the guest bundle {place} cannot be used: {error}") from error
         _check_sizes(place, manifest)
         return Bundle(place, manifest)
-    raise MachineError(
-        f"no guest bundle in {' or '.join(places)}: build it with `make guest`, or set "
-        "MICROGUEST_BUNDLE to its folder"
-    )
+    raise MachineError(f"no guest bundle in {' or '.join(places)}: {how_to_get(places[-1])}")
 
 
 def _check_sizes(folder: str, manifest: Manifest) -> None:
@@ -93,5 +105,5 @@ def _check_sizes(folder: str, manifest: Manifest) -> None:
         if size != record.size:
             raise MachineError(
                 f"guest bundle: {path} has {size} bytes, {MANIFEST} says {record.size}: "
-                "build it again with `make guest`"
+                f"{how_to_get(folder)}"
             )

@@ -19,7 +19,7 @@ from host_client.machines.plan import Share
 from host_client.machines.vmm import spawn
 from host_client.vhost_vsock.loop import EventLoop
 
-__all__ = ["Shares", "share_command", "virtiofsd"]
+__all__ = ["Shares", "is_successor", "share_command", "virtiofsd"]
 
 PLACES: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")  # Debian's, of both
 PROBE_SECONDS: Final = 20.0
