@@ -19,7 +19,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 _SECONDS = 120
 _STAMP = ".demo-recipe"
-_RECIPE = "1"  # raise it when what this script makes changes
+_RECIPE = "2"  # raise it when what this script makes changes
 
 _USERS = """\
 root:x:0:0:root:/root:/bin/sh
@@ -125,6 +125,15 @@ def _make_layout(layout: str, root: str) -> None:
     )
     _run("umoci", "gc", "--layout", layout)
     _write(os.path.join(layout, _STAMP), _RECIPE)
+    _let_all_read(layout)
+
+
+def _let_all_read(layout: str) -> None:
+    """Also users other than the one who made it: umoci's index is 0600, as temporary files are."""
+    for folder, _, files in os.walk(layout):
+        os.chmod(folder, 0o755)  # noqa: S103 - whatever the umask is
+        for name in files:
+            os.chmod(os.path.join(folder, name), 0o644)
 
 
 def _run(*argv: str, cwd: str | None = None) -> str:

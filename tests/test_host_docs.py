@@ -1,6 +1,8 @@
-"""The examples of docs/host.md run as they stand, but for the kind of machine."""
+"""The examples of docs/host.md and docs/handoff.md run as they stand, but for the machine."""
 
+import contextlib
 import re
+import textwrap
 from pathlib import Path
 
 import machinekit
@@ -38,3 +40,37 @@ def test_examples(
         "not_found exec 2",
     ):
         assert text in shown
+
+
+SYSTEMCTL = """\
+#!/bin/sh
+# As systemd's answers while it starts: not there yet, no bus yet, and then how it went.
+echo asked >>/tmp/asked
+case $(grep -c asked /tmp/asked) in
+    1) echo offline; exit 1 ;;
+    2) echo no bus >&2; exit 1 ;;
+    *) echo degraded; exit 1 ;;
+esac
+"""
+
+
+def test_first_example_of_handoff(
+    elf: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It waits until there is something to say; with systemd itself in tests/test_vm_handoff.py."""
+    from host_client import boot
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    page = (PAGE.parent / "handoff.md").read_text()
+    (example,) = re.findall(r"(?m)^(?:    .*\n)+", page[: page.index("## In order")])
+    started = 'boot("oci:debian:systemd", handoff=True, memory="1G")'
+    assert started in example
+    with boot(machinekit.demo_image(), machine="namespaces") as machine:
+        install = "cat >/usr/bin/systemctl && chmod 755 /usr/bin/systemctl"
+        machine.agent.exec(shell=install, input=SYSTEMCTL.encode(), check=True)
+        program = textwrap.dedent(example).replace(started, "contextlib.nullcontext(machine)")
+        exec(compile(program, "handoff.md", "exec"), {"machine": machine, "contextlib": contextlib})
+    assert capsys.readouterr().out == "b'degraded\\n'\n"

@@ -433,6 +433,15 @@ def test_demo_image_runs(tmp_path: Path, cache: images.Cache) -> None:
     assert done.stdout == "root\nx777\n"
 
 
+def test_demo_image_is_for_every_user() -> None:
+    """umoci writes its index as 0600; who is not the one that made the demo could not open it."""
+    factory.busybox_layout(factory.PROJECT / "dist" / "demo")
+    for folder, _, files in os.walk(factory.PROJECT / "dist" / "demo"):
+        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o755
+        modes = {name: os.stat(os.path.join(folder, name)).st_mode & 0o777 for name in files}
+        assert set(modes.values()) <= {0o644}, modes
+
+
 @pytest.mark.slow
 def test_debian_is_what_umoci_unpacks(tmp_path: Path, cache: images.Cache) -> None:
     factory.require("umoci", "sqfstar", "tar", "mount", root=True)
