@@ -17,9 +17,10 @@ from typing import Literal
 
 import anyio
 import pytest
-from agentharness import TOKEN, WAIT, AgentProcess, Closed, Host
+from agentharness import TOKEN, AgentProcess, Closed, Host
 from hostkit import Peer, agent_at, serving
 from machinekit import demo_image
+from patience import PATIENCE
 
 from guest import frames, limits
 from guest.connection import Connection, Data, Request, Response, Role
@@ -46,9 +47,9 @@ MUCH = bytes(3_000_000)
 NEVER_READS = ("sleep", "1000")
 # Says what it gets, and reads nothing.
 TELLS = """
-import signal, sys, time
+import os, signal, time
 def tell(number, _):
-    sys.stdout.write(signal.Signals(number).name + "\\n"); sys.stdout.flush()
+    os.write(1, signal.Signals(number).name.encode() + b"\\n")
 for each in ("SIGUSR1", "SIGWINCH", "SIGTERM"):
     signal.signal(getattr(signal, each), tell)
 print("ready", flush=True)
@@ -64,7 +65,7 @@ def agent() -> Iterator[AgentProcess]:
         thread.start()
         yield process
         process.pid1.shutdown(socket.SHUT_RDWR)
-        thread.join(WAIT)
+        thread.join(PATIENCE)
 
 
 def be_pid1(pair: socket.socket) -> None:
@@ -103,20 +104,20 @@ def flooded(process: Process) -> Iterator[threading.Thread]:
         yield thread
     finally:
         process.close()
-        thread.join(WAIT)
+        thread.join(PATIENCE)
     assert not thread.is_alive()
 
 
 def wait_until_stuck(process: Process) -> None:
     """Until the process's pipe is full and all that may wait on the way does."""
-    exchange = process._session.exchange
-    before = -1
-    deadline = time.monotonic() + WAIT
-    while exchange.pending != before or exchange.pending >= len(MUCH):
+    before, pending = -1, len(MUCH)
+    deadline = time.monotonic() + PATIENCE
+    while pending != before or pending >= len(MUCH):
         assert time.monotonic() < deadline
-        before = exchange.pending
         time.sleep(0.1)
-    assert before > 0
+        with process._changed:
+            before, pending = pending, process._session.exchange.pending
+    assert pending > 0
 
 
 @pytest.fixture(params=["plain", "kept"])
@@ -128,7 +129,7 @@ def test_kill(client: Agent, keep: Keep | None) -> None:
     process = client.start(NEVER_READS, stdin=True, keep=keep)
     with flooded(process):
         process.kill()
-        assert process.wait(WAIT).signal == signal.SIGKILL
+        assert process.wait(PATIENCE).signal == signal.SIGKILL
 
 
 def test_signal(client: Agent, keep: Keep | None) -> None:
@@ -155,11 +156,11 @@ def test_detach_and_what_the_next_writer_finds(client: Agent) -> None:
     process = client.start(NEVER_READS, stdin=True, keep=Keep())
     with flooded(process) as writer:
         process.detach()
-        writer.join(WAIT)
+        writer.join(PATIENCE)
     again = client.attach(process.id)  # stdin_taken if the agent had not heard of it
     with flooded(again):
         again.kill()
-        assert again.wait(WAIT).signal == signal.SIGKILL
+        assert again.wait(PATIENCE).signal == signal.SIGKILL
 
 
 def test_acknowledging(client: Agent) -> None:
@@ -180,7 +181,7 @@ def test_closing(agent: AgentProcess, client: Agent) -> None:
     process = client.start(NEVER_READS, stdin=True)
     with flooded(process):
         process.close()
-        deadline = time.monotonic() + WAIT
+        deadline = time.monotonic() + PATIENCE
         while pathlib.Path(f"/proc/{process.pid}").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -190,7 +191,7 @@ def test_who_only_watches_is_heard_too(client: Agent) -> None:
     process = client.start(NEVER_READS, stdin=True, keep=Keep())
     with flooded(process), client.attach(process.id, write=False) as watcher:
         watcher.kill()
-        assert watcher.wait(WAIT).signal == signal.SIGKILL
+        assert watcher.wait(PATIENCE).signal == signal.SIGKILL
 
 
 def test_bare_events(client: Agent) -> None:
@@ -219,7 +220,7 @@ def test_awaiting(agent: AgentProcess, backend: str, keep: Keep | None) -> None:
                     await anyio.sleep(0.1)
                     before, pending = pending, process._session.exchange.pending
                 await process.kill()
-                result = await process.wait(WAIT)
+                result = await process.wait(PATIENCE)
                 assert result.signal == signal.SIGKILL
 
     anyio.run(run, backend=backend)
@@ -237,7 +238,7 @@ def test_what_a_process_does_not_take_is_bounded(agent: AgentProcess, client: Ag
         argv = ["sh", "-c", "head -c 20000000 >/dev/null; exec sleep 1000"]
         processes.append(client.open_process(Start(argv=tuple(argv), stdin=True)))
         processes[-1].write(bytes(40_000_000))
-    deadline = time.monotonic() + 10 * WAIT
+    deadline = time.monotonic() + 10 * PATIENCE
     sent_before = -1
     while True:
         ready, _, _ = select.select(processes, [p for p in processes if p.unsent], [], 0.5)
@@ -332,7 +333,7 @@ def test_an_older_agent_gets_all_input_without_credit(tmp_path: pathlib.Path) ->
         client.start(["x"], stdin=True) as process,
     ):
         process.stdin.write(MUCH)
-        assert process.wait(WAIT).returncode == 0
+        assert process.wait(PATIENCE).returncode == 0
     assert got == MUCH
 
 
@@ -368,7 +369,7 @@ def test_cli_passes_signals_on(kind: Literal["namespaces", "qemu"]) -> None:
                 time.sleep(0.02)
             time.sleep(1)  # of input
             popen.send_signal(signal.SIGTERM)
-            assert popen.wait(WAIT) == 128 + signal.SIGTERM
+            assert popen.wait(PATIENCE) == 128 + signal.SIGTERM
         finally:
             popen.kill()
             popen.wait()
