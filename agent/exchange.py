@@ -89,6 +89,7 @@ class Exchange:
                 self._check_clock()
         finally:
             self._epoll.close()
+        await self._process.settled()
         status = self._process.status()
         if self._timed_out or self._cut:
             status = status.replace(timed_out=self._timed_out, open_streams=tuple(self._cut))

@@ -242,6 +242,7 @@ class KeptProcess(Process):
             await self._child.reaped.wait()
         else:
             await trio.lowlevel.wait_readable(self.exit_fd)
+            await self._child.settled()
             message = self._kept_exited()
             await self._agent.link.deliver(lambda: (message, ()))
         cut = tuple(STREAMS[s] for s, ring in self.rings.items() if ring.state == CUT)
@@ -479,6 +480,10 @@ class KeptProcess(Process):
     def signal(self, number: int, target: str) -> bool:
         """See `Process.signal`."""
         return self.exited is None and self._child.signal(number, target)
+
+    async def deliver(self, number: int, target: str) -> bool:
+        """See `Process.deliver`."""
+        return self.exited is None and await self._child.deliver(number, target)
 
     def resize(self, rows: int, columns: int) -> None:
         """See `Process.resize`."""

@@ -114,7 +114,7 @@ async def signal(agent: Agent, _channel: Channel, args: Record, _early: list[Eve
     """Send a signal to any process by its id."""
     assert isinstance(args, SignalProcess)
     await agent.wait_known()
-    return SignalResult(delivered=agent.find(args.id).signal(args.signal, args.target))
+    return SignalResult(delivered=await agent.find(args.id).deliver(args.signal, args.target))
 
 
 async def forget(agent: Agent, _channel: Channel, args: Record, _early: list[Event]) -> Record:

@@ -18,6 +18,7 @@ from agent import terminals, tree
 from agent.cgroups import Leaf
 from agent.channel import Channel
 from agent.exchange import Exchange
+from agent.hunting import Hunters, Quarry
 from agent.staging import stage
 from agent.state import Agent, Process
 from guest.connection import Event, Response
@@ -102,6 +103,7 @@ class ChildProcess(Process):
         self.leaf = leaf
         self.mark = mark
         self._reaped = False
+        self._hunts: list[Quarry] = []  # that are under way, and need the pid
 
     def signal(self, number: int, target: str) -> bool:
         """See `Process.signal`."""
@@ -120,14 +122,37 @@ class ChildProcess(Process):
 
     def _signal_tree(self, number: int) -> bool:
         if self.leaf is None:
-            if number == signal.SIGKILL:
-                return tree.kill(self.pid, self.mark)
-            return tree.send(self.pid, self.mark, number)
+            self._hunt(number)
+            return True
         if number != signal.SIGKILL:
             return self.leaf.signal(number)
         delivered = self.leaf.populated()
         self.leaf.kill()
         return delivered
+
+    async def deliver(self, number: int, target: str) -> bool:
+        """See `Process.deliver`."""
+        if target != "tree" or self.leaf is not None or self._reaped:
+            return self.signal(number, target)
+        hunt = self._hunt(number)
+        await hunt.done.wait()
+        return hunt.delivered
+
+    def _hunt(self, number: int) -> Quarry:
+        """One for each number that has not begun, as the kernel has one pending signal of each."""
+        self._hunts = [hunt for hunt in self._hunts if not hunt.over]
+        for hunt in self._hunts:
+            if hunt.number == number and not hunt.begun:
+                return hunt
+        hunt = Hunters.send(self.pid, self.mark, number)
+        self._hunts.append(hunt)
+        return hunt
+
+    async def settled(self) -> None:
+        """See `Process.settled`."""
+        while self._hunts:
+            await self._hunts[0].done.wait()
+            self._hunts = [hunt for hunt in self._hunts if not hunt.over]
 
     def resize(self, rows: int, columns: int) -> None:
         """See `Process.resize`."""
@@ -162,6 +187,7 @@ class ChildProcess(Process):
         if not self._reaped:
             self.signal(signal.SIGKILL, "tree")
             with trio.CancelScope(shield=True):
+                await self.settled()
                 await trio.lowlevel.wait_readable(self.exit_fd)
             self.finish(self.status())
         os.close(self.exit_fd)

@@ -1,10 +1,12 @@
 """What an earlier agent had deposited with PID 1 becomes this one's; what it had not is ended."""
 
 import os
+import signal
 
 from agent import tree
 from agent.adopted import Adopted
 from agent.cgroups import Leaf
+from agent.hunting import Hunters
 from agent.kept import KeptProcess, Notes
 from agent.ring import OPEN, Ring
 from agent.state import AGENT_ID, Agent, log
@@ -30,17 +32,20 @@ async def restore_all(agent: Agent, deposits: list[tuple[Restored, list[int]]]) 
             await restore_deposit(agent, message, descriptors)
     if agent.configure.starts > 1:
         kept = [p.notes for p in agent.processes.values() if isinstance(p, KeptProcess)]
-        end_others(agent, earlier, kept)
+        await end_others(agent, earlier, kept)
 
 
-def end_others(agent: Agent, earlier: str, kept: list[Notes]) -> None:
+async def end_others(agent: Agent, earlier: str, kept: list[Notes]) -> None:
     """Kill the processes of the agent before this one that are not kept."""
     cgroups = agent.own_cgroups()
     if cgroups is None:
         spared_marks = {os.fsencode(notes.mark) for notes in kept}
+        hunts = []
         for mark, pid in tree.marked().items():
             if mark not in spared_marks:
-                tree.kill(pid, mark)
+                hunts.append(Hunters.send(pid, mark, signal.SIGKILL))
+        for hunt in hunts:
+            await hunt.done.wait()
     elif earlier:
         spared = {notes.leaf for notes in kept}
         for leaf in cgroups.left_by(earlier):

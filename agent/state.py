@@ -18,6 +18,7 @@ from agent.cgroups import (
     unavailable,
     workload_memory,
 )
+from agent.hunting import Hunters
 from guest import limits
 from guest.errors import OperationError
 from guest.messages import Exited, Limits, ProcessInfo
@@ -73,10 +74,17 @@ class Process:
     def signal(self, number: int, target: str) -> bool:
         """Send a signal to "process", "group" or "tree": everything that descends from it.
 
-        KILL to the tree returns when nothing of it can start anything any more. Returns whether
-        somebody was there to receive it; a process that was reaped gets nothing. Raises nothing.
+        Returns whether somebody was there to receive it; a process that was reaped gets nothing.
+        Where a tree has to be looked for, that takes a while: `settled`. Raises nothing.
         """
         raise NotImplementedError
+
+    async def deliver(self, number: int, target: str) -> bool:
+        """As `signal`, and wait until everybody has it; exact also where they were looked for."""
+        return self.signal(number, target)
+
+    async def settled(self) -> None:
+        """Until no signal is under way that needs its pid. Before that it must not be reaped."""
 
     def status(self) -> Exited:
         """How it ended; only after `exit_fd` is readable, and only once."""
@@ -228,9 +236,11 @@ class Agent:
 
     def kill_everything(self) -> None:
         """SIGKILL to all that is not kept: the agent is about to end."""
+        Hunters.ending = True
         for process in self.processes.values():
             if not process.kept:
                 process.signal(signal.SIGKILL, "tree")
+        Hunters.finish()
         if self.cgroups is not None:
             self.cgroups.close()
 

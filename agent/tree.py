@@ -2,16 +2,20 @@
 
 A descendant is known by its chain of parents, its session or process group, or by a variable in its
 environment. What wipes its environment, leaves the session and outlives its parent cannot be found.
+
+A pass over /proc takes as long as there are processes in the guest, so one serves all who look for
+somebody at that moment, and it is made of small steps: `agent.hunting` runs them.
 """
 
 import os
 import signal
 import time
+from collections.abc import Generator, Iterator, Sequence
 
-__all__ = ["MARKER", "kill", "marked", "send"]
+__all__ = ["MARKER", "Hunt", "marked", "passes", "run"]
 
 MARKER = b"MICROGUEST_PROCESS="
-ROUNDS = 32  # of looking for more, while what was found is stopped
+ROUNDS = 256  # passes over /proc for one hunt, at most
 ENVIRONMENT = 256 * 1024  # bytes that are searched
 LOOKS = 20  # at the environment of a process that is about to get one
 LOOK_EVERY = 0.0005  # seconds
@@ -20,85 +24,116 @@ FLAGS, ENV_END = 6, 48
 PF_KTHREAD = 0x00200000
 
 
-def send(pid: int, mark: bytes, number: int) -> bool:
-    """A signal to the process `pid`, of which the id is not free yet, and all its descendants.
+class Hunt:
+    """A signal for the process `pid`, of which the id is not free yet, and all its descendants.
 
-    `mark`: the entry of its environment that begins with MARKER. Returns whether there was one.
+    `mark`: the entry of its environment that begins with MARKER. `delivered`: there was one.
+    `begun`: a pass may have gone by somebody already.
+
+    KILL comes after STOP, so that none can start more meanwhile. A fork that has begun goes on
+    after its parent was told to stop, but not after KILL: what was born in between is there when
+    all the others have been killed (copy_process in the kernel's kernel/fork.c), so it is looked
+    for until nobody new is found.
     """
-    delivered = False
-    for member in find(pid, mark):
-        delivered |= signal_one(member, number)
-    return delivered
 
+    def __init__(self, pid: int, mark: bytes, number: int = signal.SIGKILL) -> None:
+        self.pid = pid
+        self.mark = mark
+        self.number = number
+        self.delivered = False
+        self.begun = False
+        self.over = False
+        self._stopped: set[int] = set()
+        self._killed: set[int] = set()
+        self._rounds = 0
 
-def kill(pid: int, mark: bytes) -> bool:
-    """SIGKILL to all of them. They are stopped first, so that none can start more meanwhile.
+    def found(self, members: set[int]) -> None:
+        """What one pass has found of it."""
+        self._rounds += 1
+        if self.number != signal.SIGKILL:
+            self._send(members, self.number)
+            self.over = True
+            return
+        new = members - self._stopped - self._killed
+        if new:
+            for member in new:
+                signal_one(member, signal.SIGSTOP)
+            self._stopped |= new
+        if not new or self._rounds >= ROUNDS:
+            self.over = not self._stopped or self._rounds >= ROUNDS
+            self._send(self._stopped, signal.SIGKILL)
+            self._killed |= self._stopped
+            self._stopped = set()
 
-    A fork that has begun goes on after its parent was told to stop, but not after KILL: what was
-    born in between is there when all the others have been killed (copy_process in the kernel's
-    kernel/fork.c), so it is looked for until nobody new is found.
-    """
-    delivered = False
-    killed: set[int] = set()
-    for _ in range(ROUNDS):
-        members = stop(pid, mark, killed)
-        if not members:
-            break
+    def _send(self, members: set[int], number: int) -> None:
         for member in members:
-            delivered |= signal_one(member, signal.SIGKILL)
-        killed |= members
-    return delivered
+            self.delivered |= signal_one(member, number)
+
+
+def run(hunts: Sequence[Hunt]) -> None:
+    """All of them to their ends, in this thread."""
+    while hunts:
+        for seconds in passes(hunts):
+            time.sleep(seconds)
+        hunts = [hunt for hunt in hunts if not hunt.over]
+
+
+def passes(hunts: Sequence[Hunt]) -> Iterator[float]:
+    """One pass over /proc for all of these hunts, in small steps: seconds to wait before the next.
+
+    Most often none, and then whoever runs the steps may let others have their turn.
+    """
+    for hunt in hunts:
+        hunt.begun = True
+    by_pid = {hunt.pid: hunt for hunt in hunts}
+    by_mark = {hunt.mark: hunt for hunt in hunts}
+    members: dict[Hunt, set[int]] = {hunt: set() for hunt in hunts}
+    children: dict[int, list[int]] = {}
+    own = os.getpid()
+    for name in os.listdir("/proc"):
+        if not name.isdecimal() or int(name) in (1, own):
+            continue
+        yield 0.0
+        fields = stat_fields(name)
+        if not fields or fields[0] in (b"Z", b"X"):
+            continue
+        pid = int(name)
+        parent, group, session = map(int, fields[1:4])
+        children.setdefault(parent, []).append(pid)
+        entries = yield from environment(name)
+        owners = [by_pid.get(each) for each in (pid, group, session)]
+        owners += [by_mark[entry] for entry in entries if entry in by_mark]
+        for owner in owners:
+            if owner is not None:
+                members[owner].add(pid)
+    for hunt, direct in members.items():
+        yield 0.0
+        # Two hunts of one process share its entries here.
+        key = by_pid[hunt.pid]
+        hunt.found(
+            direct | members[key] | descendants(children, direct | members[key] | {hunt.pid})
+        )
 
 
 def marked() -> dict[bytes, int]:
     """Every entry that begins with MARKER, with one process that has it in its environment."""
     found: dict[bytes, int] = {}
     for name in filter(str.isdecimal, os.listdir("/proc")):
-        for entry in environment(name):
+        for entry in read_environment(name):
             if entry.startswith(MARKER):
                 found[entry] = int(name)
     return found
 
 
-def stop(pid: int, mark: bytes, known: set[int]) -> set[int]:
-    """SIGSTOP to all of them but the `known` ones, until nobody new is found; who they are."""
-    stopped: set[int] = set()
-    for _ in range(ROUNDS):
-        new = find(pid, mark) - stopped - known
-        if not new:
-            break
-        for member in new:
-            signal_one(member, signal.SIGSTOP)
-        stopped |= new
-    return stopped
-
-
-def find(pid: int, mark: bytes) -> set[int]:
-    """Their pids as they are now, without those that only wait to be reaped."""
-    parents: dict[int, int] = {}
-    members = set()
-    own = os.getpid()
-    for name in os.listdir("/proc"):
-        if not name.isdecimal() or int(name) in (1, own):
-            continue
-        fields = stat_fields(name)
-        if not fields or fields[0] in (b"Z", b"X"):
-            continue
-        parent, group, session = map(int, fields[1:4])
-        parents[int(name)] = parent
-        if int(name) == pid or pid in (group, session) or is_marked(name, mark):
-            members.add(int(name))
-    return members | descendants(parents, members | {pid})
-
-
-def descendants(parents: dict[int, int], roots: set[int]) -> set[int]:
-    """Of the pids in `parents`, those that have one of `roots` above them."""
+def descendants(children: dict[int, list[int]], roots: set[int]) -> set[int]:
+    """All that have one of `roots` above them; `children` by parent."""
     found: set[int] = set()
-    grown = True
-    while grown:
-        new = {child for child, parent in parents.items() if parent in roots | found} - found
-        found |= new
-        grown = bool(new)
+    waiting = list(roots)
+    while waiting:
+        for child in children.get(waiting.pop(), ()):
+            if child not in found:
+                found.add(child)
+                waiting.append(child)
     return found
 
 
@@ -111,13 +146,8 @@ def stat_fields(pid: str) -> list[bytes]:
         return []
 
 
-def is_marked(pid: str, mark: bytes) -> bool:
-    """Whether its environment has the entry."""
-    return mark in environment(pid)
-
-
-def environment(pid: str) -> list[bytes]:
-    """Its first ENVIRONMENT bytes; [] for what is gone, or a kernel thread.
+def environment(pid: str) -> Generator[float, None, list[bytes]]:
+    """Its first ENVIRONMENT bytes; [] for what is gone, or a kernel thread. In steps.
 
     A process inside execve(2) shows none for a moment, and must not be overlooked then.
     """
@@ -127,7 +157,7 @@ def environment(pid: str) -> list[bytes]:
             break
         changing = between_programs(pid)
         if changing:
-            time.sleep(LOOK_EVERY)
+            yield LOOK_EVERY
         entries = read_environment(pid)
         if not changing:
             break

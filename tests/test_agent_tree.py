@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 from agentharness import AgentProcess, Host, execute
+from patience import PATIENCE
 from sleepers import Sleeper
 
 from agent.cgroups import MOUNTS, Cgroups, Leaf, open_cgroups
@@ -200,3 +201,80 @@ def test_emptied_leaf_is_used_again() -> None:
     other.give_back()
     cgroups.close()
     assert not os.path.exists(cgroups.path)
+
+
+# ── many at once, where they have to be looked for ───────────────────────────────────────────────
+
+
+MANY = 60
+
+
+@pytest.fixture
+def hidden_agent() -> Iterator[AgentProcess]:
+    if os.geteuid() != 0:
+        pytest.skip("cgroups can be hidden only by root")
+    with start_agent(hidden=True) as agent:
+        yield agent
+
+
+def stat_reads(agent: AgentProcess) -> int:
+    """System calls that read, of the agent so far: proc_pid_io(5)."""
+    text = pathlib.Path(f"/proc/{agent.pid}/io").read_text()
+    return int(text.split("syscr: ")[1].split()[0])
+
+
+def closing_costs(agent: AgentProcess, sleeper: Sleeper, count: int) -> tuple[int, float]:
+    """Of `count` connections that close at once: reads, and a ping's longest wait meanwhile."""
+    hosts = [Host(agent) for _ in range(count)]
+    for host in hosts:
+        host.start("sleep", sleeper.argument)
+    sleeper.wait_for(count)
+    longest = 0.0
+    with Host(agent) as asking:
+        asking.ping()
+        before = stat_reads(agent)
+        for host in hosts:
+            host.sock.close()
+        deadline = time.monotonic() + PATIENCE
+        while agent.children():
+            begun = time.monotonic()
+            asking.ping()
+            longest = max(longest, time.monotonic() - begun)
+            assert time.monotonic() < deadline
+    return stat_reads(agent) - before, longest
+
+
+def test_one_look_at_all_processes_serves_all_kills(
+    hidden_agent: AgentProcess, sleeper: Sleeper
+) -> None:
+    one, _ = closing_costs(hidden_agent, sleeper, 1)
+    many, _ = closing_costs(hidden_agent, sleeper, MANY)
+    assert many < MANY / 3 * one
+
+
+def test_the_agent_answers_while_it_looks(hidden_agent: AgentProcess, sleeper: Sleeper) -> None:
+    """One ping waits for a step, not for a look at everybody, let alone for one each."""
+    begun = time.monotonic()
+    _, longest = closing_costs(hidden_agent, sleeper, MANY)
+    assert longest < (time.monotonic() - begun) / 4
+
+
+def test_the_end_of_an_agent_is_one_look_too(sleeper: Sleeper) -> None:
+    with start_agent(hidden=True) as agent:
+        hosts = [Host(agent) for _ in range(MANY)]
+        for host in hosts:
+            host.start("sleep", sleeper.argument)
+        sleeper.wait_for(MANY)
+        agent.close()
+        assert sleeper.pids() == []
+        for host in hosts:
+            host.sock.close()
+
+
+def test_every_kill_is_said_to_have_been_delivered_or_not(hidden_agent: AgentProcess) -> None:
+    with Host(hidden_agent) as host, Host(hidden_agent) as other:
+        started = host.start("sh", "-c", "trap '' USR1; sleep 1000 & wait")
+        for number in (signal.SIGUSR1, signal.SIGKILL):
+            args = SignalProcess(id=started.id, signal=number, target="tree")
+            assert other.request("signal", args) == SignalResult(delivered=True)
+        assert host.collect().exited.signal == signal.SIGKILL
