@@ -177,7 +177,8 @@ class Leaf:
 
     def _open(self, file: str) -> int:
         try:
-            return os.open(file, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            return os.open(file, flags, dir_fd=self.fd)
         except OSError:
             return -1
 
@@ -200,6 +201,11 @@ class Cgroups:
         remove_abandoned(parent)
         self.path = f"{parent}/{os.urandom(6).hex()}"
         os.mkdir(self.path, 0o755)
+        try:
+            os.stat(f"{self.path}/cgroup.procs")  # the kernel's; what is mounted over it has none
+        except OSError:
+            os.rmdir(self.path)
+            raise
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._leaves = f"{self.path}/processes"
@@ -399,7 +405,7 @@ def read_words(path: str) -> list[str]:
 
 def write(path: str, text: str) -> None:
     """One value into one file; one write, as the kernel wants it. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.write(fd, text.encode())
     finally:

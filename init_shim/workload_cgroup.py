@@ -69,6 +69,7 @@ class WorkloadCgroup:
     def __init__(self, settings: dict[str, str], most: int | None) -> None:
         make_parent()
         make_empty()
+        os.stat(f"{PATH}/cgroup.procs")  # the kernel's; what a workload mounted over it has none
         self.fd = os.open(PATH, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,7 +149,7 @@ def remove(path: str) -> bool:
 
 def write(path: str, text: str) -> None:
     """One value into one file, which is there. Raises OSError with its name."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.write(fd, text.encode())
     except OSError as error:

@@ -333,6 +333,19 @@ def test_input_is_the_users_in_a_root_without_devices(small_root: pathlib.Path) 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its root")
+def test_what_looks_like_cgroups_does_not_hold_the_agent(small_root: pathlib.Path) -> None:
+    """As root in a machine can mount over them."""
+    cgroups = small_root / "sys" / "fs" / "cgroup"
+    (cgroups / "microguest").mkdir(parents=True)
+    (cgroups / "cgroup.controllers").write_text("cpu memory pids\n")
+    os.mkfifo(cgroups / "cgroup.subtree_control")
+    os.mkfifo(cgroups / "microguest" / "cgroup.subtree_control")
+    with AgentProcess(root=str(small_root)) as agent:
+        assert execute(agent, "busybox", "true", user="0:0").exited.code == 0
+    assert sorted(os.listdir(cgroups / "microguest")) == ["cgroup.subtree_control"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its root")
 def test_a_fifo_as_null_device_does_not_hold_the_agent(small_root: pathlib.Path) -> None:
     (small_root / "dev").mkdir()
     os.mkfifo(small_root / "dev" / "null")
