@@ -309,3 +309,31 @@ def test_docs_name_every_bound() -> None:
     fields = list(json.loads(json.dumps(images.Limits.__annotations__, default=str)))
     missing = [name for name in (*bounds, *fields) if f"`{name}`" not in section]
     assert missing == []
+
+
+def test_index_of_very_many_images(tmp_path: Path) -> None:
+    layout = factory.Layout(tmp_path / "i")
+    image = layout.image([SMALL])
+    layout.index(*[image] * 4097)
+    with pytest.raises(ImageError, match="lists 4097 images, more than 4096"):
+        images.open_image(f"oci:{layout.path}")
+
+
+def test_error_for_very_many_names_compares_a_few(tmp_path: Path) -> None:
+    """Each name of each image with those of all others would be millions of calls."""
+    layout = factory.Layout(tmp_path / "i")
+    one, other = (layout.image([SMALL], config={"Cmd": [name]}) for name in "ab")
+    layout.index(*[factory.tagged(one, f"x/y{number}:1") for number in range(2000)], other)
+    calls = 0
+
+    def count(frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        with pytest.raises(ImageError, match="several images"):
+            images.open_image(f"oci:{layout.path}")
+    finally:
+        sys.setprofile(None)
+    assert calls < 2_000_000

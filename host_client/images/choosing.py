@@ -25,6 +25,8 @@ MANIFESTS = frozenset(
     }
 )
 _DEFAULT_TAG = "latest"
+_SHOWN_IMAGES = 20  # in an error
+_SHOWN_NAMES = 4  # of one image that are tried
 _SHOWN_DIGITS = 12  # of a digest, where an error names one
 
 
@@ -113,11 +115,11 @@ def _shown_digest(descriptor: Descriptor) -> str:
 def _several(layout: Layout, found: Sequence[Descriptor], of: Sequence[Descriptor]) -> ImageError:
     """For more than one image: lists for each a name that means no other, or else its digest."""
     known = []
-    for descriptor in found:
+    for descriptor in found[:_SHOWN_IMAGES]:  # each name is compared with all, so not all names are
         digests = {descriptor.digest}
         single = [
             label
-            for label in _labels(descriptor)
+            for label in _labels(descriptor)[:_SHOWN_NAMES]
             if {one.digest for one in _matching(of, label)} == digests
         ]
         known.append(single[0] if single else _shown_digest(descriptor))

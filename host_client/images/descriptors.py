@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from host_client.errors import ImageError
+from host_client.images import limits
 from host_client.images.layout import Layout, blob_path, read_json, read_small
 
 _NAMES = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
@@ -91,6 +92,11 @@ def read_index(layout: Layout, where: str, data: bytes) -> list[Descriptor]:
     found = listed(layout, where, "manifests", index.get("manifests"))
     if not found:
         raise ImageError(f"{layout.name}: {where} lists no image")
+    if len(found) > limits.MAX_INDEX_ENTRIES:
+        raise ImageError(
+            f"{layout.name}: {where} lists {len(found)} images, more than "
+            f"{limits.MAX_INDEX_ENTRIES}"
+        )
     return [read_descriptor(layout, where, item) for item in found]
 
 

@@ -51,6 +51,9 @@ MAX_ARCHIVE_IMAGES = 256
 MAX_JSON_VALUES = 250_000
 """Values in one JSON file, each of which takes some 200 bytes once it is read."""
 
+MAX_INDEX_ENTRIES = 4096
+"""Images in one index: a layout that is a store of many; an index of platforms has a dozen."""
+
 MAX_NESTED_INDEXES = 64
 """Indexes that are read to find a digest somebody has named."""
 
