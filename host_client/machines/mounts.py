@@ -31,7 +31,10 @@ class Mount:
     `size` (as 2G) says how large to make it, sparse. "tmpfs" is memory, at most `size` (as 64M or
     a percentage; "": half of the memory), its root has the `mode`.
     fstype: of a disk: "ext4", "erofs" or "squashfs".
-    suid, dev: setuid bits and device nodes work on it. exec: programs on it can be run; None: yes,
+    suid, dev: setuid bits and device nodes work on it. Of a bind for qemu, and as root, they say as
+    well what the guest can leave on this host: without suid no file gets a set-user-id or a
+    set-group-id bit or capabilities, without dev none is a device node.
+    exec: programs on it can be run; None: yes,
     but not on a tmpfs, as docker has it.
     """
 

@@ -58,6 +58,7 @@ class Share(Record):
     source: str  # absolute path
     argv: tuple[str, ...]  # {listener} becomes the descriptor that it accepts the VMM on
     socket: str  # where that listens, below `run`
+    seccomp: str = ""  # the filter that it runs under, as base64
 
 
 class Plan(Record):

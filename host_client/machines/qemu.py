@@ -17,6 +17,7 @@ from host_client import images
 from host_client.address import HybridAddress, VsockAddress
 from host_client.errors import MachineError
 from host_client.machines.capacity import check_enough, check_host
+from host_client.machines.deputy import share_filter
 from host_client.machines.disks import GuestDisk, image_disk
 from host_client.machines.host import VsockChoice, accelerator, qemu_command, vsock_choice
 from host_client.machines.mounts import Mount
@@ -70,8 +71,12 @@ class Supplies:
             return preparation.tmpfs(mount)
         if mount.kind == "bind":
             source = directory(mount.source, mount.target)
-            argv = share_command(virtiofsd(), source, read_only=mount.read_only)
-            self.shares.append(Share(source=source, argv=argv, socket=f"{name}.sock"))
+            argv = share_command(
+                virtiofsd(), source, read_only=mount.read_only, suid=mount.suid, dev=mount.dev
+            )
+            program = share_filter(suid=mount.suid) if os.geteuid() == 0 else ""
+            share = Share(source=source, argv=argv, socket=f"{name}.sock", seccomp=program)
+            self.shares.append(share)
             return preparation.volume(mount, source={"kind": "virtiofs", "tag": name})
         read_only = mount.read_only or mount.fstype != "ext4"
         disk = image_disk(mount.source, name, size=mount.size, read_only=read_only)

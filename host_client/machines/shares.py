@@ -15,6 +15,7 @@ from select import EPOLLIN
 from typing import Final
 
 from host_client.errors import MachineError
+from host_client.machines.deputy import capability_changes
 from host_client.machines.plan import Share
 from host_client.machines.vmm import spawn
 from host_client.vhost_vsock.loop import EventLoop
@@ -48,18 +49,23 @@ def virtiofsd() -> str:
     return found
 
 
-def share_command(program: str, source: str, *, read_only: bool) -> tuple[str, ...]:
+def share_command(
+    program: str, source: str, *, read_only: bool, suid: bool = False, dev: bool = False
+) -> tuple[str, ...]:
     """virtiofsd's words; {listener} stands for the descriptor of its socket. MachineError.
 
+    suid, dev: as root it may make files with set-user-id bits or capabilities, and device nodes.
     As root it confines itself by chroot(2): its other way needs a PID namespace, whose processes do
     not all end with it.
     """
     root = os.geteuid() == 0
+    changes = capability_changes(suid=suid, dev=dev) if root else ""
     if is_successor(program):
         return (
             *(program, "--fd={listener}", f"--shared-dir={source}", "--cache=auto"),
             f"--sandbox={'chroot' if root else 'namespace'}",
             *(("--readonly",) if read_only else ()),
+            *((f"--modcaps={changes}",) if changes else ()),
         )
     if not root:
         raise MachineError(
@@ -70,6 +76,7 @@ def share_command(program: str, source: str, *, read_only: bool) -> tuple[str, .
         *((*READ_ONLY, source) if read_only else ()),
         *(program, "--fd={listener}", "-o", f"source={escaped}", "-o", "sandbox=chroot"),
         *("-o", "cache=auto", "-o", "xattr", "--rlimit-nofile=0"),
+        *(("-o", f"modcaps={changes}") if changes else ()),
     )
 
 
@@ -136,7 +143,9 @@ class Shares:
 
     def _start(self, share: Share, listener: int, output: int) -> None:
         argv = [word.replace("{listener}", str(listener)) for word in share.argv]
-        process = spawn(argv, stdout=output, stderr=output, keep=(listener,))
+        process = spawn(
+            argv, stdout=output, stderr=output, keep=(listener,), filtered=share.seccomp
+        )
         pidfd = os.pidfd_open(process.pid)
         self._running[pidfd] = process
         self._loop.add(pidfd, lambda _events: self._ended(share, pidfd), EPOLLIN)

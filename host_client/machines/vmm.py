@@ -1,5 +1,6 @@
 """The processes of one machine, as its monitor has them: the VMM, and what serves its vsock."""
 
+import base64
 import ctypes
 import os
 import signal
@@ -21,35 +22,57 @@ DAEMON_POLL: Final = 0.01
 CHUNK: Final = 64 * 1024
 CHUNKS_AT_END: Final = 64  # of console that is read after the VMM's exit; a socket holds less
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+PR_SET_SECCOMP: Final = 22
+SECCOMP_MODE_FILTER: Final = 2  # linux/seccomp.h
+INSTRUCTION: Final = 8  # bytes of a struct sock_filter
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def dies_with(parent: int) -> Callable[[], None]:
+class FilterProgram(ctypes.Structure):
+    """struct sock_fprog of linux/filter.h."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+def dies_with(parent: int, filtered: str = "") -> Callable[[], None]:
     """For subprocess's preexec_fn: be killed with `parent`, and at once if it is dead already.
 
-    The monitor has one thread, so nothing can hold a lock across the fork.
+    filtered: a filter of system calls as base64, for root's. The monitor has one thread, so nothing
+    can hold a lock across the fork.
     """
+    code = base64.b64decode(filtered)
+    program = FilterProgram(len(code) // INSTRUCTION, code)
 
     def ask() -> None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
+        if code and _libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0):
+            os._exit(1)  # nothing runs without the filter that it was to have
 
     return ask
 
 
 def spawn(
-    argv: list[str], *, stdout: int, stderr: int, keep: tuple[int, ...] = ()
+    argv: list[str],
+    *,
+    stdout: int,
+    stderr: int,
+    keep: tuple[int, ...] = (),
+    filtered: str = "",
 ) -> "subprocess.Popen[bytes]":
-    """A child that ends with this process. OSError where it cannot be started."""
+    """A child that ends with this process. OSError where it cannot be started.
+
+    filtered: as `dies_with` has it.
+    """
     return subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
         pass_fds=keep,
-        preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509
+        preexec_fn=dies_with(os.getpid(), filtered),  # noqa: PLW1509
         start_new_session=True,
     )
 
