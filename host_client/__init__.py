@@ -49,9 +49,11 @@ if TYPE_CHECKING:
         RemoteProtocolError,
         StartError,
     )
+    from host_client.images import Progress
     from host_client.machines.boot import boot
     from host_client.machines.machine import Machine
     from host_client.machines.mounts import Mount
+    from host_client.machines.named import MachineInfo, NamedMachine, find, list_machines
     from host_client.machines.plan import Event, MachineState
     from host_client.machines.settings import MachineOptions
     from host_client.process import Process, ProcessStream
@@ -82,11 +84,13 @@ __all__ = [
     "LocalProtocolError",
     "Machine",
     "MachineError",
+    "MachineInfo",
     "MachineOptions",
     "MachineState",
     "ManifestError",
     "MicroguestError",
     "Mount",
+    "NamedMachine",
     "OperationError",
     "Options",
     "OutputStalled",
@@ -95,6 +99,7 @@ __all__ = [
     "Process",
     "ProcessInfo",
     "ProcessStream",
+    "Progress",
     "ProtocolError",
     "RemoteProtocolError",
     "Renewed",
@@ -114,6 +119,8 @@ __all__ = [
     "boot",
     "connect",
     "errors",
+    "find",
+    "list_machines",
     "seccomp",
 ]
 
@@ -135,9 +142,11 @@ _HOMES = {
         *("MicroguestError", "OperationError", "OutputStalled", "OutputTooLarge", "ProtocolError"),
         *("RemoteProtocolError", "StartError"),
     ),
+    "host_client.images": ("Progress",),
     "host_client.machines.boot": ("boot",),
     "host_client.machines.machine": ("Machine",),
     "host_client.machines.mounts": ("Mount",),
+    "host_client.machines.named": ("MachineInfo", "NamedMachine", "find", "list_machines"),
     "host_client.machines.plan": ("Event", "MachineState"),
     "host_client.machines.settings": ("MachineOptions",),
     "host_client.process": ("Process", "ProcessStream"),

@@ -89,15 +89,19 @@ PUBLIC = {
         "Agent", "AgentExited", "Attach", "BootConfigError", "BootFailed", "BootFailure",
         "CommandFailed", "ConnectError", "ConnectionLost", "DeadlineExceeded", "Event",
         "Exited", "GuestClock", "HybridAddress", "ImageError", "InfoResult", "Interface",
-        "Keep", "Limits", "LocalProtocolError", "Machine", "MachineError", "MachineOptions",
-        "MachineState", "ManifestError", "MicroguestError", "Mount", "OperationError",
-        "Options", "OutputStalled", "OutputTooLarge", "PingResult", "Process",
-        "ProcessInfo", "ProcessStream", "ProtocolError", "RemoteProtocolError", "Renewed",
-        "Result", "Route", "StagedFile", "Start", "StartError", "Step", "UnixAddress",
-        "VsockAddress", "Winsize", "WorkloadExited", "WorkloadFailed", "__version__", "aio",
-        "boot", "connect", "errors", "seccomp",
+        "Keep", "Limits", "LocalProtocolError", "Machine", "MachineError", "MachineInfo",
+        "MachineOptions", "MachineState", "ManifestError", "MicroguestError", "Mount",
+        "NamedMachine", "OperationError", "Options", "OutputStalled", "OutputTooLarge",
+        "PingResult", "Process", "ProcessInfo", "ProcessStream", "Progress",
+        "ProtocolError", "RemoteProtocolError", "Renewed", "Result", "Route", "StagedFile",
+        "Start", "StartError", "Step", "UnixAddress", "VsockAddress", "Winsize",
+        "WorkloadExited", "WorkloadFailed", "__version__", "aio", "boot", "connect",
+        "errors", "find", "list_machines", "seccomp",
     ],
-    "host_client.aio": ["Agent", "Process", "connect"],
+    "host_client.aio": [
+        "Agent", "Machine", "NamedMachine", "Process", "boot", "connect", "find",
+        "list_machines",
+    ],
 }  # fmt: skip
 
 

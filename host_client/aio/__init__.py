@@ -11,14 +11,29 @@ Cancelling a command closes its connection, and so kills the process, unless it 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from host_client.aio.agent import Agent, connect
+    from host_client.aio.machine import Machine, NamedMachine, boot, find, list_machines
     from host_client.aio.process import Process
 
-__all__ = ["Agent", "Process", "connect"]
+__all__ = [
+    "Agent",
+    "Machine",
+    "NamedMachine",
+    "Process",
+    "boot",
+    "connect",
+    "find",
+    "list_machines",
+]
 
 _HOME = {
     "Agent": "host_client.aio.agent",
+    "Machine": "host_client.aio.machine",
+    "NamedMachine": "host_client.aio.machine",
     "Process": "host_client.aio.process",
+    "boot": "host_client.aio.machine",
     "connect": "host_client.aio.agent",
+    "find": "host_client.aio.machine",
+    "list_machines": "host_client.aio.machine",
 }
 
 

@@ -1,6 +1,7 @@
 """Starting a machine, from the image to an agent that answers."""
 
 import os
+import threading
 import time
 from typing import Final, Protocol, Unpack
 
@@ -19,6 +20,7 @@ from host_client.values import path
 
 __all__ = ["BACKENDS", "Backend", "boot", "start"]
 
+ABANDONED_EVERY: Final = 0.05  # seconds between looks whether the boot was given up
 MONITOR_ALLOWANCE: Final = 15.0  # seconds beyond the boot's own deadline, which the monitor keeps
 
 
@@ -44,6 +46,7 @@ def boot(
     *,
     bundle: str | os.PathLike[str] | None = None,
     progress: images.OnProgress | None = None,
+    abandoned: threading.Event | None = None,
     **options: Unpack[MachineOptions],
 ) -> Machine:
     """Start a machine from an image and wait until its agent serves. Use it in a `with` block.
@@ -52,7 +55,9 @@ def boot(
     @sha256:DIGEST behind all but the last (docs/images.md). bundle: folder of kernel and
     initramfs, instead of where they are looked for. options: MachineOptions says what there is.
     Making a disk of an image that is new here does not count for the `timeout`; `progress` is
-    called with how far it is (`images.Progress`), and what it raises ends the making.
+    called with how far it is (`images.Progress`), and what it raises ends the making. abandoned:
+    set by another thread, it gives the boot up, also one that has just come to its end, by a
+    MachineError.
 
     Raises TypeError for an option of a wrong type, ImageError, MachineError, and BootFailed where
     the guest did not come up. Nothing is left behind then, nor after the end or death of this
@@ -62,6 +67,7 @@ def boot(
         Settings.of(image, options),
         bundle=None if bundle is None else path(bundle, "bundle"),
         progress=progress,
+        abandoned=abandoned,
     )
 
 
@@ -70,6 +76,7 @@ def start(
     *,
     bundle: str | None = None,
     progress: images.OnProgress | None = None,
+    abandoned: threading.Event | None = None,
 ) -> Machine:
     """The machine of these settings, ready. Raises as `boot` does."""
     backend = BACKENDS.get(settings.machine)
@@ -85,7 +92,15 @@ def start(
         folder.remove()
         raise
     try:
-        return bring_up(backend, settings, folder, found, link, progress=progress)
+        return bring_up(
+            backend,
+            settings,
+            folder,
+            found,
+            link,
+            progress=progress,
+            abandoned=abandoned or threading.Event(),
+        )
     except BaseException:
         link.close()
         raise
@@ -99,15 +114,18 @@ def bring_up(
     link: Link,
     *,
     progress: images.OnProgress | None,
+    abandoned: threading.Event,
 ) -> Machine:
     """Everything between the empty folder and the ready machine; the link's end undoes it."""
     token = new_token()
     try:
         folder.write("token", token.encode())
         with images.open_image(settings.image) as image:
-            plan = backend.plan(Preparation(settings, folder, bundle, image, token, progress))
+            watched = unless(abandoned, progress, folder.name)
+            plan = backend.plan(Preparation(settings, folder, bundle, image, token, watched))
+            check_wanted(abandoned, folder.name)
             link.send(plan)
-            await_ready(link, folder, settings.timeout)
+            await_ready(link, folder, settings.timeout, abandoned)
     except OSError as error:
         if isinstance(error, DeadlineExceeded):
             raise
@@ -115,14 +133,35 @@ def bring_up(
         raise MachineError(
             f"cannot prepare machine {folder.name}: {error.strerror}{where}"
         ) from error
+    check_wanted(abandoned, folder.name)
     return Machine(link, token)
 
 
-def await_ready(link: Link, folder: Folder, timeout: float) -> None:
-    """Until the guest has announced itself. BootFailed where it did not, and says why."""
+def unless(
+    abandoned: threading.Event, progress: images.OnProgress | None, name: str
+) -> images.OnProgress:
+    """`progress` that ends the making of a disk when the boot is given up."""
+
+    def report(how_far: images.Progress) -> None:
+        check_wanted(abandoned, name)
+        if progress is not None:
+            progress(how_far)
+
+    return report
+
+
+def check_wanted(abandoned: threading.Event, name: str) -> None:
+    """MachineError where the boot was given up."""
+    if abandoned.is_set():
+        raise MachineError(f"machine {name} was given up while it was being started")
+
+
+def await_ready(link: Link, folder: Folder, timeout: float, abandoned: threading.Event) -> None:
+    """Until the guest has announced itself, or nobody wants it. BootFailed where it did not."""
     deadline = time.monotonic() + timeout + MONITOR_ALLOWANCE
-    while True:
-        state = link.listen(max(0.0, deadline - time.monotonic()))
+    while not abandoned.is_set():
+        left = max(0.0, deadline - time.monotonic())
+        state = link.listen(min(left, ABANDONED_EVERY))
         if any(step.name == "ready" for step in state.timeline):
             return
         if state.ended or link.over:

@@ -119,11 +119,20 @@ class FoundMachine:
             except MicroguestError:
                 ended = False
             if not ended:
-                watch.signal(signal.SIGTERM)
-                if not watch.wait(TERM_WAIT):
-                    watch.signal(signal.SIGKILL)
-                    watch.wait(TERM_WAIT)
-                    bury(self.name)
+                self._kill(watch)
+
+    def kill(self) -> None:
+        """End it at once, without a word to what runs in it, and wait until nothing of it runs."""
+        with Watch(self) as watch:
+            self._kill(watch)
+
+    def _kill(self, watch: "Watch") -> None:
+        """Ask its monitor; where that is deaf, kill it, and by that the VMM."""
+        watch.signal(signal.SIGTERM)
+        if not watch.wait(TERM_WAIT):
+            watch.signal(signal.SIGKILL)
+            watch.wait(TERM_WAIT)
+            bury(self.name)
 
     def _obituary(self, seconds: float) -> str:
         deadline = time.monotonic() + seconds

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from typing import Final
 
 from guest.record import Record, RecordError
@@ -146,6 +147,24 @@ class Link:
             self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
         self._reap()
+
+    def obituary(self, seconds: float) -> str:
+        """How the machine ended, for its agent's connections; "" where it seems to live."""
+        deadline = time.monotonic() + seconds
+        while True:
+            state = self.listen(max(0.0, deadline - time.monotonic()))
+            if state.ended or self.over:
+                return state.describe_end() or f"machine {self.name} has ended: its monitor died"
+            if time.monotonic() >= deadline:
+                return ""
+
+    def __del__(self) -> None:
+        """Nobody can end the machine any more: its monitor does, once it hears of this end."""
+        link = getattr(self, "_socket", None)
+        if link is not None and link.fileno() >= 0 and not self.foreign:
+            message = f"machine {self.name} was left running: use it in a with block, or stop it"
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+            link.close()
 
     def _receive(self, seconds: float) -> bool:
         """Take one packet. False where none came in time, or none can come any more."""

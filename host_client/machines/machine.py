@@ -36,7 +36,7 @@ class Machine:
         self._link = link
         self._closing = threading.Lock()
         tell_children(self)
-        self.agent = Agent(parse(link.state.url), token, obituary=self._obituary)
+        self.agent = Agent(parse(link.state.url), token, obituary=link.obituary)
 
     def forked(self) -> None:
         """See `Owner.forked`: the agent can be used; to end the machine is for the parent."""
@@ -166,13 +166,3 @@ class Machine:
         self.agent.close()
         self._link.send(Detach())
         self._link.abandon()
-
-    def _obituary(self, seconds: float) -> str:
-        """For the agent's connections: how the machine ended, "" where it seems to live."""
-        deadline = time.monotonic() + seconds
-        while True:
-            state = self._link.listen(max(0.0, deadline - time.monotonic()))
-            if state.ended or self._link.over:
-                return state.describe_end() or f"machine {self.name} has ended: its monitor died"
-            if time.monotonic() >= deadline:
-                return ""

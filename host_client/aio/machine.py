@@ -1,0 +1,236 @@
+"""Machines for asyncio and trio: blocking calls of `host_client.machines`, in worker threads."""
+
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import closing
+from functools import partial
+from types import TracebackType
+from typing import Final, Self, TypeVar, Unpack
+
+import anyio
+import anyio.to_thread
+
+from guest import limits
+from guest.report import Step
+from host_client.aio.agent import Agent
+from host_client.errors import DeadlineExceeded
+from host_client.images import OnProgress
+from host_client.machines import boot as blocking
+from host_client.machines import machine as blocking_machine
+from host_client.machines import named
+from host_client.machines.logs import console_looks
+from host_client.machines.named import MachineInfo
+from host_client.machines.plan import MachineState
+from host_client.machines.settings import MachineOptions
+from host_client.renewal import GuestClock
+from host_client.values import check_seconds
+
+__all__ = ["Machine", "NamedMachine", "boot", "find", "list_machines"]
+
+R = TypeVar("R")
+
+SLICE: Final = 0.5  # seconds that a thread waits before a cancellation is looked at
+GIVEN_UP_WAIT: Final = 15.0  # seconds for a machine that was given up to be gone
+
+
+async def boot(
+    image: str,
+    *,
+    bundle: str | os.PathLike[str] | None = None,
+    progress: OnProgress | None = None,
+    **options: Unpack[MachineOptions],
+) -> "Machine":
+    """As `host_client.boot`. Cancelled, it ends the machine before it returns.
+
+    `progress` is called in a worker thread.
+    """
+    abandoned = threading.Event()
+    over = threading.Event()
+    made: list[blocking_machine.Machine] = []
+
+    def start() -> None:
+        try:
+            made.append(
+                blocking.boot(
+                    image, bundle=bundle, progress=progress, abandoned=abandoned, **options
+                )
+            )
+        finally:
+            over.set()
+
+    try:
+        await anyio.to_thread.run_sync(start, abandon_on_cancel=True)
+    except BaseException:
+        abandoned.set()
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(partial(give_up, over, made), abandon_on_cancel=True)
+        raise
+    return Machine(made[0])
+
+
+def give_up(over: threading.Event, made: list[blocking_machine.Machine]) -> None:
+    """Until the boot has noticed it; where it was done already, nobody has its machine."""
+    over.wait(GIVEN_UP_WAIT)
+    for machine in made:
+        machine.kill()
+
+
+class Machine:
+    """As `host_client.Machine`; an async context manager. Its waits can be cancelled."""
+
+    def __init__(self, machine: blocking_machine.Machine) -> None:
+        self._machine = machine
+        self.agent = Agent.of(machine.agent)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            await (self.stop() if kind is None or issubclass(kind, Exception) else self.kill())
+
+    def __repr__(self) -> str:
+        return f"aio.{self._machine!r}"
+
+    @property
+    def name(self) -> str:
+        """Its name; also what `connect` and the command line take."""
+        return self._machine.name
+
+    @property
+    def url(self) -> str:
+        """Where its agent is."""
+        return self._machine.url
+
+    @property
+    def state(self) -> MachineState:
+        """All that is known of it now."""
+        return self._machine.state
+
+    def timeline(self) -> list[Step]:
+        """As `host_client.Machine.timeline`."""
+        return self._machine.timeline()
+
+    def console(self) -> str:
+        """As `host_client.Machine.console`."""
+        return self._machine.console()
+
+    async def pause(self) -> None:
+        """Let it stand still. Only for "qemu"; else MachineError."""
+        await anyio.to_thread.run_sync(self._machine.pause)
+
+    async def resume(self) -> GuestClock:
+        """Let it go on, and set its clock by ours."""
+        return await anyio.to_thread.run_sync(self._machine.resume)
+
+    async def wait(self, timeout: float | None = None) -> MachineState:  # noqa: ASYNC109
+        """Until it has ended by itself. DeadlineExceeded after `timeout` seconds."""
+        return await sliced(self._machine.wait, timeout)
+
+    async def stop(self, grace: float = limits.STOP_GRACE) -> MachineState:
+        """End it as `host_client.Machine.stop` does; once begun, also where it is cancelled."""
+        return await anyio.to_thread.run_sync(self._machine.stop, grace)
+
+    async def kill(self) -> MachineState:
+        """End it at once, without a word to what runs in it. Returns the last state."""
+        return await anyio.to_thread.run_sync(self._machine.kill)
+
+    def detach(self) -> None:
+        """Let it outlive this program. Find it again by its name."""
+        self._machine.detach()
+
+
+async def list_machines(*, all: bool = False) -> list[MachineInfo]:  # noqa: A002
+    """As `host_client.list_machines`."""
+    return await anyio.to_thread.run_sync(partial(named.list_machines, all=all))
+
+
+async def find(name: str) -> "NamedMachine":
+    """As `host_client.find`."""
+    return NamedMachine(await anyio.to_thread.run_sync(named.find, name))
+
+
+class NamedMachine:
+    """As `host_client.NamedMachine`; an async context manager."""
+
+    def __init__(self, machine: named.NamedMachine) -> None:
+        self._machine = machine
+        self.name = machine.name
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_how: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"aio.{self._machine!r}"
+
+    def close(self) -> None:
+        """Close what is kept open to its agent. May be called again."""
+        self._machine.close()
+
+    @property
+    def agent(self) -> Agent:
+        """Its agent, not dialled yet. MachineError where the machine does not run."""
+        return Agent.of(self._machine.agent)
+
+    @property
+    def info(self) -> MachineInfo:
+        """As in `list_machines`."""
+        return self._machine.info
+
+    @property
+    def state(self) -> MachineState:
+        """All that is known of it."""
+        return self._machine.state
+
+    async def logs(self, *, follow: bool = False, tail: int | None = None) -> AsyncIterator[bytes]:
+        """As `host_client.NamedMachine.logs`: `async for line in machine.logs(follow=True)`."""
+        looks = console_looks(self.name, follow=follow, tail=tail)
+        with closing(looks):
+            while (lines := await anyio.to_thread.run_sync(next, looks, None)) is not None:
+                for line in lines:
+                    yield line
+
+    async def pause(self) -> None:
+        """Let it stand still. Only for "qemu"; else MachineError."""
+        await anyio.to_thread.run_sync(self._machine.pause)
+
+    async def resume(self) -> GuestClock:
+        """Let it go on, and set its clock by ours."""
+        return await anyio.to_thread.run_sync(self._machine.resume)
+
+    async def wait(self, timeout: float | None = None) -> MachineState:  # noqa: ASYNC109
+        """Until it has ended. DeadlineExceeded after `timeout` seconds."""
+        return await sliced(self._machine.wait, timeout)
+
+    async def stop(self, grace: float = limits.STOP_GRACE) -> MachineState:
+        """End it as `host_client.Machine.stop` does; once begun, also where it is cancelled."""
+        return await anyio.to_thread.run_sync(self._machine.stop, grace)
+
+    async def kill(self) -> MachineState:
+        """End it at once, without a word to what runs in it. Returns the last state."""
+        return await anyio.to_thread.run_sync(self._machine.kill)
+
+
+async def sliced(wait: Callable[[float], R], timeout: float | None) -> R:  # noqa: ASYNC109
+    """What a blocking wait gives, in pieces, between which a cancellation is seen."""
+    check_seconds(timeout, "timeout")
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = SLICE if deadline is None else min(SLICE, max(0.0, deadline - time.monotonic()))
+        try:
+            return await anyio.to_thread.run_sync(wait, left)
+        except DeadlineExceeded as error:
+            if deadline is not None and time.monotonic() >= deadline:
+                message = str(error).rpartition(" after ")[0]
+                seconds = timeout or 0.0
+                raise DeadlineExceeded(f"{message} after {seconds:g} s", seconds=seconds) from None

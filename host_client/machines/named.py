@@ -1,0 +1,224 @@
+"""The machines of this user, by their names, whichever program has started them.
+
+What a program and the command line can do with them is written here once.
+"""
+
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Final, Self
+
+from guest import limits
+from guest.record import Record
+from host_client.agent import Agent
+from host_client.errors import DeadlineExceeded, MachineError
+from host_client.machines.find import FoundMachine, Watch
+from host_client.machines.find import find as find_running
+from host_client.machines.folder import (
+    check_name,
+    is_alive,
+    names,
+    read_state,
+    sweep,
+)
+from host_client.machines.logs import console_lines
+from host_client.machines.plan import MachineState
+from host_client.renewal import GuestClock
+from host_client.values import check_count, check_seconds, text
+
+__all__ = ["MachineInfo", "NamedMachine", "find", "list_machines"]
+
+ENDED_SHOWN: Final = 40  # characters of how it ended, in a list
+LOOK_EVERY: Final = 0.05  # seconds between looks at the state of a machine that is awaited
+
+
+class MachineInfo(Record):
+    """One machine in a list.
+
+    `status` is for people: "starting", "up", "up (paused)", "restarting (1)", "exited (0)", or how
+    it ended. `exit_code` is its command's, as a shell has it; None: it runs, or there is none.
+    """
+
+    name: str
+    machine: str = ""  # "qemu", "namespaces"; "" where its state cannot be read
+    image: str = ""
+    command: str = ""
+    phase: str = "starting"  # as MachineState.phase, or "unknown": its state cannot be read
+    status: str = "starting"
+    running: bool = False  # something of it runs
+    paused: bool = False
+    created: float = 0.0  # seconds since the epoch
+    exit_code: int | None = None
+    agent: str = ""  # as MachineState.agent
+
+
+def list_machines(*, all: bool = False) -> list[MachineInfo]:  # noqa: A002  docker's word
+    """The machines of this user that run, in the order of their names.
+
+    all: those too that have ended and whose state is kept. What dead ones have left is removed.
+    """
+    sweep()
+    found = [info(name) for name in names()]
+    return [each for each in found if all or each.running]
+
+
+def info(name: str) -> MachineInfo:
+    """What is known of the machine, whether it runs or not."""
+    running = is_alive(name)
+    state = read_state(name) or MachineState(name=name, phase="unknown")
+    exited = state.workload_exited
+    ended = exited is not None and exited.restart_in is None
+    return MachineInfo(
+        name=name,
+        machine=state.machine,
+        image=state.image,
+        command=state.command,
+        phase=state.phase if running else "ended",
+        status=status(state, running=running),
+        running=running,
+        paused=running and state.paused,
+        created=state.created,
+        exit_code=exited.shell_code if exited is not None and ended else None,
+        agent=state.agent if running else "",
+    )
+
+
+def status(state: MachineState, *, running: bool) -> str:
+    """How it is, in a word or two."""
+    exited = state.workload_exited
+    if not running:
+        if exited is not None:
+            return f"exited ({exited.shell_code})"
+        return " ".join((state.error or state.status or "gone").split())[:ENDED_SHOWN]
+    if state.phase != "running":
+        return state.phase
+    if exited is not None and exited.restart_in is not None:
+        return f"restarting ({exited.shell_code})"
+    if state.paused:
+        return "up (paused)"
+    return "up" if state.agent == "serving" else f"up (agent {state.agent})"
+
+
+def find(name: str) -> "NamedMachine":
+    """The machine of that name of this user, running or ended and kept. MachineError: none such."""
+    check_name(text(name, "name"))
+    if read_state(name) is None and not is_alive(name):
+        raise MachineError(f"no machine named {name}: see list_machines, or microguest ls -a")
+    return NamedMachine(name)
+
+
+class NamedMachine:
+    """A machine, held by nothing but its name: it goes on when this program ends.
+
+    Made by `find`. Leaving its `with` block closes the connections to its agent, no more.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._agent: Agent | None = None
+        self._last = read_state(name) or MachineState(name=name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"NamedMachine({self.name!r}, {self.info.status})"
+
+    def close(self) -> None:
+        """Close what is kept open to its agent. May be called again."""
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+
+    @property
+    def agent(self) -> Agent:
+        """Its agent, not dialled yet. MachineError where the machine does not run."""
+        if self._agent is None:
+            self._agent = self._running().agent()
+        return self._agent
+
+    @property
+    def info(self) -> MachineInfo:
+        """As in `list_machines`."""
+        return info(self.name)
+
+    @property
+    def state(self) -> MachineState:
+        """All that is known of it; of one that has ended and keeps nothing, what was known last."""
+        found = read_state(self.name)
+        if found is not None and found.created >= self._last.created:
+            self._last = found
+        return self._last
+
+    def logs(self, *, follow: bool = False, tail: int | None = None) -> Iterator[bytes]:
+        """Lines of what its command wrote to the console, without what PID 1 says there.
+
+        tail: only the last ones of those that are there. follow: go on until the machine ends.
+        Empty where its command writes to its caller and not to the console.
+        """
+        if tail is not None:
+            check_count(tail, "tail")
+        return console_lines(self.name, follow=follow, tail=tail)
+
+    def pause(self) -> None:
+        """As `Machine.pause`."""
+        self._running().pause()
+
+    def resume(self) -> GuestClock:
+        """As `Machine.resume`."""
+        return self._running().resume()
+
+    def stop(self, grace: float = limits.STOP_GRACE) -> MachineState:
+        """End it as `Machine.stop` does; returns the last state. One that has ended is fine."""
+        check_seconds(grace, "grace")
+        if is_alive(self.name):
+            machine = self._running()
+            self.close()
+            machine.stop(grace=grace)
+        return self.state
+
+    def kill(self) -> MachineState:
+        """End it at once, without a word to what runs in it; returns the last state."""
+        if is_alive(self.name):
+            machine = self._running()
+            self.close()
+            machine.kill()
+        return self.state
+
+    def wait(self, timeout: float | None = None) -> MachineState:
+        """Until it has ended. DeadlineExceeded after `timeout` seconds.
+
+        The state says how, and has the exit code in `workload_exited`. Of a machine that keeps
+        nothing it is what was known last.
+        """
+        check_seconds(timeout, "timeout")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while is_alive(self.name):
+            try:
+                with Watch(self._running()) as watch:
+                    while not watch.wait(LOOK_EVERY):
+                        self._look(deadline, timeout)
+            except MachineError:  # it is only being started, or has just ended
+                time.sleep(LOOK_EVERY)
+            self._look(deadline, timeout)
+        return self.state
+
+    def _look(self, deadline: float | None, timeout: float | None) -> None:
+        """Remember its state while it is there. DeadlineExceeded."""
+        if self.state.ended or deadline is None or time.monotonic() <= deadline:
+            return
+        if is_alive(self.name):
+            raise DeadlineExceeded(
+                f"machine {self.name} still runs after {timeout:g} s", seconds=timeout or 0.0
+            )
+
+    def _running(self) -> FoundMachine:
+        return find_running(self.name)

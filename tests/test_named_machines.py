@@ -1,0 +1,285 @@
+"""Machines by their names from a program: what `microguest ls`, `stop` and `logs` do."""
+
+import asyncio
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import machinekit
+import pytest
+from machinekit import family, has_folder, has_vmm, nothing_is_left, state_of, wait_until
+from patience import PATIENCE
+
+import host_client
+from host_client import (
+    ConnectionLost,
+    DeadlineExceeded,
+    ImageError,
+    Machine,
+    MachineError,
+    aio,
+    boot,
+    find,
+    list_machines,
+)
+from host_client.machines.folder import names
+
+BACKENDS = ["asyncio", "trio"]
+SCRIPT = "echo one; echo two; sleep 0.2; echo three; exit 3"
+GATED = "echo one; echo two; until test -e /go; do sleep 0.05; done; printf three; exit 3"
+
+
+LEFT: list[int] = []  # monitors of machines that were detached
+
+
+@pytest.fixture(autouse=True)
+def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    yield tmp_path / "state"
+    machinekit.end_machines()
+    while LEFT:
+        os.waitpid(LEFT.pop(), 0)  # a detached machine's monitor, which is our child here
+
+
+@pytest.fixture
+def image(elf: Path) -> str:
+    return machinekit.demo_image()
+
+
+def detached(image: str, name: str, **options: Any) -> set[int]:
+    """Start a machine that outlives its caller; its processes."""
+    machine = boot(image, machine="namespaces", name=name, **options)
+    pids = family(machine.state.monitor)
+    LEFT.append(machine.state.monitor)
+    machine.detach()
+    return pids
+
+
+def kept(image: str, name: str, script: str) -> set[int]:
+    """As `microguest run -d`: state and console stay after the end."""
+    from host_client.machines.boot import start
+    from host_client.machines.settings import Settings
+
+    options: Any = {"machine": "namespaces", "name": name, "command": ["sh", "-c", script]}
+    machine = start(Settings.of(image, options, keep=True))
+    pids = family(machine.state.monitor)
+    LEFT.append(machine.state.monitor)
+    machine.detach()
+    return pids
+
+
+def test_machines_are_listed_found_and_stopped(image: str) -> None:
+    assert list_machines() == []
+    pids = detached(image, "first", command=["sleep", "1000"])
+    detached(image, "second")
+    listed = list_machines()
+    assert [each.name for each in listed] == ["first", "second"]
+    first = listed[0]
+    assert (first.phase, first.status, first.running, first.exit_code) == (
+        "running",
+        "up",
+        True,
+        None,
+    )
+    assert (first.machine, first.image, first.command) == ("namespaces", image, "sleep 1000")
+    assert abs(first.created - time.time()) < PATIENCE
+
+    with find("first") as machine:
+        assert machine.info == first
+        assert machine.state.phase == "running"
+        assert machine.agent.exec(["echo", "here"]).stdout == b"here\n"
+        with pytest.raises(MachineError, match="no processors of its own"):
+            machine.pause()
+        with pytest.raises(DeadlineExceeded, match=r"first still runs after 0\.1 s"):
+            machine.wait(0.1)
+        machine.stop(grace=1.0)
+        assert not machine.info.running
+        assert machine.stop().name == "first"  # once more is fine
+    nothing_is_left("first", pids, within=PATIENCE)
+    find("second").kill()
+    assert list_machines(all=True) == []
+
+
+def test_what_has_ended_is_found_while_it_is_kept(image: str) -> None:
+    kept(image, "job", SCRIPT)
+    machine = find("job")
+    state = machine.wait(PATIENCE)
+    assert state.workload_exited is not None
+    assert state.workload_exited.code == 3
+    assert list(machine.logs()) == [b"one\n", b"two\n", b"three\n"]
+    assert list(machine.logs(tail=1)) == [b"three\n"]
+    assert list(machine.logs(tail=0)) == []
+    assert list_machines() == []
+    (info,) = list_machines(all=True)
+    assert (info.status, info.exit_code, info.phase, info.running) == (
+        "exited (3)",
+        3,
+        "ended",
+        False,
+    )
+    assert find("job").wait() == state
+    with pytest.raises(MachineError, match="job has ended"):
+        _ = machine.agent
+
+
+def test_logs_are_followed_until_the_end(image: str) -> None:
+    kept(image, "job", GATED)
+    with find("job") as machine:
+        lines = machine.logs(follow=True, tail=1)
+        assert next(lines) == b"two\n"
+        machine.agent.exec(["touch", "/go"])
+        assert list(lines) == [b"three"]
+        assert machine.wait(PATIENCE).workload_exited is not None
+
+
+@pytest.mark.parametrize("name", ["no-such", "No Such", "", 5])
+def test_what_is_not_there_is_an_error(name: Any) -> None:
+    with pytest.raises((MachineError, TypeError), match="name"):
+        find(name)
+
+
+def test_agent_of_a_found_machine_says_how_it_ended(image: str) -> None:
+    detached(image, "first")
+    with find("first") as machine:
+        process = machine.agent.start(["sleep", "1000"])
+        find("first").kill()
+        with pytest.raises(ConnectionLost, match="machine first has ended"):
+            process.wait(PATIENCE)
+        process.close()
+
+
+# ── asyncio and trio ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_machines_in_an_event_loop(image: str, backend: str) -> None:
+    async def main() -> None:
+        async with await aio.boot(image, machine="namespaces", name="first") as machine:
+            assert (machine.name, machine.state.phase) == ("first", "running")
+            assert (await machine.agent.exec(["echo", "here"])).stdout == b"here\n"
+            assert [each.name for each in await aio.list_machines()] == ["first"]
+            async with await aio.find("first") as found:
+                assert (await found.agent.exec(["echo", "again"])).stdout == b"again\n"
+                with pytest.raises(DeadlineExceeded, match=r"still runs after 0\.1 s"):
+                    await found.wait(0.1)
+            with pytest.raises(DeadlineExceeded, match=r"still runs after 0\.1 s"):
+                await machine.wait(0.1)
+            with anyio.move_on_after(0.1) as scope:
+                await machine.wait()
+            assert scope.cancelled_caught
+        assert await aio.list_machines(all=True) == []
+        with pytest.raises(ImageError):
+            await aio.boot("oci:/nowhere", machine="namespaces")
+
+    anyio.run(main, backend=backend)
+    assert names() == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logs_in_an_event_loop(image: str, backend: str) -> None:
+    kept(image, "job", GATED)
+
+    async def main() -> None:
+        async with await aio.find("job") as machine:
+            found = []
+            async for line in machine.logs(follow=True):
+                found.append(line)
+                if line == b"two\n":
+                    await machine.agent.exec(["touch", "/go"])
+            assert found == [b"one\n", b"two\n", b"three"]
+            state = await machine.wait(PATIENCE)
+            assert state.workload_exited is not None
+
+    anyio.run(main, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("moment", [has_folder, has_vmm], ids=lambda each: each.__name__)
+def test_cancelled_boot_leaves_nothing(
+    image: str, backend: str, moment: Callable[[str], bool]
+) -> None:
+    async def main() -> set[int]:
+        pids: set[int] = set()
+        async with anyio.create_task_group() as group:
+
+            async def start() -> None:
+                await aio.boot(image, machine="namespaces", name="first")
+
+            group.start_soon(start)
+            with anyio.fail_after(PATIENCE):
+                while not moment("first"):
+                    await anyio.sleep(0.001)
+            if has_vmm("first"):
+                pids = family(state_of("first").monitor)
+            group.cancel_scope.cancel()
+        assert names() == []  # at once: when the cancelled call has returned
+        return pids
+
+    pids = anyio.run(main, backend=backend)
+    nothing_is_left("first", pids, within=PATIENCE)
+
+
+def test_boot_cancelled_by_asyncio_itself_leaves_nothing(image: str) -> None:
+    async def main() -> None:
+        for delay in (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5):
+            task = asyncio.create_task(aio.boot(image, machine="namespaces"))
+            await asyncio.sleep(delay)
+            if task.done():
+                await (await task).kill()
+                continue
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert names() == []
+
+    asyncio.run(main())
+
+
+def test_boot_is_given_up_from_another_thread(image: str) -> None:
+    abandoned = threading.Event()
+    failed: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            boot(image, machine="namespaces", name="first", abandoned=abandoned)
+        except MachineError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    wait_until("it is being started", lambda: has_vmm("first"))
+    abandoned.set()
+    thread.join(PATIENCE)
+    assert names() == []
+    # It may have been ready in that moment; then it was ended all the same.
+    assert "given up" in str(failed[0])
+
+
+def test_machine_that_nobody_holds_ends_without_a_garbage_collection(image: str) -> None:
+    """As after a cancelled `asyncio.to_thread(boot)`, whose result nobody takes."""
+    import gc
+
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            machine: Machine | None = boot(image, machine="namespaces", name="first")
+            assert machine is not None
+            assert machine.agent.exec(["true"]).returncode == 0
+            monitor = machine.state.monitor
+            pids = family(monitor)
+            machine = None
+            nothing_is_left("first", pids, within=PATIENCE)
+            os.waitpid(monitor, 0)
+    finally:
+        gc.enable()
+
+
+def test_public_names() -> None:
+    assert host_client.find is find
+    assert host_client.list_machines is list_machines
