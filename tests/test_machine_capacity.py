@@ -1,6 +1,8 @@
 """Memory and processors that a machine cannot have are refused; the least is enough."""
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import machinekit
@@ -83,3 +85,30 @@ def test_the_least_memory_is_enough(cpus: int) -> None:
     with boot(machinekit.demo_image(), memory=f"{least(cpus)}M", cpus=cpus) as machine:
         script = "nproc; head -c 1000000 /dev/zero > /file; wc -c < /file"
         assert machine.agent.exec(shell=script).stdout.split() == [b"%d" % cpus, b"1000000"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder of this host with room for 100 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100m", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs to mount: root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.qemu
+def test_a_full_disk_of_the_host_is_an_error_in_the_machine(small_disk: Path) -> None:
+    """And no pause without end: whoever is in it can read, and stop what writes."""
+    upper = str(small_disk / "upper.img")
+    with boot(machinekit.demo_image(), upper=upper, upper_size="256M") as machine:
+        script = "dd if=/dev/zero of=/full bs=1M count=150 conv=fsync 2>&1"
+        written = machine.agent.exec(shell=script, timeout=30)
+        assert written.returncode == 1
+        assert b"Input/output error" in written.stdout
+        assert machine.agent.exec(["echo", "alive"], timeout=30).stdout == b"alive\n"
+        assert not machine.state.paused

@@ -43,6 +43,11 @@ KERNEL_HEAD: Final = 0x206  # bytes that show what a file is
 KERNEL_MAGIC: Final = ((0x202, b"HdrS"), (56, b"ARM\x64"), (0, b"\x7fELF"), (0, b"\x1f\x8b"))
 
 
+# What a full disk of this host does not take is an error in the guest, as on a real disk. QEMU's
+# own choice is to pause the whole machine without a word until somebody lets it go on.
+ERRORS: Final = "werror=report,rerror=report"
+
+
 class Supplies:
     """What the machine has beside its memory: disks and shares, and how the guest sees them.
 
@@ -219,7 +224,7 @@ def disk_options(board: Board, disk: GuestDisk) -> tuple[str, ...]:
     return (
         *("-blockdev", f"driver=file,node-name={name}-file,filename={escaped(disk.path)},{how}"),
         *("-blockdev", f"driver=raw,node-name={name},file={name}-file,{how}"),
-        *("-device", f"virtio-blk-{board.suffix},drive={name},serial={name}"),
+        *("-device", f"virtio-blk-{board.suffix},drive={name},serial={name},{ERRORS}"),
     )
 
 
