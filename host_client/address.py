@@ -186,7 +186,8 @@ def _read_line(sock: socket.socket, deadline: Deadline, url: str) -> Steps[bytes
     """The device's answer, and not a byte of what the guest says after it."""
     line = b""
     while len(line) < LINE_MAX:
-        if not (yield Wait(sock, select.POLLIN, deadline.within(LOOK_EVERY))):
+        ready = yield Wait(sock, select.POLLIN, deadline.within(LOOK_EVERY))
+        if not ready or deadline.overdue:
             if deadline.passed:
                 raise ConnectError(f"{url} did not answer in {deadline.seconds} s", url=url)
             continue

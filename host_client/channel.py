@@ -17,7 +17,7 @@ from guest.connection import Connection, Event, Role, State
 from guest.errors import MicroguestError, OperationError, RemoteProtocolError
 from host_client.deadline import Deadline
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
-from host_client.steps import Steps, Wait
+from host_client.steps import Steps, Wait, until
 
 __all__ = ["Broken", "Channel", "Obituary", "Probe", "ended"]
 
@@ -146,17 +146,22 @@ class Channel:
         """
         self.flush()  # most often all of it fits and nobody needs to wait for room
         events = select.POLLIN | select.POLLOUT if self._outbox else select.POLLIN
+        if deadline.overdue:  # the agent always has something, and never all of it
+            raise self._late(deadline)
         while not (ready := (yield Wait(self.sock, events, deadline.within(CHECK_EVERY)))):
             if deadline.passed:
-                raise DeadlineExceeded(
-                    f"{self.url()} gave no answer within {deadline.seconds} s",
-                    seconds=deadline.seconds or 0.0,
-                )
-            yield from self.check_alive()
+                raise self._late(deadline)
+            yield from self.check_alive(deadline)
         try:
             return self.arrived(ready)
         except Broken as error:
             raise (yield from self.explained(error)) from error
+
+    def _late(self, deadline: Deadline) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"{self.url()} gave no answer within {deadline.seconds} s",
+            seconds=deadline.seconds or 0.0,
+        )
 
     def arrived(self, ready: int) -> list[Event]:
         """Do what poll(2) said can be done; never waits. Raises Broken, RemoteProtocolError."""
@@ -164,10 +169,11 @@ class Channel:
             self.flush()
         return self.receive() if ready & ~select.POLLOUT else []
 
-    def check_alive(self) -> Steps[None]:
+    def check_alive(self, deadline: Deadline) -> Steps[None]:
         """ConnectionLost where the machine has ended, or where it answers no one any more.
 
-        For whoever has waited in vain; looks at most once in CHECK_EVERY seconds.
+        For whoever has waited in vain; looks at most once in CHECK_EVERY seconds. Ends without news
+        at the deadline.
         """
         now = time.monotonic()
         if now - self._looked < 0.9 * CHECK_EVERY:
@@ -180,7 +186,9 @@ class Channel:
         if self._probe is None or now - self._heard < PROBE_AFTER:
             return
         try:
-            yield from self._probe()
+            yield from until(deadline, self._probe())
+            if deadline.passed:
+                return
         except OperationError:
             pass  # a refusal is a sign of life as well
         except (ConnectionLost, ConnectError, DeadlineExceeded) as error:

@@ -54,7 +54,7 @@ from host_client.renewal import GuestClock
 from host_client.request import signal_number
 from host_client.result import Result
 from host_client.session import command
-from host_client.steps import Steps
+from host_client.steps import Steps, until
 from host_client.steps import Wait as Pause
 from host_client.values import Buffer, check_seconds, text
 
@@ -185,7 +185,7 @@ class Driver:
         deadline = Deadline(timeout)
         while True:
             seconds = deadline.within(WAIT_SLICE)
-            args = Wait(id=process, timeout=seconds)
+            args, asked = Wait(id=process, timeout=seconds), Deadline(seconds)
             try:
                 exited = yield from self.request("wait", args, Exited, allowance=seconds)
             except OperationError as error:
@@ -193,6 +193,8 @@ class Driver:
                     raise
             else:
                 return Result.of((process,), exited, b"", b"")
+            if not asked.passed:  # it answers before it should
+                yield Pause(None, 0, deadline.within(RETRY_EVERY))
             if deadline.passed:
                 message = f"process {process} still runs after {timeout or 0.0:g} s"
                 raise DeadlineExceeded(message, seconds=timeout or 0.0)
@@ -325,8 +327,10 @@ class Driver:
         """Set the guest's clock where its welcome showed that it is out; best effort."""
         if self._clock_is_out:
             self._clock_is_out = False
+            step = renewal.step(self, renewal.STEP_BEYOND)
             try:
-                yield from renewal.step(self, renewal.STEP_BEYOND)
+                if (yield from until(Deadline(self.timeout), step)) is None:
+                    self._clock_looked_at = -CLOCK_EVERY  # with the next connection, then
             except MicroguestError:
                 pass  # nobody asked for it; `step_clock` says what is wrong
 

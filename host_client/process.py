@@ -263,7 +263,7 @@ class ProcessStream(Exchange):
 
     def check_alive(self) -> None:
         """ConnectionLost where the machine has died, or answers nobody any more."""
-        run(self.channel.check_alive())
+        run(self.channel.check_alive(Deadline(None)))
 
     def events(self, deadline: Deadline) -> Iterator[Event]:
         """All events until and including Exited."""

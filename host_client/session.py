@@ -311,7 +311,7 @@ class Session:
             if ready:
                 self._take(self.exchange.checked(channel.arrived(ready)))
             else:
-                yield from channel.check_alive()
+                yield from channel.check_alive(deadline or Deadline(None))
         except Broken as error:
             raise (yield from self._fail(error)) from error
         except GeneratorExit:

@@ -11,7 +11,9 @@ import time
 from collections.abc import Generator
 from typing import TypeVar
 
-__all__ = ["Steps", "Wait", "run", "wait_for"]
+from host_client.deadline import Deadline
+
+__all__ = ["Steps", "Wait", "run", "until", "wait_for"]
 
 R = TypeVar("R")
 
@@ -42,6 +44,21 @@ def run(steps: Steps[R]) -> R:
     except BaseException:
         steps.close()  # Ctrl-C while we wait: they clean up after themselves
         raise
+
+
+def until(deadline: Deadline, steps: Steps[R]) -> Steps[R | None]:
+    """The result of the steps, or None where the deadline comes first."""
+    try:
+        wait = next(steps)
+        while not deadline.passed:
+            ready = yield Wait(wait.sock, wait.events, deadline.within(wait.seconds))
+            wait = steps.send(ready)
+    except StopIteration as stop:
+        result: R = stop.value
+        return result
+    finally:
+        steps.close()
+    return None
 
 
 def wait_for(wait: Wait) -> int:

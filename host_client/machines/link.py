@@ -22,6 +22,7 @@ __all__ = ["Link"]
 
 REAP_WAIT: Final = 10.0  # seconds for a monitor that closed its link to be gone
 TURN: Final = 0.2  # seconds that one thread listens before another may
+BURST: Final = 64  # states that are read at once: as many as a socket holds
 LOOK_EVERY: Final = 0.05  # seconds between looks at the state of a machine that is not ours
 
 # The monitor must run whatever the caller's environment, folder and site-packages are: isolated,
@@ -97,7 +98,9 @@ class Link:
             left = max(0.0, deadline - time.monotonic())
             with self._lock:
                 took = self._receive(min(left, TURN))
-                while took:
+                for _ in range(BURST):  # to the newest, but not for as long as there are newer ones
+                    if not took:
+                        break
                     took = self._receive(0.0)
             if self.state is not before or self._closed_by_monitor or not left:
                 return self.state

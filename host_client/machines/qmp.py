@@ -6,6 +6,7 @@ guest's. A connection that makes no sense is closed; the machine runs on without
 
 import json
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from select import EPOLLIN
@@ -17,6 +18,7 @@ __all__ = ["Qmp"]
 
 LINE_MAX: Final = 1024 * 1024  # bytes; the greeting and the answers here have a few hundred
 CHUNK: Final = 64 * 1024
+DRAIN_WITHIN: Final = 1.0  # seconds: another process may have the VMM's end, and go on
 
 Answered = Callable[[str], None]  # with QEMU's sentence where it refused, else ""
 
@@ -54,7 +56,8 @@ class Qmp:
 
     def drain(self) -> None:
         """Take what is there: the VMM has ended."""
-        while self._sock.fileno() >= 0 and self._readable():
+        give_up = time.monotonic() + DRAIN_WITHIN
+        while self._sock.fileno() >= 0 and self._readable() and time.monotonic() < give_up:
             pass
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ __all__ = ["ReportReader"]
 REPORTS_MAX: Final = 1000  # at once; a guest that says more loses its connection
 REPORTS_PER_SECOND: Final = 10.0  # that it may say for as long as it lives
 CHUNK: Final = 64 * 1024
+DRAIN_WITHIN: Final = 1.0  # seconds: another process may have the guest's end, and go on
 
 
 class ReportReader:
@@ -62,7 +63,8 @@ class ReportReader:
 
     def drain(self) -> None:
         """Read what is there: the machine has ended."""
-        while self._socket is not None and self._readable():
+        give_up = time.monotonic() + DRAIN_WITHIN
+        while self._socket is not None and self._readable() and time.monotonic() < give_up:
             pass
 
     def close(self) -> None:
