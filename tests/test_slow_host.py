@@ -207,3 +207,22 @@ tell(r, "stopping", status="done", boot_ms=1.0)
     assert state.status == "done"
     assert state.workload_exited is not None
     assert state.workload_exited.code == 7
+
+
+def test_an_agent_that_is_late_after_the_boot(image: str) -> None:
+    """Its host dials it in time, and is greeted later than any greeting takes."""
+    with running(image, *HELLO) as process:
+        vmm()
+        os.kill(process.pid, signal.SIGSTOP)
+        machinekit.wait_until(
+            "the agent serves", lambda: machinekit.state_of("slow").phase == "running", 60
+        )
+        late = agent()
+        os.kill(late, signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGCONT)
+        ends = time.monotonic() + OVER_THE_GRACE
+        while time.monotonic() < ends and process.poll() is None:
+            os.kill(late, signal.SIGSTOP)  # PID 1 lets it go on, when it looks after it
+            time.sleep(0.05)
+        os.kill(late, signal.SIGCONT)
+        assert result(process) == (7, b"hello\n", b"")

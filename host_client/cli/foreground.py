@@ -15,7 +15,7 @@ from host_client.cli.stream import FORWARDED, Detached, Interrupted, join, passe
 from host_client.cli.tell import complain
 from host_client.cli.terminal import Terminal
 from host_client.deadline import Deadline
-from host_client.errors import DeadlineExceeded
+from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
 from host_client.process import ProcessStream
 
 __all__ = ["Detached", "Interrupted", "in_foreground"]
@@ -47,7 +47,7 @@ def in_foreground(
         if signals is None:
             watches = isinstance(request, Attach) and not request.write
             signals = stack.enter_context(passed_signals(() if watches else FORWARDED))
-        process = stack.enter_context(agent.open_process(request))
+        process = stack.enter_context(opened(agent, request, main=main))
         assert process.started is not None
         name = process.started.id
         ours = isinstance(request, Start) and request.keep is not None
@@ -80,6 +80,16 @@ def tell_what_was_cut(exited: Exited, *, can_wait: bool) -> None:
         names = " and ".join(exited.open_streams)
         hint = ": --drain SECONDS waits longer for it" if can_wait else ""
         complain(f"{names} was cut at its end, as another process still held it open{hint}")
+
+
+def opened(agent: Agent, request: Start | Attach, *, main: bool) -> ProcessStream:
+    """As `open_process`. ConnectError where that can be tried again, as nothing has begun."""
+    try:
+        return agent.open_process(request)
+    except (ConnectionLost, DeadlineExceeded) as error:
+        if not main:
+            raise
+        raise ConnectError(str(error)) from error
 
 
 def leave(process: ProcessStream) -> None:

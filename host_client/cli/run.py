@@ -1,8 +1,12 @@
 """`microguest run`: a machine for one command, in the foreground or detached."""
 
 import argparse
+import contextlib
 import shlex
+import signal
+import socket
 import time
+from collections.abc import Callable
 from typing import Final
 
 from guest import limits
@@ -32,6 +36,7 @@ OF_THE_COMMAND: Final = frozenset(
 # Seconds from the workload's end, which we have just heard of, to the machine's: COLLECT_WAIT and
 # all that follows in a guest's end (docs/boot.md) are less.
 POWER_OFF_WAIT: Final = 30.0
+ATTACH_WAIT: Final = 120.0  # seconds from `ready` for an agent to greet us, however slow it is
 TOLD_WAIT: Final = 5.0  # seconds from a lost connection until PID 1's report is here
 
 
@@ -88,8 +93,9 @@ def foreground(
     """Join the workload's streams or its terminal to ours; the machine ends with it."""
     with passed_signals() as signals:  # what comes before the workload runs is passed on later
         await_workload(machine)
-        try:
-            exited: ExitStatus = in_foreground(
+
+        def attached() -> ExitStatus:
+            return in_foreground(
                 machine.agent,
                 Attach(),
                 stdin=options.interactive,
@@ -99,6 +105,9 @@ def foreground(
                 signals=signals,
                 main=True,
             )
+
+        try:
+            exited = until_served(machine, signals, attached)
         except (ConnectError, ConnectionLost):
             told = exit_told(machine)
             if told is None:
@@ -109,6 +118,24 @@ def foreground(
     except DeadlineExceeded:
         machine.kill()
     return exited.shell_code
+
+
+def until_served(
+    machine: Machine, signals: socket.socket, attached: Callable[[], ExitStatus]
+) -> ExitStatus:
+    """What `attached` returns, tried again while it cannot connect and the machine lives: an agent
+    that has told that it serves may be slow. Interrupted where Ctrl-C has come meanwhile."""
+    deadline = time.monotonic() + ATTACH_WAIT
+    while True:
+        try:
+            return attached()
+        except ConnectError:
+            state = machine.state
+            if state.ended or state.agent == "down" or time.monotonic() > deadline:
+                raise
+            with contextlib.suppress(BlockingIOError):
+                if signal.SIGINT in signals.recv(64, socket.MSG_PEEK):
+                    raise Interrupted from None
 
 
 def exit_told(machine: Machine) -> ExitStatus | None:
