@@ -17,6 +17,7 @@ from guest.connection import Connection, Event, Role, State
 from guest.errors import MicroguestError, OperationError, RemoteProtocolError
 from host_client.deadline import Deadline
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
+from host_client.log import WARNING, note
 from host_client.steps import Steps, Wait, until
 
 __all__ = ["Broken", "Channel", "Obituary", "Probe", "ended"]
@@ -194,6 +195,7 @@ class Channel:
         except (ConnectionLost, ConnectError, DeadlineExceeded) as error:
             if not self.usable:  # something has come here meanwhile
                 return
+            note(WARNING, "%s: the guest is not alive: %s", self.url(), error)
             raise ConnectionLost(f"the guest at {self.url()} is not alive: {error}") from error
         self._heard = time.monotonic()
 
@@ -270,6 +272,7 @@ class Channel:
         """What to raise for it: how the machine ended, where that can be known."""
         how = yield from ended(self._obituary, Deadline(EXPLAIN_WITHIN))
         self._failed = ConnectionLost(how or f"lost the agent at {self.url()}: {error}")
+        note(WARNING, "%s: connection lost: %s", self.url(), self._failed)
         return self._failed
 
     def _check_whole(self) -> None:

@@ -50,6 +50,7 @@ from host_client.deadline import Deadline
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
 from host_client.exchange import Exchange, Output
 from host_client.forking import tell_children
+from host_client.log import DEBUG, INFO, note
 from host_client.renewal import GuestClock
 from host_client.request import signal_number
 from host_client.result import Result
@@ -152,6 +153,8 @@ class Driver:
         yield from self._require(args)
         if acknowledge and self._features is None:
             yield from self.ping()  # only newer agents take acknowledgements
+        what = args.id if isinstance(args, Attach) else command(args)[0]
+        note(DEBUG, "%s: %s %.60r", self.address, type(args).__name__.lower(), what)
         channel = yield from self._dial(Deadline(self.timeout), lasting=True)
         began = time.monotonic_ns()
         try:
@@ -329,8 +332,11 @@ class Driver:
             self._clock_is_out = False
             step = renewal.step(self, renewal.STEP_BEYOND)
             try:
-                if (yield from until(Deadline(self.timeout), step)) is None:
+                clock = yield from until(Deadline(self.timeout), step)
+                if clock is None:
                     self._clock_looked_at = -CLOCK_EVERY  # with the next connection, then
+                else:
+                    note(INFO, "%s: its clock was set by %+.3f s", self.address, clock.stepped)
             except MicroguestError:
                 pass  # nobody asked for it; `step_clock` says what is wrong
 
@@ -353,9 +359,12 @@ class Driver:
                     raise ConnectionLost(how) from error
                 if not isinstance(error, NotListening) or deadline.passed:
                     raise
+                if refusal is None:
+                    note(DEBUG, "%s: nobody listens yet, it is dialled again", self.address)
                 refusal = error
                 yield Pause(None, 0, RETRY_EVERY)
             else:
+                note(DEBUG, "%s: connected", self.address)
                 probe = self._probe if lasting else None
                 return Channel(sock, self.address.__str__, self._obituary, probe)
 

@@ -547,7 +547,7 @@ def test_restart_policies() -> None:
 
 def test_every_option_is_a_setting() -> None:
     """What `boot` takes and what the machine is made from are two lists, which must agree."""
-    own = {"image", "workload", "stdio", "terminal", "keep"}
+    own = {"image", "workload", "stdio", "terminal", "output_wait", "keep"}
     assert set(Settings.__dataclass_fields__) == set(MachineOptions.__annotations__) | own
 
 

@@ -7,6 +7,7 @@ from typing import Final, Protocol, Unpack
 
 from host_client import images
 from host_client.errors import BootFailed, DeadlineExceeded, MachineError
+from host_client.log import DEBUG, INFO, note
 from host_client.machines.bundle import Bundle, find_bundle
 from host_client.machines.folder import Folder, claim, sweep
 from host_client.machines.link import Link
@@ -124,6 +125,10 @@ def bring_up(
             watched = unless(abandoned, progress, folder.name)
             plan = backend.plan(Preparation(settings, folder, bundle, image, token, watched))
             check_wanted(abandoned, folder.name)
+            note(INFO, "machine %s: %s of %s", folder.name, settings.machine, settings.image)
+            note(DEBUG, "machine %s: %s, vsock %s", folder.name, plan.argv[0], plan.vsock or "none")
+            for share in plan.shares:
+                note(DEBUG, "machine %s: %s by %s", folder.name, share.source, share.argv[0])
             link.send(plan)
             await_ready(link, folder, settings.timeout, abandoned)
     except OSError as error:
@@ -142,8 +147,14 @@ def unless(
 ) -> images.OnProgress:
     """`progress` that ends the making of a disk when the boot is given up."""
 
+    last = ""
+
     def report(how_far: images.Progress) -> None:
+        nonlocal last
         check_wanted(abandoned, name)
+        if how_far.step != last:
+            last = how_far.step
+            note(INFO, "image %s: %s, %d bytes", how_far.image, last, how_far.total)
         if progress is not None:
             progress(how_far)
 
@@ -162,7 +173,9 @@ def await_ready(link: Link, folder: Folder, timeout: float, abandoned: threading
     while not abandoned.is_set():
         left = max(0.0, deadline - time.monotonic())
         state = link.listen(min(left, ABANDONED_EVERY))
-        if any(step.name == "ready" for step in state.timeline):
+        ready = next((step for step in state.timeline if step.name == "ready"), None)
+        if ready is not None:
+            note(INFO, "machine %s: ready after %.0f ms", folder.name, ready.end_ms)
             return
         if state.ended or link.over:
             raise boot_failed(state, link.console())

@@ -19,6 +19,7 @@ from typing import Final
 from guest.record import RecordError
 from host_client.errors import MachineError
 from host_client.forking import tell_children
+from host_client.log import INFO, note
 from host_client.machines.console import TAIL_MAX, printable_lines, read_log
 from host_client.machines.plan import CONSOLE_SHOWN, STATE_MAX, MachineState, cut
 from host_client.ownership import not_ours, own_folder_problem
@@ -190,6 +191,7 @@ def remove_dead(name: str) -> bool:
     """Remove the folder of a machine that nobody holds. False where somebody does."""
     folder = _take_dead(name)
     if folder is not None:
+        note(INFO, "machine %s: what it left is removed", name)
         folder.remove()
     return folder is not None
 
@@ -205,6 +207,7 @@ def bury(name: str) -> None:
         return
     state = read_state(name)
     console = read_log(os.path.join(folder.path, "console.log"))[-TAIL_MAX:]
+    note(INFO, "machine %s: its monitor was killed: what it left is put in order", name)
     if not (state.kept if state is not None else console):
         folder.remove()
         return

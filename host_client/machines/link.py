@@ -14,6 +14,7 @@ from guest.record import Record, RecordError
 from host_client.descriptors import above_standard
 from host_client.errors import MachineError
 from host_client.forking import close_in_children, tell_children
+from host_client.log import INFO, WARNING, note
 from host_client.machines.console import printable_lines, read_log
 from host_client.machines.folder import Folder, is_alive, read_state
 from host_client.machines.plan import COMMANDS, STATE_MAX, End, MachineState
@@ -189,6 +190,8 @@ class Link:
         except RecordError as error:
             raise MachineError(f"the monitor of {self.name} sent nonsense: {error}") from None
         if self.state.ended:
+            level = WARNING if self.state.error else INFO
+            note(level, "%s", self.state.describe_end() or f"machine {self.name} has ended")
             self.console()  # a moment later the monitor removes it
             self.send(End())
         return True

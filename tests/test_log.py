@@ -1,0 +1,99 @@
+"""What the library logs: the moments that matter, to who listens, and no secrets."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import machinekit
+import pytest
+from agentharness import TOKEN, AgentProcess
+from hostkit import Peer, agent_at, serving
+from patience import PATIENCE
+
+from guest.connection import Response
+from guest.messages import Started
+from host_client import ConnectionLost, boot, connect, find, list_machines
+from host_client.log import WARNING, note
+
+
+def test_moments_of_a_machine(
+    elf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    caplog.set_level(logging.DEBUG, "microguest")
+    image = machinekit.demo_image()
+    secret = "hunter2-in-the-environment"
+    with boot(image, machine="namespaces", name="first", env={"PASSWORD": secret}) as machine:
+        token = Path(tmp_path, "state/microguest/machines/first/token").read_text().strip()
+        machine.agent.exec(["sh", "-c", ": said-in-an-argument"], env={"P": secret}, input=b"typed")
+        process = machine.agent.start(["sleep", "1000"])
+        find("first").kill()
+        with pytest.raises(ConnectionLost):
+            process.wait(PATIENCE)
+        process.close()
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert ("INFO", f"machine first: namespaces of {image}") in said
+    texts = "\n".join(text for _, text in said)
+    assert "machine first: ready after" in texts
+    assert "connected" in texts
+    assert "start 'sh'" in texts
+    assert "connection lost: machine first has ended" in texts
+    assert {name for name, *_ in caplog.record_tuples} == {"microguest"}
+    for hidden in (token, secret, "said-in-an-argument", "typed", "PASSWORD"):
+        assert hidden not in texts
+    assert all(text.isprintable() for _, text in said)
+
+
+def test_what_a_dead_machine_left_is_logged(
+    elf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "state/microguest/machines/stale/run").mkdir(parents=True, mode=0o700)
+    for path in ("", "/microguest", "/microguest/machines", "/microguest/machines/stale"):
+        Path(f"{tmp_path}/state{path}").chmod(0o700)
+    caplog.set_level(logging.INFO, "microguest")
+    assert list_machines() == []
+    assert "machine stale: " in caplog.text
+
+
+def dies(peer: Peer) -> None:
+    peer.greet()
+    peer.send(Response(result=Started(id="p1", pid=7)))
+
+
+def test_lost_connection_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "agent.sock"
+    with (
+        serving(path, dies),
+        agent_at(path) as agent,
+        agent.start(["cat"]) as process,
+        pytest.raises(ConnectionLost),
+    ):
+        process.wait(PATIENCE)
+    assert [record.levelname for record in caplog.records if "lost" in record.getMessage()] == [
+        "WARNING"
+    ]
+
+
+def test_messages_are_printable_and_cut(caplog: pytest.LogCaptureFixture) -> None:
+    note(WARNING, "it said %s", "\x1b]0;title\x07" + "x" * 10_000)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("it said \\x1b]0;title\\x07xxx")
+    assert len(record.getMessage()) <= 300
+
+
+def test_nobody_who_does_not_listen_pays_or_hears(elf: Path) -> None:
+    with AgentProcess() as agent:
+        quiet = (
+            "import sys\nfrom host_client import connect\n"
+            f"connect('unix://{agent.path}', token='{TOKEN}').close()\n"
+            "print('logging' in sys.modules)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", quiet], capture_output=True, check=True)
+        assert done.stdout == b"False\n"
+        unheard = "import logging\nfrom host_client.log import note\nnote(30, 'a warning')\n"
+        done = subprocess.run([sys.executable, "-c", unheard], capture_output=True, check=True)
+        assert done.stderr == b""
+        with connect(f"unix://{agent.path}", token=TOKEN) as client:
+            assert client.exec(["true"]).returncode == 0
