@@ -570,3 +570,13 @@ def test_the_next_agent_ends_what_was_not_kept(sleeper: Sleeper) -> None:
         eventually(lambda: sleeper.pids() == [left_behind], "the end of what was not kept")
         time.sleep(0.1)
         assert sleeper.pids() == [left_behind]
+
+
+def test_a_host_that_left_is_heard_to_the_end(agent: KeepingAgent) -> None:
+    """What it says last is behind a socket that takes no more output: nobody shall find it."""
+    for _ in range(30):
+        with Host(agent) as host:
+            process_id = host.start("yes", keep=Keep(on_full="drop"), label="abandoned").id
+            host.send(Detach(forget=True))
+        eventually(lambda mine=process_id: mine not in listed(agent), "its end")  # type: ignore[misc]
+        agent.hear()
