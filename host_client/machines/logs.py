@@ -37,7 +37,7 @@ def console_looks(
 ) -> Generator[list[bytes], None, None]:
     """The same as what each look has found, which may be nothing; none of them waits for long."""
     path = os.path.join(machines_root(), check_name(name))
-    if not os.path.isdir(path):
+    if not is_alive(name) and not os.path.isdir(path):  # the first refuses a folder of others
         raise MachineError(f"no machine named {name}: see microguest ls -a")
     return _looks(name, os.path.join(path, "console.log"), follow, tail)
 

@@ -472,10 +472,12 @@ class Monitor:
         """
         if self._link is None or not self._attached:
             return
-        self._link.settimeout(FAREWELL_WAIT)
         with contextlib.suppress(OSError):
-            if self._unsent:
+            if (
+                self._unsent
+            ):  # at once: poll(2) says that there is room when three quarters are free
                 self._link.send(self.state.to_json().encode("ascii"), socket.MSG_NOSIGNAL)
+            self._link.settimeout(FAREWELL_WAIT)
             self._link.recv(PACKET_MAX)
 
 
