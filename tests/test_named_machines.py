@@ -198,6 +198,27 @@ def test_logs_in_an_event_loop(image: str, backend: str) -> None:
     anyio.run(main, backend=backend)
 
 
+def test_cancelled_reads_of_logs_lose_no_line(image: str) -> None:
+    kept(image, "job", "for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 0.05; done")
+
+    async def main() -> None:
+        machine = await aio.find("job")
+        lines = machine.logs(follow=True)
+        found: list[bytes] = []
+        cancelled = 0
+        while True:
+            try:
+                found.append(await asyncio.wait_for(anext(lines), 0.004))
+            except TimeoutError:
+                cancelled += 1
+            except StopAsyncIteration:
+                break
+        assert found == [b"%d\n" % number for number in range(1, 9)]
+        assert cancelled
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("moment", [has_folder, has_vmm], ids=lambda each: each.__name__)
 def test_cancelled_boot_leaves_nothing(

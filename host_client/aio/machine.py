@@ -3,8 +3,8 @@
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import closing
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from types import TracebackType
 from typing import Final, Self, TypeVar, Unpack
@@ -15,6 +15,7 @@ import anyio.to_thread
 from guest import limits
 from guest.report import Step
 from host_client.aio.agent import Agent
+from host_client.aio.process import Each
 from host_client.errors import DeadlineExceeded
 from host_client.images import OnProgress
 from host_client.machines import boot as blocking
@@ -192,13 +193,10 @@ class NamedMachine:
         """All that is known of it."""
         return self._machine.state
 
-    async def logs(self, *, follow: bool = False, tail: int | None = None) -> AsyncIterator[bytes]:
+    def logs(self, *, follow: bool = False, tail: int | None = None) -> AsyncIterator[bytes]:
         """As `host_client.NamedMachine.logs`: `async for line in machine.logs(follow=True)`."""
-        looks = console_looks(self.name, follow=follow, tail=tail)
-        with closing(looks):
-            while (lines := await anyio.to_thread.run_sync(next, looks, None)) is not None:
-                for line in lines:
-                    yield line
+        lines = Lines(console_looks(self.name, follow=follow, tail=tail))
+        return Each(lines.next)
 
     async def pause(self) -> None:
         """Let it stand still. Only for "qemu"; else MachineError."""
@@ -219,6 +217,28 @@ class NamedMachine:
     async def kill(self) -> MachineState:
         """End it at once, without a word to what runs in it. Returns the last state."""
         return await anyio.to_thread.run_sync(self._machine.kill)
+
+
+class Lines:
+    """Lines that worker threads find. What one has found stays, should its waiter be cancelled."""
+
+    def __init__(self, looks: Iterator[list[bytes]]) -> None:
+        self._looks = looks
+        self._lock = threading.Lock()  # a thread may look on after its waiter has gone
+        self._found: deque[bytes] = deque()
+
+    async def next(self) -> bytes | None:
+        """The next line, None at the end."""
+        while not self._found and await anyio.to_thread.run_sync(self._look):
+            pass
+        return self._found.popleft() if self._found else None
+
+    def _look(self) -> bool:
+        """Whether there may be more."""
+        with self._lock:
+            found = next(self._looks, None)
+            self._found.extend(found or ())
+            return found is not None
 
 
 async def sliced(wait: Callable[[float], R], timeout: float | None) -> R:  # noqa: ASYNC109
