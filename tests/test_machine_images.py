@@ -144,7 +144,7 @@ def test_an_init_of_its_own(tmp_path: Path, kind: str) -> None:
                 assert machine.wait(PATIENCE).status == status
     if kind == "namespaces":
         assert run("-d", "--handoff", "--name", "own", own, left=["own"])[:2] == (0, "own\n")
-        assert machinekit.state_of("own").handed_off
+        machinekit.wait_until("others can see it", lambda: machinekit.state_of("own").handed_off)
         find("own").stop()
         assert names() == []
 
