@@ -473,9 +473,7 @@ class Monitor:
         if self._link is None or not self._attached:
             return
         with contextlib.suppress(OSError):
-            if (
-                self._unsent
-            ):  # at once: poll(2) says that there is room when three quarters are free
+            if self._unsent:  # not by poll(2), which wants three quarters to be free
                 self._link.send(self.state.to_json().encode("ascii"), socket.MSG_NOSIGNAL)
             self._link.settimeout(FAREWELL_WAIT)
             self._link.recv(PACKET_MAX)
