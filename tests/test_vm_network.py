@@ -129,7 +129,7 @@ def test_a_root_that_cannot_be_written_to(tmp_path: Path) -> None:
     ]
     assert ended.lines[-1] == "web"
     assert "stub-resolv.conf" in ended.lines[-2]  # written through
-    assert "microguest: write /etc/hostname: the root is read-only" in ended.console
+    assert "/etc/hostname is not as the machine was told: Read-only file system" in ended.console
 
 
 def test_a_lease_is_kept_under_an_init_of_the_images_own(image: Path) -> None:
