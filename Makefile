@@ -10,7 +10,7 @@ GUEST := dist/guest/$(ARCH)
 DEMO_IMAGE := dist/demo
 TEST ?= tests
 
-.PHONY: setup demo test test-slowed soak check guest bench clean
+.PHONY: setup demo test test-slowed soak man check guest bench clean
 
 setup: $(VENV)/.ready
 
@@ -55,6 +55,9 @@ soak: guest $(DEMO_IMAGE)/index.json
 	$(PYTHON) build/packages.py run
 	$(PYTHON) build/packages.py test
 	MICROGUEST_SOAK=5 $(BIN)/pytest -s tests/test_many_boots.py
+
+man: setup
+	$(BIN)/python build/man_page.py docs/microguest.1
 
 check: setup
 	$(BIN)/ruff format --check .

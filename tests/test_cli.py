@@ -231,11 +231,10 @@ def test_killed_cli(image: str, state_home: Path) -> None:
         (["run", "--rm", "busybox"], "oci:"),
         (["run", "--rm", "--kernel", "/no/kernel", "IMAGE"], "/no/kernel"),
         (["run", "--rm", "--memory", "x", "IMAGE"], "memory"),
-        (["run", "--rm", "--name", "NO", "IMAGE"], "NO"),
+        (["run", "--rm", "--name", "-no", "IMAGE"], "name"),
         (["exec", "nobody", "true"], "nobody"),
-        (["stop", "nobody"], "nobody"),
         (["logs", "nobody"], "nobody"),
-        (["frobnicate"], "invalid choice"),
+        (["frobnicate"], "is no command"),
     ],
 )
 def test_what_goes_wrong_is_one_line_and_125(

@@ -381,7 +381,7 @@ def test_messages_of_the_agent_are_harmless(box: str) -> None:
         ["run", f"oci:/{EVIL}"],
     ):
         done = microguest(*words)
-        assert done.returncode == 125
+        assert done.returncode in (1, 125)
         assert b"evil" in done.stderr
         assert harmless(done.stderr)
 
@@ -404,6 +404,7 @@ def test_listings_are_harmless_and_output_is_as_it_was(box: str, image: str) -> 
 
 MAY_WRITE = {
     "host_client/cli/output.py",  # data: what commands write
+    "host_client/cli/progress.py",  # a bar, which moves the cursor itself
     "host_client/cli/foreground.py",  # what undoes a program's screen modes, made here
     "host_client/machines/monitor.py",  # `note`, into monitor.log
     "host_client/vhost_vsock/__main__.py",  # not the command line's

@@ -23,8 +23,8 @@ MAY_IMPORT = {
     "host_client": {"guest", "host_client"},
     "host_client/aio": {"guest", "host_client", "anyio"},
 }
-# The one place where the frozen program becomes the agent.
-EXCEPTIONS = {("init_shim/dispatch.py", "agent.main")}
+# The one place where the frozen program becomes the agent, and the one command with an extra.
+EXCEPTIONS = {("init_shim/dispatch.py", "agent.main"), ("host_client/cli/completion.py", "shtab")}
 
 # Modules that read, write, wait or look at a clock: the contract does none of it.
 IO_MODULES = {

@@ -3,13 +3,14 @@
 import argparse
 import importlib
 from collections.abc import Callable
-from typing import Final, NoReturn
+from typing import Any, Final
 
 from guest import __version__, limits
+from host_client.cli.parser import Parser, add_list, add_switch
 from host_client.cli.runoptions import add_options
-from host_client.cli.tell import complain, say
+from host_client.cli.tell import say
 
-__all__ = ["Parser", "parse"]
+__all__ = ["make_parser", "parse"]
 
 DETACH_KEYS: Final = "ctrl-p,ctrl-q"  # docker's
 IMAGE_FORMS: Final = (
@@ -18,59 +19,56 @@ IMAGE_FORMS: Final = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """Wrong usage is an error of ours: exit code 125 and one line, as docker does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong and where the help is."""
-        complain(f"{message}: see {self.prog} --help", self.prog)
-        raise SystemExit(125)
-
-    def _print_message(self, message: str, file: object = None) -> None:
-        """argparse's own writes to a stream that may be closed, and hides that it is full."""
-        for line in message.splitlines():
-            say(line)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options of one command line; `run(options)` executes it."""
+    return make_parser().parse_args(argv)
+
+
+def make_parser() -> Parser:
+    """Of the whole command line."""
     parser = Parser(
         prog="microguest", description="Run programs in virtual machines made of OCI images."
     )
-    parser.add_argument("--version", action="version", version=f"microguest {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    _add_run(commands.add_parser("run", help="start a machine from an image"))
-    _add_exec(commands.add_parser("exec", help="run a command in a machine"))
-    _add_shell(commands.add_parser("shell", help="a shell in a machine, in this terminal"))
-    _add_attach(commands.add_parser("attach", help="join a kept process of a machine"))
-    _add_ps(commands.add_parser("ps", help="list the processes of a machine"))
-    _add_kill(commands.add_parser("kill", help="send processes of a machine a signal"))
-    _add_wait(commands.add_parser("wait", help="print the exit codes of processes"))
-    _add_ls(commands.add_parser("ls", help="list machines"))
-    _add_stop(commands.add_parser("stop", help="end machines"))
-    _add_pause(commands.add_parser("pause", help="let machines stand still"), "pause")
-    _add_pause(
-        commands.add_parser("unpause", help="let machines go on, and set their clocks"), "unpause"
-    )
-    _add_logs(commands.add_parser("logs", help="show a machine's console"))
-    _add_boot_chart(commands.add_parser("boot-chart", help="where a boot's time went, as SVG"))
-    _add_doctor(commands.add_parser("doctor", help="what this host has and what will be used"))
-    return parser.parse_args(argv)
+    add_switch(parser, "-v", "--version", help="print the version")
+    parser.set_defaults(run=_nothing(parser))
+    commands = parser.add_subparsers(metavar="COMMAND", dest="subcommand", parser_class=Parser)
+    for name, text, add, *how in COMMANDS:
+        # docker's `run` has another -h.
+        command = commands.add_parser(name, help=text, description=text, add_help=name != "run")
+        add(command, *how)
+    return parser
+
+
+def _nothing(parser: Parser) -> Callable[[argparse.Namespace], int]:
+    """Without a command: the version, or what commands there are."""
+
+    def run(options: argparse.Namespace) -> int:
+        if options.version:
+            say(f"microguest {__version__}")
+        else:
+            parser.print_help()
+        return 0
+
+    return run
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--rm", action="store_true", help="keep neither state nor console after the end")
+    add_switch(parser, "--rm", help="keep neither state nor console after the end")
     add("--name", help="the machine's name (default: one is made up)")
     add("--machine", default="qemu", help="qemu (default), or namespaces: no VM, no isolation")
-    add("--memory", default="512M", help="of the machine, with M or G (default 512M)")
+    add("--help", action="help", help="show this and exit")
+    add("-m", "--memory", default="512M", help="of the machine, with M or G (default 512M)")
     add("--cpus", type=int, default=1, help="of the machine (default 1)")
     add("--kernel", help="boot this kernel instead of the bundle's")
-    add("--hostname", help="of the machine (default: its name)")
+    add("-h", "--hostname", help="of the machine (default: its name)")
+    add_list(parser, "-l", "--label", metavar="KEY[=VALUE]", help="shown by ls, to filter by")
+    add("--cidfile", metavar="FILE", help="write the machine's name there")
+    add_switch(parser, "--init", help="nothing: PID 1 of every machine is an init")
     add("--entrypoint", help="program instead of the image's entrypoint; an empty one for none")
     add("--timeout", type=float, default=60.0, help="seconds from launch to ready (default 60)")
-    add("-d", "--detach", action="store_true", help="print the name and return")
-    add("-q", "--quiet", action="store_true", help="do not show how far a new image is")
+    add_switch(parser, "-d", "--detach", help="print the name and return")
+    add_switch(parser, "-q", "--quiet", help="do not show how far a new image is")
     _add_process_options(parser)
     _add_detach_keys(parser)
     add_options(parser)
@@ -83,7 +81,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_exec(parser: argparse.ArgumentParser) -> None:
     _add_process_options(parser)
     _add_kept_options(parser)
-    parser.add_argument("-d", "--detach", action="store_true", help="print its id and return")
+    add_switch(parser, "-d", "--detach", help="print its id and return")
     parser.add_argument(
         "--drain",
         type=float,
@@ -105,8 +103,8 @@ def _add_shell(parser: argparse.ArgumentParser) -> None:
 
 def _add_attach(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--no-stdin", action="store_true", help="only watch: pass on neither stdin nor signals")
-    add("-a", "--all", action="store_true", help="of a terminal too, show what is retained first")
+    add_switch(parser, "--no-stdin", help="only watch: pass on neither stdin nor signals")
+    add_switch(parser, "-a", "--all", help="of a terminal too, show what is retained first")
     _add_detach_keys(parser)
     add("target", metavar="TARGET", help="the machine's name")
     add("process", metavar="ID", nargs="?", default="main", help="of a process (default: main)")
@@ -114,12 +112,18 @@ def _add_attach(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_ps(parser: argparse.ArgumentParser) -> None:
+    _add_listing(parser, "ids or names only")
     add = parser.add_argument
-    add("-a", "--all", action="store_true", help="also those that have ended")
-    add("-q", "--quiet", action="store_true", help="ids only")
-    add("--no-trunc", action="store_true", help="lines longer than the terminal is wide")
-    add("target", metavar="TARGET", help="the machine's name")
+    add("target", metavar="TARGET", nargs="?", help="the machine's name; without it, as ls")
     parser.set_defaults(run=_command("processes", "list_processes"))
+
+
+def _add_listing(parser: argparse.ArgumentParser, quiet: str) -> None:
+    add_switch(parser, "-a", "--all", help="also those that have ended")
+    add_switch(parser, "-q", "--quiet", help=quiet)
+    add_switch(parser, "--no-trunc", help="lines longer than the terminal is wide")
+    parser.add_argument("--format", metavar="FORM", help="json, or [table] and a template")
+    add_list(parser, "-f", "--filter", metavar="KEY=VALUE", help="only those, as status=running")
 
 
 def _add_kill(parser: argparse.ArgumentParser) -> None:
@@ -137,11 +141,33 @@ def _add_wait(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_ls(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("-a", "--all", action="store_true", help="also those that have ended")
-    add("-q", "--quiet", action="store_true", help="names only")
-    add("--no-trunc", action="store_true", help="lines longer than the terminal is wide")
+    _add_listing(parser, "names only")
     parser.set_defaults(run=_command("machines", "list_machines"))
+
+
+def _add_rm(parser: argparse.ArgumentParser) -> None:
+    add_switch(parser, "-f", "--force", help="end those that run first")
+    parser.add_argument("names", nargs="+", metavar="NAME")
+    parser.set_defaults(run=_command("machines", "remove"))
+
+
+def _add_about(parser: argparse.ArgumentParser, function: str) -> None:
+    parser.add_argument("--format", metavar="FORM", help="json, or a template")
+    parser.set_defaults(run=_command("about", function))
+
+
+def _add_help(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("command", nargs="?", metavar="COMMAND")
+    parser.set_defaults(run=_help)
+
+
+def _help(options: argparse.Namespace) -> int:
+    return parse([*([options.command] if options.command else []), "--help"]).run(options)  # type: ignore[no-any-return]
+
+
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh"))
+    parser.set_defaults(run=_command("completion"))
 
 
 def _add_stop(parser: argparse.ArgumentParser) -> None:
@@ -161,14 +187,16 @@ def _add_pause(parser: argparse.ArgumentParser, function: str) -> None:
 
 
 def _add_logs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-f", "--follow", action="store_true", help="until the machine ends")
-    parser.add_argument("name", metavar="NAME")
+    add = parser.add_argument
+    add_switch(parser, "-f", "--follow", help="until the machine ends")
+    add("-n", "--tail", metavar="LINES", default="all", help="so many at the end (default all)")
+    add("name", metavar="NAME")
     parser.set_defaults(run=_command("machines", "logs"))
 
 
 def _add_boot_chart(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--json", action="store_true", help="the steps with their times instead of a picture")
+    add_switch(parser, "--json", help="the steps with their times instead of a picture")
     add("-o", "--output", metavar="FILE", help="write there (default: stdout)")
     add("name", metavar="NAME", help="of a machine that runs, or whose state is kept")
     parser.set_defaults(run=_command("boot_chart"))
@@ -179,16 +207,15 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_process_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("-i", "--interactive", action="store_true", help="pass stdin on")
-    add("-t", "--tty", action="store_true", help="give the command a terminal")
+    add_switch(parser, "-i", "--interactive", help="pass stdin on")
+    add_switch(parser, "-t", "--tty", help="give the command a terminal")
     _add_identity_options(parser)
 
 
 def _add_identity_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]", help="set it")
-    add("--env-file", action="append", default=[], metavar="FILE", help="of lines NAME[=VALUE]")
+    add_list(parser, "-e", "--env", metavar="NAME[=VALUE]", help="an environment variable")
+    add_list(parser, "--env-file", metavar="FILE", help="of lines NAME[=VALUE]")
     add("-u", "--user", help="name, uid, name:group or uid:gid")
     add("-w", "--workdir", metavar="DIR", help="working directory")
 
@@ -216,3 +243,27 @@ def _command(module: str, function: str = "main") -> Callable[[argparse.Namespac
         return code
 
     return run
+
+
+# As `--help` lists them: name, what it does, what adds its options.
+COMMANDS: Final[tuple[tuple[Any, ...], ...]] = (
+    ("run", "start a machine from an image", _add_run),
+    ("exec", "run a command in a machine", _add_exec),
+    ("shell", "a shell in a machine, in this terminal", _add_shell),
+    ("attach", "join a kept process of a machine", _add_attach),
+    ("ps", "list the processes of a machine, or machines", _add_ps),
+    ("kill", "send processes of a machine a signal", _add_kill),
+    ("wait", "print the exit codes of processes", _add_wait),
+    ("ls", "list machines", _add_ls),
+    ("stop", "end machines", _add_stop),
+    ("rm", "remove what is left of machines that have ended", _add_rm),
+    ("pause", "let machines stand still", _add_pause, "pause"),
+    ("unpause", "let machines go on, and set their clocks", _add_pause, "unpause"),
+    ("logs", "show a machine's console", _add_logs),
+    ("boot-chart", "where a boot's time went, as SVG", _add_boot_chart),
+    ("doctor", "what this host has and what will be used", _add_doctor),
+    ("info", "what is installed here, and how many machines there are", _add_about, "info"),
+    ("version", "the versions of this program and of the guest", _add_about, "version"),
+    ("help", "about a command", _add_help),
+    ("completion", "what a shell reads to complete this program's words", _add_completion),
+)

@@ -1,37 +1,102 @@
-"""`microguest ls`, `stop` and `logs`: machines by their names."""
+"""`microguest ls`, `logs`, `stop`, `rm`, `pause` and `unpause`: machines by their names."""
 
 import argparse
+import datetime as dt
+import os
 import time
+from collections.abc import Callable, Sequence
 from typing import Final
 
+from guest.errors import MicroguestError
 from host_client.cli.output import write_all
 from host_client.cli.table import duration, show
 from host_client.cli.tell import complain, say
+from host_client.cli.template import Row, filtered, formatted
+from host_client.errors import MachineError
 from host_client.machines import named
 from host_client.machines.find import find
-from host_client.machines.folder import check_name, is_alive, read_state
+from host_client.machines.folder import (
+    check_name,
+    is_alive,
+    machines_root,
+    read_state,
+    remove_dead,
+)
 from host_client.machines.logs import console_lines
 from host_client.machines.named import MachineInfo
 
-__all__ = ["list_machines", "logs", "pause", "stop", "unpause"]
+__all__ = ["list_machines", "logs", "pause", "remove", "stop", "unpause", "with_each"]
 
 ELSEWHERE: Final = {
     "terminal": "its command has a terminal: microguest attach -a {name}",
     "attached": "its command's output goes to who has started it",
 }
+# What --format can name. Names and ID are docker's.
+FIELDS: Final = (
+    *("Name", "Names", "ID", "Machine", "State", "Status", "Image", "Command", "CreatedAt"),
+    *("Labels",),
+)
+FILTERS: Final = {
+    "name": "Name",
+    "status": "State",
+    "label": "Labels",
+    "machine": "Machine",
+    "image": "Image",
+    "ancestor": "Image",
+}
+COLUMNS: Final = ("Name", "Machine", "Status", "Image", "Command")
 
 
 def list_machines(options: argparse.Namespace) -> int:
-    """A table, or the names only."""
-    found = named.list_machines(all=options.all)
-    if options.quiet:
-        for each in found:
-            say(each.name)
-        return 0
-    rows = [(each.name, each.machine, status(each), each.image, each.command) for each in found]
-    cut = () if options.no_trunc else ("IMAGE", "COMMAND")
-    show(("NAME", "MACHINE", "STATUS", "IMAGE", "COMMAND"), rows, cut=cut)
+    """A table, what --format makes of each, or the names only."""
+    everything = options.all or any(text.startswith("status=") for text in options.filter)
+    rows = [row_of(machine) for machine in named.list_machines(all=everything)]
+    print_rows(options, filtered(rows, options.filter, FILTERS), FIELDS, COLUMNS)
     return 0
+
+
+def print_rows(
+    options: argparse.Namespace, rows: Sequence[Row], fields: Sequence[str], columns: Sequence[str]
+) -> None:
+    """As the options of every listing ask. The first field is what -q shows."""
+    if options.quiet:
+        for row in rows:
+            say(str(row[fields[0]]))
+    elif options.format:
+        formatted(rows, options.format, fields)
+    else:
+        heads = [column.upper() for column in columns]
+        cut = () if options.no_trunc else ("IMAGE", "LABEL", "COMMAND")
+        cells = [[str(row[column]) for column in columns] for row in rows]
+        show(heads, cells, cut=[head for head in heads if head in cut])
+
+
+def row_of(machine: MachineInfo) -> Row:
+    """By FIELDS."""
+    created = dt.datetime.fromtimestamp(machine.created).astimezone()
+    return {
+        "Name": machine.name,
+        "Names": machine.name,
+        "ID": machine.name,
+        "Machine": machine.machine,
+        "State": state_word(machine),
+        "Status": status(machine),
+        "Image": machine.image,
+        "Command": machine.command,
+        "CreatedAt": created.isoformat(" ", "seconds"),
+        "Labels": dict(machine.labels),
+    }
+
+
+def state_word(machine: MachineInfo) -> str:
+    """One of docker's words where it has one."""
+    if not machine.running:
+        return "exited"
+    if machine.phase != "running":
+        return {"starting": "created"}.get(machine.phase, machine.phase)
+    if machine.status.startswith("restarting"):
+        return "restarting"
+    return "paused" if machine.paused else "running"
 
 
 def status(machine: MachineInfo) -> str:
@@ -42,41 +107,89 @@ def status(machine: MachineInfo) -> str:
     return f"up {duration(time.time() - machine.created)}{space}{remark}"
 
 
+def with_each(words: Sequence[str], action: Callable[[str], str | None]) -> int:
+    """Do it with each, print what it returns, and say where it fails; 1 where one of them did."""
+    failed = 0
+    for word in words:
+        try:
+            said = action(word)
+        except MicroguestError as error:
+            complain(str(error))
+            failed = 1
+        else:
+            if said is not None:
+                say(said)
+    return failed
+
+
 def stop(options: argparse.Namespace) -> int:
     """End each; those that have ended already are fine."""
-    for name in options.names:
+
+    def end(name: str) -> str | None:
         check_name(name)
         state = read_state(name)
         if not is_alive(name) and state is not None and state.ended:
-            continue
+            return None
         find(name).stop(grace=options.time)
-        say(name)
-    return 0
+        return name
+
+    return with_each(options.names, end)
+
+
+def remove(options: argparse.Namespace) -> int:
+    """Remove the state and the logs of each; with --force also of those that run."""
+
+    def take_away(name: str) -> str | None:
+        check_name(name)
+        if is_alive(name):
+            if not options.force:
+                raise MachineError(f"machine {name} runs: stop it first, or use rm --force")
+            find(name).stop(grace=0.0)
+        elif not os.path.isdir(os.path.join(machines_root(), name)):
+            if options.force:
+                return None
+            raise MachineError(f"no machine named {name}: see microguest ls -a")
+        remove_dead(name)
+        return name
+
+    return with_each(options.names, take_away)
 
 
 def pause(options: argparse.Namespace) -> int:
     """Let each stand still."""
-    for name in options.names:
+
+    def hold(name: str) -> str:
         find(name).pause()
-        say(name)
-    return 0
+        return name
+
+    return with_each(options.names, hold)
 
 
 def unpause(options: argparse.Namespace) -> int:
     """Let each go on, and set its clock."""
-    for name in options.names:
+
+    def let_go(name: str) -> str:
         find(name).resume()
-        say(name)
-    return 0
+        return name
+
+    return with_each(options.names, let_go)
 
 
 def logs(options: argparse.Namespace) -> int:
     """The console without what PID 1 says; with -f until the machine ends."""
+    tail = None if options.tail == "all" else whole_number(options.tail)
     name = check_name(options.name)
-    lines = console_lines(name, follow=options.follow)
+    lines = console_lines(name, follow=options.follow, tail=tail)
     state = read_state(name)
     if state is not None and state.stdio != "console":
         complain(f"this is the console; {ELSEWHERE[state.stdio].format(name=name)}")
     for line in lines:
         write_all(1, line)
     return 0
+
+
+def whole_number(text: str) -> int:
+    """As docker's --tail. MachineError."""
+    if not (text.isascii() and text.isdecimal()):
+        raise MachineError(f"tail {text!r:.40} is neither a number of lines nor all")
+    return int(text[:9])

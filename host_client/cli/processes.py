@@ -12,10 +12,12 @@ from host_client.agent import Agent
 from host_client.cli import INTERRUPTED
 from host_client.cli.detachkeys import parse as parse_keys
 from host_client.cli.foreground import Detached, Interrupted, in_foreground
-from host_client.cli.table import duration, show
-from host_client.cli.tell import complain, say
+from host_client.cli.machines import list_machines, print_rows, with_each
+from host_client.cli.table import duration
+from host_client.cli.tell import complain
+from host_client.cli.template import Row, filtered
 from host_client.cli.terminal import Terminal
-from host_client.errors import ConnectionLost
+from host_client.errors import ConnectionLost, MachineError
 from host_client.machines.find import agent_of
 from host_client.machines.find import find as find_machine
 from host_client.machines.folder import is_alive
@@ -25,6 +27,9 @@ __all__ = ["attach", "kill", "list_processes", "wait"]
 
 FROM_NOW: Final = {"stdout": -1, "stderr": -1}
 MAIN: Final = "main"
+FIELDS: Final = ("ID", "PID", "State", "Status", "Label", "Command")
+FILTERS: Final = {"id": "ID", "status": "State", "label": "Label"}
+COLUMNS: Final = ("ID", "PID", "Status", "Label", "Command")
 LOOK_EVERY: Final = 0.1  # seconds between looks at a machine's state
 
 
@@ -62,22 +67,25 @@ def find(agent: Agent, target: str, name: str) -> ProcessInfo:
 
 
 def list_processes(options: argparse.Namespace) -> int:
-    """A table, or the ids only."""
+    """Those of a machine; without one, as docker's `ps`, the machines."""
+    if options.target is None:
+        return list_machines(options)
     with agent_of(options.target) as agent:
-        listed = [each for each in agent.processes() if options.all or each.exited is None]
-    if options.quiet:
-        for process in listed:
-            say(process.id)
-        return 0
-    cut = () if options.no_trunc else ("LABEL", "COMMAND")
-    show(("ID", "PID", "STATUS", "LABEL", "COMMAND"), [row(each) for each in listed], cut=cut)
+        listed = [row(each) for each in agent.processes() if options.all or each.exited is None]
+    print_rows(options, filtered(listed, options.filter, FILTERS), FIELDS, COLUMNS)
     return 0
 
 
-def row(process: ProcessInfo) -> tuple[str, ...]:
-    """As the table has it."""
-    command = shlex.join(process.argv)
-    return (process.id, str(process.pid), status(process), process.label, command)
+def row(process: ProcessInfo) -> Row:
+    """By FIELDS."""
+    return {
+        "ID": process.id,
+        "PID": process.pid,
+        "State": "running" if process.exited is None else "exited",
+        "Status": status(process),
+        "Label": process.label,
+        "Command": shlex.join(process.argv),
+    }
 
 
 def status(process: ProcessInfo) -> str:
@@ -101,24 +109,25 @@ def kill(options: argparse.Namespace) -> int:
     """Print each id that received the signal; KILL takes all that descends from the process."""
     number = signal_number(int(options.signal) if options.signal.isdecimal() else options.signal)
     target = "tree" if number == signal.SIGKILL else "group"
-    failed = 0
     with agent_of(options.target) as agent:
-        for name in options.processes:
+
+        def send(name: str) -> str:
             find(agent, options.target, name)
-            if agent.signal(name, number, target):
-                say(name)
-            else:
-                complain(f"process {name} of machine {options.target} has ended already")
-                failed = 1
-    return failed
+            if not agent.signal(name, number, target):
+                raise MachineError(f"process {name} of machine {options.target} has ended already")
+            return name
+
+        return with_each(options.processes, send)
 
 
 def wait(options: argparse.Namespace) -> int:
     """Print the exit code of each when it has ended, in the order asked for."""
-    for name in options.processes:
-        code = of_workload(options.target) if name == MAIN else of_process(options.target, name)
-        say(str(code))
-    return 0
+
+    def await_end(name: str) -> str:
+        of_main = name == MAIN
+        return str(of_workload(options.target) if of_main else of_process(options.target, name))
+
+    return with_each(options.processes, await_end)
 
 
 def of_process(target: str, name: str) -> int:

@@ -5,7 +5,6 @@ gone when the image is ready. Nothing for an image that is there.
 """
 
 import os
-import sys
 import time
 from typing import Final, Self
 
@@ -92,6 +91,6 @@ def _is_ours() -> bool:
 def _put(text: str) -> None:
     """Nobody's reading is needed for the image."""
     try:
-        print(text, end="", file=sys.stderr, flush=True)
+        os.write(2, text.encode("utf-8", "backslashreplace"))
     except OSError:
         pass

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import shlex
 import signal
 import socket
@@ -50,8 +51,18 @@ def run(options: argparse.Namespace) -> int:
     """The same, but Killed at any moment where a signal shall end this program."""
     terminal = Terminal() if options.tty and options.interactive and not options.detach else None
     keys = parse_keys(options.detach_keys) if terminal else b""
+    if options.cidfile and os.path.lexists(options.cidfile):
+        raise MachineError(
+            f"{options.cidfile} exists: is its machine still wanted? Remove it or name another file"
+        )
     with Display(quiet=options.quiet) as progress:
         machine = start(settings_of(options), progress=progress)
+    if options.cidfile:
+        try:
+            write_name(options.cidfile, machine.name)
+        except BaseException:
+            machine.kill()
+            raise
     if options.detach:
         return detach(machine)
     try:
@@ -69,6 +80,15 @@ def run(options: argparse.Namespace) -> int:
     except BaseException:
         machine.kill()
         raise
+
+
+def write_name(path: str, name: str) -> None:
+    """Into a file that was not there. MachineError."""
+    try:
+        with open(path, "x", encoding="ascii") as file:
+            file.write(name)
+    except OSError as error:
+        raise MachineError(f"cannot write {path}: {error.strerror}") from error
 
 
 def settings_of(options: argparse.Namespace) -> Settings:

@@ -8,6 +8,7 @@ import argparse
 from typing import Any, Final
 
 from host_client.cli.environment import environment
+from host_client.cli.parser import add_list, add_switch
 from host_client.errors import MachineError
 from host_client.machines.settings import MachineOptions
 
@@ -36,6 +37,7 @@ def machine_options(options: argparse.Namespace) -> MachineOptions:
         "memory": options.memory,
         "cpus": options.cpus,
         "name": options.name,
+        "labels": dict(text.partition("=")[::2] for text in options.label),
         "kernel": options.kernel,
         "hostname": options.hostname,
         "timeout": options.timeout,
@@ -73,30 +75,30 @@ def machine_options(options: argparse.Namespace) -> MachineOptions:
 
 
 def _add_files(group: Any) -> None:
-    _add_list(group, "-v", "--volume", metavar="SRC:DST[:ro]", help="show a directory of the host")
-    _add_list(group, "--mount", metavar="KEY=VALUE,...", help="type=bind|tmpfs|disk,src=,dst=,...")
-    _add_list(group, "--tmpfs", metavar="DST[:OPTIONS]", help="memory, as /run:size=16m,mode=755")
+    add_list(group, "-v", "--volume", metavar="SRC:DST[:ro]", help="show a directory of the host")
+    add_list(group, "--mount", metavar="KEY=VALUE,...", help="type=bind|tmpfs|disk,src=,dst=,...")
+    add_list(group, "--tmpfs", metavar="DST[:OPTIONS]", help="memory, as /run:size=16m,mode=755")
     add = group.add_argument
-    add("--read-only", action="store_true", help="the root cannot be written to")
-    _add_list(group, "--writable", metavar="PATH", help="but this path in it can")
+    add_switch(group, "--read-only", help="the root cannot be written to")
+    add_list(group, "--writable", metavar="PATH", help="but this path in it can")
     add("--upper", metavar="FILE", help="keep what is written to the root in this file (qemu)")
     add("--upper-size", metavar="SIZE", help="of a new one (8G), or of the memory used instead")
     add("--shm-size", default="64M", metavar="SIZE", help="of /dev/shm; default 64M")
 
 
 def _add_privileges(group: Any) -> None:
-    _add_list(group, "--cap-add", metavar="CAP", help="a capability that it keeps, or ALL")
-    _add_list(group, "--cap-drop", metavar="CAP", help="a capability that it loses, or ALL")
+    add_list(group, "--cap-add", metavar="CAP", help="a capability that it keeps, or ALL")
+    add_list(group, "--cap-drop", metavar="CAP", help="a capability that it loses, or ALL")
     add = group.add_argument
-    add("--privileged", action="store_true", help="nothing is taken from it")
-    _add_list(
+    add_switch(group, "--privileged", help="nothing is taken from it")
+    add_list(
         group,
         *("--security-opt",),
         metavar="OPT",
         help="no-new-privileges, seccomp=FILE, mask=PATH[:PATH]",
     )
-    _add_list(group, "--group-add", metavar="GROUP", help="name or id")
-    _add_list(group, "--ulimit", metavar="NAME=SOFT[:HARD]", help="as nofile=1024:4096")
+    add_list(group, "--group-add", metavar="GROUP", help="name or id")
+    add_list(group, "--ulimit", metavar="NAME=SOFT[:HARD]", help="as nofile=1024:4096")
     add("--umask", type=_octal, default=0o022, metavar="MODE", help="default 022")
     add("--pids-limit", type=int, default=0, metavar="N", help="processes and threads (-1: any)")
 
@@ -105,23 +107,19 @@ def _add_life(group: Any) -> None:
     add = group.add_argument
     add("--stop-signal", metavar="SIGNAL", help="instead of the image's")
     add("--restart", default="no", metavar="POLICY", help="no, on-failure[:N], always")
-    add("--handoff", action="store_true", help="it is an init of its own, and becomes PID 1")
+    add_switch(group, "--handoff", help="it is an init of its own, and becomes PID 1")
 
 
 def _add_network(group: Any) -> None:
     add = group.add_argument
     add("--network", default="none", choices=("none", "user"), help="default none")
-    _add_list(group, "--dns", metavar="ADDRESS", help="a name server")
-    _add_list(group, "--dns-search", metavar="DOMAIN", help="for names without a dot")
-    _add_list(group, "--dns-option", metavar="OPTION", help="of resolv.conf(5)")
-    _add_list(group, "--add-host", metavar="NAME:ADDRESS", help="a line of /etc/hosts")
-    _add_list(group, "--sysctl", metavar="NAME=VALUE", help="a kernel parameter")
-    add("--modules", action="store_true", help="kernel modules can be loaded after the boot")
+    add_list(group, "--dns", metavar="ADDRESS", help="a name server")
+    add_list(group, "--dns-search", metavar="DOMAIN", help="for names without a dot")
+    add_list(group, "--dns-option", metavar="OPTION", help="of resolv.conf(5)")
+    add_list(group, "--add-host", metavar="NAME:ADDRESS", help="a line of /etc/hosts")
+    add_list(group, "--sysctl", metavar="NAME=VALUE", help="a kernel parameter")
+    add_switch(group, "--modules", help="kernel modules can be loaded after the boot")
     add("--hardening", default="default", choices=("default", "strict", "off"))
-
-
-def _add_list(group: Any, *names: str, **how: str) -> None:
-    group.add_argument(*names, action="append", default=[], **how)
 
 
 def _octal(text: str) -> int:

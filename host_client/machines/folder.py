@@ -35,7 +35,7 @@ __all__ = [
     "sweep",
 ]
 
-NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
 CLAIM_WAIT: Final = 0.5  # seconds; somebody may be looking whether the folder is locked
 KEPT_MACHINES: Final = 20  # ended ones whose state and console stay
 
@@ -66,7 +66,8 @@ def check_name(name: str) -> str:
     """The name itself. MachineError where it cannot be one."""
     if not NAME.fullmatch(name):
         raise MachineError(
-            f"{name!r:.80} cannot name a machine: use up to 63 small letters, digits and hyphens"
+            f"{name!r:.80} cannot name a machine: use up to 63 letters, digits, and behind the "
+            "first also _ . and -"
         )
     return name
 

@@ -125,6 +125,7 @@ class Monitor:
             machine=plan.machine,
             image=plan.image,
             command=plan.command,
+            labels=plan.labels,
             stdio=plan.stdio,
             url=plan.url,
             monitor=os.getpid(),

@@ -50,6 +50,7 @@ class MachineInfo(Record):
     created: float = 0.0  # seconds since the epoch
     exit_code: int | None = None
     agent: str = ""  # as MachineState.agent
+    labels: dict[str, str] = {}  # noqa: RUF012  frozen by convention; as they were given
 
 
 def list_machines(*, all: bool = False) -> list[MachineInfo]:  # noqa: A002  docker's word
@@ -80,6 +81,7 @@ def info(name: str) -> MachineInfo:
         created=state.created,
         exit_code=exited.shell_code if exited is not None and ended else None,
         agent=state.agent if running else "",
+        labels=dict(state.labels),
     )
 
 

@@ -71,6 +71,7 @@ class NamespacesBackend:
             machine=self.name,
             image=settings.image,
             command=preparation.command,
+            labels=dict(settings.labels),
             stdio=settings.stdio,
             url=str(UnixAddress(os.path.join(host, AGENT_SOCKET))),
             argv=(*argv, *bound, "--run", folder.run, "--parent", "{monitor}"),

@@ -68,6 +68,7 @@ class Plan(Record):
     machine: str  # "qemu" or "namespaces"
     image: str  # as the caller named it
     command: str  # the workload, for people
+    labels: dict[str, str] = {}  # noqa: RUF012  its caller's words for it
     stdio: str = "console"  # of the workload, as the boot config has it
     url: str  # where the agent will be
     # The VMM's words. {vsock}, {console} and {qmp}, QEMU's control connection, become numbers of
@@ -141,6 +142,7 @@ class MachineState(Record):
     machine: str = ""
     image: str = ""
     command: str = ""
+    labels: dict[str, str] = {}  # noqa: RUF012  frozen by convention
     stdio: str = "console"  # of the command: "console", "attached", "terminal"
     url: str = ""
     phase: str = "starting"  # "starting", "running", "stopping", "ended"

@@ -147,6 +147,7 @@ class QemuBackend:
             machine=self.name,
             image=settings.image,
             command=preparation.command,
+            labels=dict(settings.labels),
             stdio=settings.stdio,
             url=str(address),
             argv=command_line(

@@ -1,5 +1,6 @@
 """What a caller can choose about a machine, checked before anything is made."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,7 @@ CPUS_MAX: Final = 256
 TMPFS_SIZE: Final = "50%"
 UPPER_SIZE: Final = "8G"
 SHM_SIZE: Final = "64M"
+LABELS_MAX: Final = 4 * 1024  # bytes of JSON; they are in the machine's state
 
 
 class MachineOptions(TypedDict, total=False):
@@ -29,6 +31,7 @@ class MachineOptions(TypedDict, total=False):
     machine       "qemu", or "namespaces": the same PID 1 without a VM, which isolates nothing
     memory, cpus  of the virtual machine: 512M or 2G; a number (qemu)
     name          None makes one up
+    labels        words of yours about it, by key: in its state, and shown by `ls`
     kernel        path of another one than the bundle's
     hostname      None: its name
     machine_id    32 hexadecimal digits for /etc/machine-id
@@ -73,6 +76,7 @@ class MachineOptions(TypedDict, total=False):
     memory: str
     cpus: int
     name: str | None
+    labels: Mapping[str, str]
     kernel: str | os.PathLike[str] | None
     hostname: str | None
     machine_id: str
@@ -121,6 +125,7 @@ class Settings:
     memory: str = MEMORY
     cpus: int = 1
     name: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
     kernel: str | None = None
     hostname: str | None = None
     machine_id: str = ""
@@ -196,6 +201,8 @@ class Settings:
         mebibytes(self.memory)
         self._check_upper()
         byte_size(self.shm_size, "shm_size")
+        if len(json.dumps(dict(self.labels))) > LABELS_MAX:
+            raise MachineError(f"labels: more than {LABELS_MAX} bytes, as JSON")
         if not 0 < self.timeout <= limits.SECONDS_MAX:
             raise MachineError(f"timeout: {self.timeout:g} is no time that a boot can take")
         if not 1 <= self.cpus <= CPUS_MAX:
