@@ -1,4 +1,7 @@
-"""The workload, which PID 1 started and waits for, as the kept process "main".
+"""The workload, which PID 1 started and waits for, as the process "main".
+
+With pipes or a terminal it is a kept process. On the console it only gets signals and has an end;
+it may have several lives, each with a pid of its own.
 
 PID 1 hands over its pipes or its terminal once, and from then on holds what the agent deposits, as
 for every kept process.
@@ -12,13 +15,13 @@ import trio
 from agent.adopted import Adopted
 from agent.kept import MAIN_ID, KeptProcess, Notes, new_rings
 from agent.processes import Channels
-from agent.state import Agent, listed_argv
+from agent.state import Agent, Process, listed_argv
 from guest import limits
 from guest.errors import OperationError
 from guest.messages import Keep
-from guest.supervision import MainStarted
+from guest.supervision import MainExited, MainStarted
 
-__all__ = ["find_main", "take_main"]
+__all__ = ["ConsoleMain", "find_main", "take_main"]
 
 
 async def find_main(agent: Agent) -> KeptProcess:
@@ -26,6 +29,11 @@ async def find_main(agent: Agent) -> KeptProcess:
     with trio.move_on_after(limits.MAIN_WAIT):
         await agent.main_started.wait()
     main = agent.processes.get(MAIN_ID)
+    if isinstance(main, ConsoleMain):
+        raise OperationError(
+            "no_such_process",
+            "the workload has no streams to attach to: what it writes is in the machine's log",
+        )
     if not isinstance(main, KeptProcess):
         raise OperationError("no_such_process", "this machine has no workload to attach to")
     return main
@@ -33,7 +41,12 @@ async def find_main(agent: Agent) -> KeptProcess:
 
 async def take_main(agent: Agent, message: MainStarted, descriptors: list[int]) -> None:
     """The message: serve the workload, unless an earlier agent's deposit was. Raises OSError."""
-    if MAIN_ID in agent.processes:
+    main: Process | None = agent.processes.get(MAIN_ID)
+    if message.console:
+        if not isinstance(main, ConsoleMain):
+            main = agent.processes[MAIN_ID] = ConsoleMain()
+        main.lives(message.pid)
+    elif main is not None:
         for fd in descriptors:
             os.close(fd)
     else:
@@ -49,10 +62,55 @@ async def take_main(agent: Agent, message: MainStarted, descriptors: list[int]) 
             tty=message.terminal,
             reader_wait=message.output_wait,
         )
-        main = KeptProcess(agent, child, notes, new_rings(child, notes))
-        await main.begin()
+        kept = KeptProcess(agent, child, notes, new_rings(child, notes))
+        await kept.begin()
     agent.main = agent.processes[MAIN_ID]
     agent.main_started.set()
+
+
+class ConsoleMain(Process):
+    """The workload on the machine's console. `pid` is 0 between its lives."""
+
+    kept = True
+
+    def __init__(self) -> None:
+        super().__init__(MAIN_ID, 0, exit_fd=-1, stdin=-1, outputs={})
+        self._life: Adopted | None = None
+
+    def lives(self, pid: int) -> None:
+        """PID 1 has started it, perhaps again. Raises OSError."""
+        self._life_over()
+        self._life = Adopted(MAIN_ID, pid, exit_descriptor(pid), (-1, {}))
+        self.pid, self.exit_fd = pid, self._life.exit_fd
+        self.argv = listed_argv(command_line(pid))
+        self.started = time.monotonic()
+
+    def ended(self, message: MainExited) -> None:
+        """PID 1 has reaped it: for good, or another life follows."""
+        if self._life is None:
+            return
+        self._life.ended(message)
+        if not message.restarts:
+            self.finish(self._life.status())
+        self._life_over()
+
+    def _life_over(self) -> None:
+        if self._life is not None:
+            os.close(self._life.exit_fd)
+            self._life = None
+            self.pid, self.exit_fd = 0, -1
+
+    def signal(self, number: int, target: str) -> bool:
+        """See `Process.signal`."""
+        return self._life is not None and self._life.signal(number, target)
+
+    async def deliver(self, number: int, target: str) -> bool:
+        """See `Process.deliver`."""
+        return self._life is not None and await self._life.deliver(number, target)
+
+    async def forget(self) -> None:
+        """See `Process.forget`."""
+        raise OperationError("bad_request", "the workload is the machine's; stop the machine")
 
 
 def streams(descriptors: list[int]) -> Channels:

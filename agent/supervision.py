@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from agent.kept import MAIN_ID, KeptProcess
-from agent.main_process import take_main
+from agent.main_process import ConsoleMain, take_main
 from agent.restoring import restore_all
 from agent.state import Agent
 from guest import limits
@@ -134,6 +134,8 @@ async def follow(agent: Agent) -> None:
                 process = agent.processes.get(process_id)
                 if isinstance(process, KeptProcess):
                     process.reaped(message)
+                elif isinstance(process, ConsoleMain) and isinstance(message, MainExited):
+                    process.ended(message)
             case AreYouThere():
                 answer(agent, message)
             case _:

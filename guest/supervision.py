@@ -57,17 +57,20 @@ class MainStarted(Record):
     """The workload runs with pipes. Descriptors: its stdin (write), stdout and stderr (read).
 
     `terminal`: it has a terminal instead. Descriptors: the terminal's other end.
+    `console`: it has the machine's console instead. No descriptors; each of its lives is told.
     `output_wait`: as of the workload in the boot config.
     """
 
     pid: int
     terminal: bool = False
+    console: bool = False
     output_wait: float = limits.OUTPUT_GRACE
 
 
 class MainExited(ExitStatus):
-    """The workload ended."""
+    """The workload ended. `restarts`: it has another life to come."""
 
+    restarts: bool = False
     duration: float = 0.0
     oom_killed: bool = False  # as in `guest.report.WorkloadExited`
 

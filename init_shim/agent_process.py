@@ -71,6 +71,7 @@ class AgentProcess:
         self.root_fd = -1
         self.deposits = Deposits()
         self.workload: RunningWorkload | None = None
+        self._workload_restarts = False  # the one that has ended
         self._config = config
         self._listener = listener
         self._pair: _socket.socket | None = None
@@ -184,16 +185,21 @@ class AgentProcess:
         self._send(RootReady(), [root_fd])
 
     def main_started(self, workload: RunningWorkload) -> None:
-        """The workload runs with pipes or a terminal, which are handed over."""
+        """The workload runs, also again. Pipes or a terminal of it are handed over."""
         self.workload = workload
         self._tell_workload()
 
-    def main_exited(self) -> None:
-        """The workload that it was told about ended."""
+    def main_exited(self, *, restarts: bool) -> None:
+        """The workload that it was told about ended. `restarts`: another life follows."""
+        self._workload_restarts = restarts
+        self._tell_workload_exit()
+
+    def _tell_workload_exit(self) -> None:
         if self.workload is not None and self.workload.exit is not None:
             about = {
                 "duration": self.workload.duration,
                 "oom_killed": self.workload.oom_killed(),
+                "restarts": self._workload_restarts,
             }
             self._send(MainExited.from_map({**self.workload.exit, **about}))
 
@@ -213,7 +219,7 @@ class AgentProcess:
             self._send(RootReady(), [self.root_fd])
         if self.workload is not None:
             self._tell_workload()
-            self.main_exited()
+            self._tell_workload_exit()
 
     def kept_reaped(self, pid: int, status: int, usage: "struct_rusage") -> None:
         """PID 1 has reaped this child; tell the agent where it is a deposited one."""
@@ -228,6 +234,9 @@ class AgentProcess:
         if self.workload.terminal >= 0:
             terminal = [self.workload.terminal]
             self._send(started.replace(terminal=True), terminal)
+            return
+        if self.workload.stdout < 0:
+            self._send(started.replace(console=True))
             return
         stdin = self.workload.stdin
         if stdin < 0:  # it is with the agent's deposit, or at its end

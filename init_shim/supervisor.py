@@ -60,7 +60,11 @@ class Supervisor:
         self.main = main
         if self.agent is not None and self.agent.ready:
             main.collection.agent_serves(time.monotonic())
-        if main.attached and self.agent is not None and main.running is not None:
+        self._tell_of(main)
+
+    def _tell_of(self, main: MainProcess) -> None:
+        """The agent passes signals on to it, and serves its streams where it has any."""
+        if self.agent is not None and main.running is not None:
             self.agent.main_started(main.running)
 
     def when_readable(self, fd: int, act: "Callable[[], None]") -> None:
@@ -234,10 +238,11 @@ class Supervisor:
     def _main_ended(self, main: MainProcess, status: int) -> None:
         exited = main.ended(status, for_good=self.status != "")
         self.reporter.send(exited)
+        if self.agent is not None:
+            self.agent.main_exited(restarts=exited.restart_in is not None)
         if exited.restart_in is not None:
             return
         if main.attached and self.agent is not None:
-            self.agent.main_exited()
             main.collection.workload_ended(time.monotonic())
         else:
             self._end("done")
@@ -255,6 +260,7 @@ class Supervisor:
         if self.main is not None and not self.status and is_due(self.main.restart_at, now):
             report = self.main.start_again()
             self.reporter.send(report)
+            self._tell_of(self.main)
             if isinstance(report, WorkloadFailed) and report.restart_in is None:
                 self._end("workload-failed")
 

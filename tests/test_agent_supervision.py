@@ -1,14 +1,32 @@
 """What the agent says to PID 1 unasked and when it is asked whether it is there."""
 
-from agentharness import AgentProcess, Host, execute
+import signal
+import subprocess
 
-from guest.messages import Shutdown, ShutdownResult
+import pytest
+from agentharness import AgentProcess, Host, Refused, execute
+
+from guest.messages import (
+    Attach,
+    Exited,
+    Forget,
+    ListProcesses,
+    ProcessInfo,
+    ProcessList,
+    Shutdown,
+    ShutdownResult,
+    SignalProcess,
+    SignalResult,
+    Wait,
+)
 from guest.supervision import (
     MESSAGES,
     AreYouThere,
     Deposit,
     ExecStarted,
     Here,
+    MainExited,
+    MainStarted,
     Message,
     ShutdownRequest,
 )
@@ -49,3 +67,58 @@ def test_a_host_that_ends_the_machine_is_answered_before_pid_1_can_end_the_agent
         assert isinstance(host.request("shutdown", Shutdown(grace=2.0)), ShutdownResult)
         answers = [heard(agent) for _ in range(questions + 1)]
         assert ShutdownRequest(grace=2.0) in answers
+
+
+# ── a workload on the console ────────────────────────────────────────────────────────────────────
+
+
+def main_of(host: Host) -> ProcessInfo:
+    result = host.request("processes", ListProcesses())
+    assert isinstance(result, ProcessList)
+    (main,) = result.processes
+    assert main.id == "main"
+    return main
+
+
+def main_of_or_none(host: Host) -> int | None:
+    result = host.request("processes", ListProcesses())
+    assert isinstance(result, ProcessList)
+    return result.processes[0].pid if result.processes else None
+
+
+def test_a_workload_on_the_console_is_signalled_and_waited_for_through_its_lives() -> None:
+    hup = SignalProcess(id="main", signal=signal.SIGHUP)
+    with AgentProcess() as agent, Host(agent) as host:
+        for last in (False, True):
+            with subprocess.Popen(["sleep", "20"], start_new_session=True) as workload:
+                agent.send(MainStarted(pid=workload.pid, console=True))
+                while main_of_or_none(host) != workload.pid:
+                    pass
+                assert main_of(host).argv == ("sleep", "20")
+                for op, args in (("attach", Attach()), ("forget", Forget(id="main"))):
+                    with (
+                        Host(agent) as asking,
+                        pytest.raises(Refused, match=r"log|stop the machine"),
+                    ):
+                        asking.request(op, args)
+                assert host.request("signal", hup) == SignalResult(delivered=True)
+                assert workload.wait() == -signal.SIGHUP
+            agent.send(MainExited(signal=signal.SIGHUP, duration=1.0, restarts=not last))
+            while main_of(host).pid:
+                pass
+            assert host.request("signal", hup) == SignalResult(delivered=False)
+            assert (main_of(host).exited is not None) == last
+        exited = host.request("wait", Wait(id="main"))
+        assert exited == Exited(signal=signal.SIGHUP, duration=1.0)
+
+
+def test_a_workload_on_the_console_outlives_the_agent() -> None:
+    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as workload:
+        try:
+            with AgentProcess() as agent, Host(agent) as host:
+                agent.send(MainStarted(pid=workload.pid, console=True))
+                while main_of_or_none(host) != workload.pid:
+                    pass
+            assert workload.poll() is None
+        finally:
+            workload.kill()

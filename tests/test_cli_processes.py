@@ -122,3 +122,51 @@ def test_wait_for_a_machine_that_ends_with_its_command(elf: Path) -> None:
     words = ("--name", "brief", "--machine", "namespaces", machinekit.demo_image())
     assert microguest("run", "-d", *words, "sh", "-c", "sleep 0.5; exit 6").returncode == 0
     assert microguest("wait", "brief").stdout == b"6\n"
+
+
+# ── the machine's own command, on the console ────────────────────────────────────────────────────
+
+COUNTS = """
+echo life >>/lives
+trap 'echo hup >>/heard' HUP
+trap 'exit 9' TERM
+echo ready
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.fixture(params=["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
+def web(elf: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    name = f"web-{request.param}"
+    words = ("run", "-d", "--name", name, "--machine", request.param)
+    again = ("--restart", "on-failure:1")
+    image = machinekit.demo_image()
+    assert microguest(*words, *again, image, "sh", "-c", COUNTS).returncode == 0
+    yield name
+    microguest("stop", "-t", "0", name)
+
+
+def content(machine: str, path: str) -> bytes:
+    return microguest("exec", machine, "cat", path).stdout
+
+
+def main_row(machine: str) -> list[str]:
+    rows = microguest("ps", machine).stdout.decode().splitlines()
+    return next((row.split() for row in rows if row.startswith("main ")), [])
+
+
+def test_signals_of_the_machines_own_command(web: str) -> None:
+    wait_until("it runs", lambda: b"ready" in microguest("logs", web).stdout, PATIENCE)
+    first = main_row(web)
+    assert "up" in first
+    assert microguest("kill", "-s", "HUP", web, "main").stdout == b"main\n"
+    wait_until("it has heard", lambda: content(web, "/heard") == b"hup\n", PATIENCE)
+    reach = microguest("attach", web)
+    assert b"microguest logs" in reach.stderr
+    assert microguest("kill", "-s", "TERM", web, "main").returncode == 0
+    wait_until("it lives again", lambda: content(web, "/lives") == b"life\n" * 2, PATIENCE)
+    wait_until(
+        "the list knows", lambda: main_row(web)[1:2] not in ([], first[1:2], ["0"]), PATIENCE
+    )
+    assert microguest("kill", "-s", "HUP", web, "main").returncode == 0
+    wait_until("it has heard again", lambda: content(web, "/heard") == b"hup\n" * 2, PATIENCE)

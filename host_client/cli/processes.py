@@ -37,6 +37,8 @@ def attach(options: argparse.Namespace) -> int:
     """The process's exit code; 0 after the detach keys."""
     with agent_of(options.target) as agent:
         process = find(agent, options.target, options.process)
+        if on_console(process):
+            raise nothing_to_reach(options.target, process.id)
         writes = not options.no_stdin
         terminal = Terminal() if process.tty and writes else None
         # What a terminal has shown would be a screen of long ago, and its questions would be
@@ -60,10 +62,20 @@ def find(agent: Agent, target: str, name: str) -> ProcessInfo:
     for process in agent.processes():
         if process.id == name:
             return process
+    raise nothing_to_reach(target, name)
+
+
+def nothing_to_reach(target: str, name: str) -> OperationError:
+    """The error that says where to look instead."""
     hint = f"logs {target}" if name == MAIN else f"ps -a {target}"
-    raise OperationError(
+    return OperationError(
         "no_such_process", f"machine {target} has no process {name} to reach: see microguest {hint}"
     )
+
+
+def on_console(process: ProcessInfo) -> bool:
+    """Whether it is a workload whose output is in the machine's log: nothing of it is retained."""
+    return process.id == MAIN and not process.retained
 
 
 def list_processes(options: argparse.Namespace) -> int:
