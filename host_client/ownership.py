@@ -10,7 +10,7 @@ import pwd
 import stat
 from typing import Final
 
-__all__ = ["not_ours", "own_folder_problem"]
+__all__ = ["not_ours", "own_folder_problem", "trusted_folder_problem"]
 
 OTHERS_WRITE: Final = 0o002
 GROUP_WRITES: Final = 0o020
@@ -29,6 +29,11 @@ def own_folder_problem(path: str) -> str:
     except OSError as error:
         return f"{path}: {error.strerror}"
     return problem or _way_problem(os.path.dirname(path))
+
+
+def trusted_folder_problem(path: str) -> str:
+    """The same for a folder that we only read, and that may be root's: a program in it is run."""
+    return _way_problem(os.path.realpath(path))
 
 
 def not_ours(path: str, status: os.stat_result) -> str:

@@ -122,6 +122,7 @@ def test_wait_for_a_machine_that_ends_with_its_command(elf: Path) -> None:
     words = ("--name", "brief", "--machine", "namespaces", machinekit.demo_image())
     assert microguest("run", "-d", *words, "sh", "-c", "sleep 0.5; exit 6").returncode == 0
     assert microguest("wait", "brief").stdout == b"6\n"
+    assert microguest("wait", "brief").stdout == b"6\n"  # and of one that has ended
 
 
 # ── the machine's own command, on the console ────────────────────────────────────────────────────

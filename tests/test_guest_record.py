@@ -22,7 +22,7 @@ from guest import (
     workload,
 )
 from guest.bootconfig import Endpoint
-from guest.messages import StagedFile, Start
+from guest.messages import Credit, StagedFile, Start
 from guest.record import Catalogue, Record, RecordError
 from guest.status import ExitStatus
 from guest.supervision import Deposit, KeptStatus, Restored
@@ -141,6 +141,7 @@ EXAMPLES: dict[type[Record], list[dict[str, Any]]] = {
 }
 BINARY = (StagedFile, Start)  # records with bytes, which JSON does not have
 NEEDED = {Start: ("stdin",)}  # by others, though it has a default
+OWN = {(Credit, "stdin"): st.integers(0, limits.CREDIT_MAX), (Start, "id"): st.just("")}
 
 
 def values_of(kind: object, name: str = "") -> st.SearchStrategy[Any]:
@@ -172,7 +173,10 @@ def values_of(kind: object, name: str = "") -> st.SearchStrategy[Any]:
 def maps_of(record: type[Record]) -> st.SearchStrategy[dict[str, Any]]:
     if record in EXAMPLES:
         return st.sampled_from(EXAMPLES[record])
-    fields = {name: values_of(kind, name) for name, kind in record._fields.items()}
+    fields = {
+        name: OWN[record, name] if (record, name) in OWN else values_of(kind, name)
+        for name, kind in record._fields.items()
+    }
     optional = {
         name: value
         for name, value in fields.items()

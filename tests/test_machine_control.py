@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from test_machine_monitor import booted
 
 from host_client.errors import ImageError, MachineError
 from host_client.images.cache import Cache
+from host_client.machines import bundle
 from host_client.machines.find import find
 from host_client.machines.folder import KEPT_MACHINES, machines_root, read_state
 from host_client.machines.holder import monitor_of
@@ -269,6 +271,23 @@ def test_a_cache_that_others_can_replace_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cache").chmod(0o777)
     with pytest.raises(ImageError, match="can be written by other users"):
         Cache(str(tmp_path / "cache" / "images")).obtain("x", lambda work, content: None)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_bundle_that_another_user_has_made_is_refused(
+    elf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its program would run with our rights."""
+    monkeypatch.setattr(bundle, "checkout", lambda: None)  # as from a wheel
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    folder = Path(bundle.data_folder(os.uname().machine))
+    folder.parent.mkdir(parents=True)
+    shutil.copytree(elf.parent, folder)
+    assert bundle.find_bundle().folder == str(folder)
+    os.chown(folder.parent, 1234, 1234)
+    with pytest.raises(MachineError, match="belongs to user 1234"):
+        bundle.find_bundle()
+    assert bundle.find_bundle(str(folder)).folder == str(folder)  # who names it has chosen
 
 
 # ── monitors that were killed ────────────────────────────────────────────────────────────────────

@@ -19,8 +19,8 @@ from host_client.cli.template import Row, filtered
 from host_client.cli.terminal import Terminal
 from host_client.errors import ConnectionLost, MachineError
 from host_client.machines.find import agent_of
-from host_client.machines.find import find as find_machine
 from host_client.machines.folder import is_alive
+from host_client.machines.named import find as find_machine
 from host_client.request import attach_record, signal_number
 
 __all__ = ["attach", "kill", "list_processes", "wait"]
@@ -154,7 +154,7 @@ def of_workload(target: str) -> int:
     while True:
         alive = is_alive(target)  # before the last look, so that it misses nothing
         exited = machine.state.workload_exited
-        if exited is not None:
+        if exited is not None and exited.restart_in is None:
             return exited.shell_code
         if not alive:
             raise ConnectionLost(machine.state.describe_end() or f"machine {target} has ended")

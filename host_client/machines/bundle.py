@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from guest.errors import ManifestError
 from guest.manifest import INITRAMFS, KERNEL, MANIFEST, PROGRAM, Manifest
 from host_client.errors import MachineError
+from host_client.ownership import trusted_folder_problem
 
 __all__ = ["Bundle", "candidates", "find_bundle"]
 
@@ -54,12 +55,17 @@ def candidates(arch: str) -> list[str]:
     """Where a bundle is looked for, in order."""
     if chosen := os.environ.get("MICROGUEST_BUNDLE", ""):
         return [chosen]
+    project = checkout()
+    built = [] if project is None else [os.path.join(project, "dist", "guest", arch)]
+    return [*built, data_folder(arch)]
+
+
+def data_folder(arch: str) -> str:
+    """Where this user's bundle is, if nobody says otherwise."""
     data = os.environ.get("XDG_DATA_HOME", "")
     if not os.path.isabs(data):
         data = os.path.expanduser("~/.local/share")
-    project = checkout()
-    built = [] if project is None else [os.path.join(project, "dist", "guest", arch)]
-    return [*built, os.path.join(data, "microguest", "guest", arch)]
+    return os.path.join(data, "microguest", "guest", arch)
 
 
 def checkout() -> str | None:
@@ -90,9 +96,20 @@ def find_bundle(folder: str | None = None) -> Bundle:
             continue
         except (OSError, ManifestError) as error:
             raise MachineError(f"the guest bundle {place} cannot be used: {error}") from error
+        if folder is None and place == data_folder(os.uname().machine):
+            _check_owner(place)
         _check_sizes(place, manifest)
         return Bundle(place, manifest)
     raise MachineError(f"no guest bundle in {' or '.join(places)}: {how_to_get(places[-1])}")
+
+
+def _check_owner(folder: str) -> None:
+    """Its program is run with our rights. One that was named is its namer's choice."""
+    if problem := trusted_folder_problem(folder):
+        raise MachineError(
+            f"the guest bundle {folder} is not to be trusted: {problem}; give it to its user or to "
+            "root alone, or name the folder of a bundle by MICROGUEST_BUNDLE"
+        )
 
 
 def _check_sizes(folder: str, manifest: Manifest) -> None:
