@@ -13,6 +13,7 @@ from machinekit import demo_image
 from patience import PATIENCE
 
 import host_client
+from guest.record import RecordError
 from guest.report import REPORTS, Step
 from host_client.chart import ROWS_MAX, boot_chart
 from host_client.machines.boottime import BootTimeline
@@ -66,10 +67,10 @@ def test_a_guest_cannot_write_markup() -> None:
 
 
 def test_a_guest_s_moments_stay_numbers_whatever_they_are() -> None:
-    """As the largest of both signs, whose sum is none."""
-    line = (
-        b'{"ready":{"steps":[{"name":"a","start_ms":1.7e308,"end_ms":-1.7e308}],"token_proof":""}}'
-    )
+    """As the largest of both signs that a report can have; larger ones are no report."""
+    line = b'{"ready":{"steps":[{"name":"a","start_ms":9.2e18,"end_ms":-9.2e18}],"token_proof":""}}'
+    with pytest.raises(RecordError, match="start_ms"):
+        REPORTS.decode(line.replace(b"e18", b"e307"))
     timeline = BootTimeline(shared_clock=False)
     timeline.launched(time.monotonic())
     assert timeline.take(REPORTS.decode(line))
