@@ -12,13 +12,17 @@ TEST ?= tests
 
 .PHONY: setup demo test test-slowed soak man check guest bench clean
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready $(VENV)/.guestsys
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) build/packages.py setup
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[guest,dev]'
 	touch $@
+
+# Without a compiler this only says what does not work then, each time.
+$(VENV)/.guestsys: $(VENV)/.ready build/host_module.py build/native/guestsys.c
+	$(BIN)/python build/host_module.py $@
 
 # The stages behind this are cached by a hash of their inputs: with nothing changed it takes no time.
 guest: setup

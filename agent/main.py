@@ -65,3 +65,7 @@ def raise_descriptor_limit() -> tuple[tuple[int, int, int], ...]:
             continue  # raising the hard limit needs a privilege; the given one can always be used
         break
     return ((resource.RLIMIT_NOFILE, *given),)
+
+
+if __name__ == "__main__":  # in a plain Python on the host: see docs/building.md
+    run()

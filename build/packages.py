@@ -19,6 +19,8 @@ LOCK_WAIT = 600  # seconds that another apt-get may take
 # Debian's and Ubuntu's names, by what needs them.
 APT_PACKAGES = {
     "setup": {"python3-venv": "the virtual environment"},
+    "compiler": {"gcc": "_guestsys for a plain Python", "libc6-dev": "the same"},
+    "headers": {"python3-dev": "the same, for Debian's own Python"},
     "guest": {
         "binutils": "readelf, which CPython's configure asks for",
         "e2fsprogs": "mke2fs: the empty ext4 for blank disks",

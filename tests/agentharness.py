@@ -9,6 +9,7 @@ import hashlib
 import os
 import pathlib
 import select
+import shlex
 import socket
 import subprocess
 import tempfile
@@ -49,14 +50,16 @@ from guest.workload import ImageDefaults
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOKEN = "correct horse battery staple"
-WAIT = PATIENCE  # seconds that no single answer may take
+AGENT = os.environ.get("MICROGUEST_AGENT")  # a command instead of the frozen program
+# Seconds that no single answer may take, but by an agent that somebody may be debugging.
+WAIT = 24 * 3600.0 if AGENT else PATIENCE
 
 
 def program() -> list[str]:
     """The command of the agent: the frozen program, or what MICROGUEST_AGENT says."""
     override = os.environ.get("MICROGUEST_AGENT")
     if override:
-        return override.split()
+        return shlex.split(override)
     path = ROOT / "dist" / "guest" / os.uname().machine / "microguest"
     if not path.is_file():
         pytest.fail(f"{path} does not exist: build it with `make guest`")
@@ -158,9 +161,12 @@ def start_with_pair(
 ) -> subprocess.Popen[bytes]:
     """Exec the agent with its end of the pair as AGENT_FD.
 
-    It inherits the end under its old number as well: one descriptor that no child may see.
+    It inherits the end under its old number as well: one descriptor that no child may see. The
+    frozen program is the agent under that name. A plain Python finds its virtual environment by its
+    own, and may have a debugger in it that asks for commands.
     """
     fd = theirs.fileno()
+    plain = len(command) > 1
 
     def before_exec() -> None:
         if prepare is not None:
@@ -169,9 +175,9 @@ def start_with_pair(
         os.set_inheritable(AGENT_FD, True)
 
     return subprocess.Popen(
-        ["agent", *command[1:]],
+        command if plain else ["agent"],
         executable=command[0],
-        stdin=subprocess.DEVNULL,
+        stdin=None if plain else subprocess.DEVNULL,
         pass_fds=[AGENT_FD, fd] if fd != AGENT_FD else [fd],
         preexec_fn=before_exec,  # noqa: PLW1509  no threads run while agents are started
         start_new_session=True,

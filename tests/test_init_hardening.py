@@ -1,14 +1,12 @@
 """Hardening as far as namespaces show it, and what of the host a machine there leaves alone."""
 
-import importlib
 import re
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 from init_machine import Machine, boot_config, make_root, require_program
+from plainpython import needs_guestsys
 
 from init_shim import sysctls
 from init_shim.failure import Failure
@@ -205,9 +203,10 @@ def documented() -> dict[str, str]:
     return {name: where for names, where in rows for name in re.findall(r"`(.+?)`", names)}
 
 
-def test_every_measure_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "_guestsys", types.ModuleType("_guestsys"))
-    hardening = importlib.import_module("init_shim.hardening")
+@needs_guestsys
+def test_every_measure_is_documented() -> None:
+    from init_shim import hardening
+
     expected = {f"{name}={value}": "default" for name, value in sysctls.DEFAULT.items()}
     expected |= {f"{name}={value}": "default" for name, value in sysctls.LOCKED_MODULES.items()}
     expected |= {f"{name}={value}": "strict" for name, value in sysctls.STRICT.items()}

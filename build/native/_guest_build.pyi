@@ -1,4 +1,4 @@
-# Generated into the frozen binary; it exists nowhere else.
+# Generated into the frozen binary, and for a plain Python by build/host_module.py.
 
 # What the binary is made of: "microguest", "cpython", "trio", "msgpack", "pyroute2", "musl", "zig".
 VERSIONS: dict[str, str]

@@ -1,4 +1,6 @@
-"""System calls that the standard library lacks; implemented in guestsys.c, only in the frozen ELF.
+"""System calls that the standard library lacks; implemented in guestsys.c.
+
+It is part of the frozen ELF; build/host_module.py makes it for a plain Python.
 
 Every function raises OSError with the errno of the call that failed.
 """

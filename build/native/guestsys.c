@@ -8,8 +8,12 @@
  * _guestsys has the system calls that PID 1 and the agent need and CPython does not offer. Each
  * function is one call, and spawn() is the one that could not be: what happens between clone and
  * exec. Policy is in Python. Errors are OSError with errno.
+ *
+ * With GUESTSYS_ALONE only the module is compiled, for a plain Python of 3.11 or later to import: see
+ * build/host_module.py.
  */
 #define _GNU_SOURCE
+#define PY_SSIZE_T_CLEAN /* for sizes in arguments, before Python 3.13 */
 #include <Python.h>
 
 #include <errno.h>
@@ -621,7 +625,8 @@ borrow_strings(PyObject *sequence, const char *what)
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *item = PySequence_Fast_GET_ITEM(sequence, i);
         if (!PyBytes_Check(item))
-            PyErr_Format(PyExc_TypeError, "%s: expected bytes, got %T", what, item);
+            PyErr_Format(PyExc_TypeError, "%s: expected bytes, got %.100s", what,
+                         Py_TYPE(item)->tp_name);
         else if (!PyBytes_AsStringAndSize(item, &strings[i], NULL)) /* refuses NUL bytes */
             continue;
         PyMem_Free(strings);
@@ -869,11 +874,17 @@ static struct PyModuleDef guestsys_module = {
     .m_slots = guestsys_slots,
 };
 
+#ifdef GUESTSYS_ALONE
+PyMODINIT_FUNC
+#else
 static PyObject *
+#endif
 PyInit__guestsys(void)
 {
     return PyModuleDef_Init(&guestsys_module);
 }
+
+#ifndef GUESTSYS_ALONE
 
 /* ---- the program -------------------------------------------------------------------------- */
 
@@ -1009,3 +1020,5 @@ main(int argc, char **argv)
     }
     return Py_FinalizeEx() < 0 ? 120 : 0;
 }
+
+#endif /* GUESTSYS_ALONE */
