@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -91,6 +92,8 @@ def test_short_words_of_run() -> None:
         (["ls", "--format", "{{.Name"], "no }}"),
         (["ls", "--filter", "color=red"], "KEY is name, status"),
         (["logs", "--tail", "-x", "m"], "tail"),
+        (["logs", "--since", "yesterday", "m"], "since: 'yesterday' is no time: write 10m"),
+        (["logs", "--until", "2026-02-30", "m"], "until"),
         (["help", "stpo"], "did you mean stop?"),
     ],
 )
@@ -218,6 +221,33 @@ def test_last_lines_of_logs(image: str) -> None:
         assert log.communicate()[0].startswith(b"end")
 
 
+def test_logs_by_their_times(image: str) -> None:
+    start(image, "box", command=("sh", "-c", "echo one; sleep 1; echo two; sleep 1000"))
+    wait_until("it is logged", lambda: output("logs", "box").endswith("two\n"), PATIENCE)
+    lines = output("logs", "-t", "box").splitlines()
+    times = [line.split(" ")[0] for line in lines]
+    assert lines == [f"{times[0]} one", f"{times[1]} two"]
+    assert all(re.fullmatch(r"20\d\d-[-\d]{5}T[:\d]{8}\.\d{9}Z", when) for when in times)
+    assert times[0] < times[1]
+    for words, expected in (
+        (("--since", times[1]), "two\n"),
+        (("--until", times[0]), "one\n"),
+        (("--since", "1h30m", "-n", "1"), "two\n"),
+        (("--since", times[1], "--until", times[0]), ""),
+        (("-f", "--until", times[0]), "one\n"),
+        (("--until=10m", "--timestamps"), ""),
+        (("-t", "--since=" + times[1]), f"{lines[1]}\n"),
+    ):
+        assert output("logs", *words, "box") == expected, words
+    log = [PROGRAM, "logs", "-ft", "--since", times[1], "box"]
+    with subprocess.Popen(log, stdout=subprocess.PIPE) as follower:
+        assert follower.stdout is not None
+        assert follower.stdout.readline() == f"{lines[1]}\n".encode()
+        end("box")
+        assert follower.wait(PATIENCE) == 0
+    assert output("logs", "-t", "box").splitlines() == lines
+
+
 def test_labels_are_bounded(image: str) -> None:
     words = ("run", "--rm", "--machine", "namespaces", "-l", f"a={'x' * 5000}", image, "true")
     done = microguest(*words)
@@ -240,11 +270,14 @@ def test_completion_of_bash(image: str, tmp_path: Path) -> None:
         }}
         complete_words microguest st
         complete_words microguest run --mem
+        complete_words microguest logs --si
         complete_words microguest stop My
         complete_words microguest exec My
     """
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == ["stop", "--memory", "My_App.1", "My_App.1"], done.stderr
+    assert done.stdout.splitlines() == ["stop", "--memory", "--since", "My_App.1", "My_App.1"], (
+        done.stderr
+    )
     assert output("completion", "zsh").startswith("#compdef microguest")
     end("My_App.1")
 

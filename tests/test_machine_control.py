@@ -310,7 +310,12 @@ def test_what_a_killed_monitor_knew_stays(image: str, state_home: Path) -> None:
     assert state is not None
     assert (state.phase, state.status) == ("ended", "crashed")
     assert "the last words" in state.console
-    assert sorted(os.listdir(state_home / "victim")) == ["console.log", "state.json", "vmm.log"]
+    assert sorted(os.listdir(state_home / "victim")) == [
+        "console.log",
+        "console.times",
+        "state.json",
+        "vmm.log",
+    ]
     stopped = microguest("stop", "victim")  # has ended: fine
     assert stopped.returncode == 0
 

@@ -1,7 +1,9 @@
 """Machines by their names from a program: what `microguest ls`, `stop` and `logs` do."""
 
 import asyncio
+import datetime as dt
 import os
+import re
 import threading
 import time
 import warnings
@@ -135,6 +137,98 @@ def test_logs_are_followed_until_the_end(image: str) -> None:
         machine.agent.exec(["touch", "/go"])
         assert list(lines) == [b"three"]
         assert machine.wait(PATIENCE).workload_exited is not None
+
+
+def stamped(line: bytes) -> tuple[float, bytes]:
+    """A line of `timestamps`: when, to the microsecond, and what."""
+    when, text = line.split(b" ", 1)
+    assert re.fullmatch(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z", when)
+    date = dt.datetime.fromisoformat(f"{when[:-4].decode()}+00:00")
+    return date.timestamp(), text
+
+
+TIMED = "echo one; until test -e /go; do sleep 0.05; done; echo two; echo 1970-01-01T00:00:00Z x"
+
+
+def test_logs_by_their_times(image: str) -> None:
+    before = time.time()
+    kept(image, "job", TIMED)
+    with find("job") as machine:
+        wait_until("the first line", lambda: list(machine.logs()) == [b"one\n"], PATIENCE)
+        between = time.time()
+        lines = machine.logs(follow=True, timestamps=True, since=before)
+        first, text = stamped(next(lines))
+        assert text == b"one\n"
+        assert before - 0.001 <= first <= between
+        machine.agent.exec(["touch", "/go"])
+        rest = [stamped(line) for line in lines]
+        assert [text for _, text in rest] == [b"two\n", b"1970-01-01T00:00:00Z x\n"]
+        assert all(between <= when + 0.001 <= time.time() for when, _ in rest)
+        machine.wait(PATIENCE)
+        later = [b"two\n", b"1970-01-01T00:00:00Z x\n"]
+        moment = dt.datetime.fromtimestamp(between, dt.UTC)
+        for since in (between, f"{between:.9f}", moment, moment.isoformat(), "0.000001s", "1h30m"):
+            got = list(machine.logs(since=since))
+            expected = {"0.000001s": [], "1h30m": [b"one\n", *later]}
+            assert got == (expected.get(since, later) if isinstance(since, str) else later), since
+        assert list(machine.logs(until=between)) == [b"one\n"]
+        assert list(machine.logs(until=between, tail=1)) == [b"one\n"]
+        assert list(machine.logs(until=between, follow=True)) == [b"one\n"]
+        assert list(machine.logs(since=between, until=between)) == []
+        assert list(machine.logs(since=between, tail=1)) == later[1:]
+
+
+def test_logs_are_followed_until_a_time(image: str) -> None:
+    kept(image, "job", "echo one; sleep 1000")
+    with find("job") as machine:
+        assert list(machine.logs(follow=True, until=time.time() + 1)) == [b"one\n"]
+        assert machine.info.running
+        machine.kill()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_times_of_logs_in_an_event_loop(image: str, backend: str) -> None:
+    kept(image, "job", SCRIPT)
+
+    async def main() -> None:
+        async with await aio.find("job") as machine:
+            await machine.wait(PATIENCE)
+            lines = [stamped(line) async for line in machine.logs(timestamps=True, since="1h")]
+            assert [text for _, text in lines] == [b"one\n", b"two\n", b"three\n"]
+            assert [line async for line in machine.logs(until=lines[0][0] - 1)] == []
+
+    anyio.run(main, backend=backend)
+
+
+def test_a_machine_whose_times_are_not_kept(image: str, state_home: Path) -> None:
+    """As an older version has left it."""
+    kept(image, "job", SCRIPT)
+    machine = find("job")
+    machine.wait(PATIENCE)
+    (state_home / "microguest" / "machines" / "job" / "console.times").unlink()
+    assert len(list(machine.logs())) == 3
+    for options in ({"timestamps": True}, {"since": "1h"}, {"until": 0}):
+        with pytest.raises(MachineError, match=r"job: no times .* older version"):
+            list(machine.logs(**options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"since": "yesterday"}, ValueError),
+        ({"until": "2026-02-30"}, ValueError),
+        ({"since": "10x"}, ValueError),
+        ({"since": float("nan")}, ValueError),
+        ({"since": 1e300}, ValueError),
+        ({"since": b"10m"}, TypeError),
+        ({"until": True}, TypeError),
+        ({"timestamps": 1}, TypeError),
+    ],
+)
+def test_what_is_no_time(image: str, options: Any, error: type[Exception]) -> None:
+    detached(image, "first")
+    with find("first") as machine, pytest.raises(error, match=next(iter(options))):
+        machine.logs(**options)
 
 
 @pytest.mark.parametrize("name", ["no-such", "No Such", "", 5])

@@ -25,6 +25,7 @@ from host_client.machines.logs import console_looks
 from host_client.machines.named import MachineInfo
 from host_client.machines.plan import MachineState
 from host_client.machines.settings import MachineOptions
+from host_client.machines.when import Moment
 from host_client.renewal import GuestClock
 from host_client.values import check_seconds
 
@@ -193,10 +194,25 @@ class NamedMachine:
         """All that is known of it."""
         return self._machine.state
 
-    def logs(self, *, follow: bool = False, tail: int | None = None) -> AsyncIterator[bytes]:
+    def logs(
+        self,
+        *,
+        follow: bool = False,
+        tail: int | None = None,
+        since: Moment | None = None,
+        until: Moment | None = None,
+        timestamps: bool = False,
+    ) -> AsyncIterator[bytes]:
         """As `host_client.NamedMachine.logs`: `async for line in machine.logs(follow=True)`."""
-        lines = Lines(console_looks(self.name, follow=follow, tail=tail))
-        return Each(lines.next)
+        looks = console_looks(
+            self.name,
+            follow=follow,
+            tail=tail,
+            since=since,
+            until=until,
+            timestamps=timestamps,
+        )
+        return Each(Lines(looks).next)
 
     async def pause(self) -> None:
         """Let it stand still. Only for "qemu"; else MachineError."""

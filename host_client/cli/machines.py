@@ -179,7 +179,17 @@ def logs(options: argparse.Namespace) -> int:
     """The console without what PID 1 says; with -f until the machine ends."""
     tail = None if options.tail == "all" else whole_number(options.tail)
     name = check_name(options.name)
-    lines = console_lines(name, follow=options.follow, tail=tail)
+    try:
+        lines = console_lines(
+            name,
+            follow=options.follow,
+            tail=tail,
+            since=options.since,
+            until=options.until,
+            timestamps=options.timestamps,
+        )
+    except ValueError as error:
+        raise MachineError(str(error)) from None
     state = read_state(name)
     if state is not None and state.stdio != "console":
         complain(f"this is the console; {ELSEWHERE[state.stdio].format(name=name)}")

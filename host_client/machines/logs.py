@@ -1,5 +1,6 @@
 """What a machine's workload wrote to its console, without what PID 1 and the kernel say there."""
 
+import io
 import os
 import re
 import time
@@ -7,12 +8,14 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from itertools import chain
-from typing import Final
+from typing import Final, NamedTuple
 
 from guest.report import CONSOLE_MARK
 from host_client.errors import MachineError
-from host_client.machines.console import LogReader
+from host_client.machines.console import LogReader, Piece
 from host_client.machines.folder import check_name, is_alive, machines_root, read_state
+from host_client.machines.when import Moment, moment, stamp
+from host_client.values import check_count, check_flag
 
 __all__ = ["console_lines", "console_looks"]
 
@@ -23,45 +26,141 @@ NOT_THE_WORKLOADS: Final = re.compile(
 )
 
 
-def console_lines(name: str, *, follow: bool = False, tail: int | None = None) -> Iterator[bytes]:
+def console_lines(
+    name: str,
+    *,
+    follow: bool = False,
+    tail: int | None = None,
+    since: Moment | None = None,
+    until: Moment | None = None,
+    timestamps: bool = False,
+) -> Iterator[bytes]:
     """Lines with their newlines, the last of them perhaps without one.
 
     tail: only so many of what is there already. follow: those that come, until the machine ends.
-    MachineError where there is no such machine, running or kept.
+    since, until: only lines that began then, both inclusive, before `tail` counts; what is followed
+    ends at `until`. timestamps: before each line when it began and a space, as docker's.
+    MachineError where there is no such machine, running or kept, or no times are kept of it;
+    TypeError, ValueError for what is no time.
     """
-    return chain.from_iterable(console_looks(name, follow=follow, tail=tail))
+    return chain.from_iterable(
+        console_looks(
+            name, follow=follow, tail=tail, since=since, until=until, timestamps=timestamps
+        )
+    )
 
 
 def console_looks(
-    name: str, *, follow: bool = False, tail: int | None = None
+    name: str,
+    *,
+    follow: bool = False,
+    tail: int | None = None,
+    since: Moment | None = None,
+    until: Moment | None = None,
+    timestamps: bool = False,
 ) -> Generator[list[bytes], None, None]:
     """The same as what each look has found, which may be nothing; none of them waits for long."""
+    if tail is not None:
+        check_count(tail, "tail")
+    check_flag(timestamps, "timestamps")
+    span = Span(moment(since, "since"), moment(until, "until"), timestamps)
     path = os.path.join(machines_root(), check_name(name))
     if not is_alive(name) and not os.path.isdir(path):  # the first refuses a folder of others
         raise MachineError(f"no machine named {name}: see microguest ls -a")
-    return _looks(name, os.path.join(path, "console.log"), follow, tail)
+    return _looks(name, os.path.join(path, "console.log"), span, follow, tail)
+
+
+class Span(NamedTuple):
+    """Which lines are asked for; nanoseconds since the epoch."""
+
+    since: int | None
+    until: int | None
+    timestamps: bool
+
+    @property
+    def timed(self) -> bool:
+        """Whether it takes times at all."""
+        return self.timestamps or self.since is not None or self.until is not None
+
+    @property
+    def over(self) -> bool:
+        """Whether no line that comes now is asked for."""
+        return self.until is not None and time.time_ns() > self.until
+
+    def has(self, when: int) -> bool:
+        """Whether a line of that time is asked for."""
+        if self.since is not None and when < self.since:
+            return False
+        return self.until is None or when <= self.until
 
 
 def _looks(
-    name: str, path: str, follow: bool, tail: int | None
+    name: str, path: str, span: Span, follow: bool, tail: int | None
 ) -> Generator[list[bytes], None, None]:
     # Of a virtual machine the console is a terminal, which writes \r\n for \n (ONLCR); what the
     # program wrote is what is left without that. In namespaces it is a pipe.
     state = read_state(name)
     end = b"\r\n" if state is None or state.machine != "namespaces" else b"\n"
-    rest = b""
-    with closing(LogReader(path)) as log:
+    split = Splitter(name, timed=span.timed)
+    with closing(LogReader(path, timed=span.timed)) as log:
         while True:
-            alive = follow and is_alive(name)  # before the last look, so that it misses nothing
-            *whole, rest = (rest + log.read()).split(b"\n")
-            lines = [line + b"\n" for line in whole]
-            if not alive and rest:
-                lines.append(rest)
-            lines = [
-                line.replace(end, b"\n") for line in lines if not NOT_THE_WORKLOADS.match(line)
+            # Before the last look, so that it misses nothing.
+            on = follow and is_alive(name) and not span.over
+            lines = [line for piece in log.pieces() for line in split.feed(piece)]
+            if not on:
+                lines += split.rest()
+            found = [
+                (stamp(line.when) + b" " if span.timestamps else b"")
+                + line.text.replace(end, b"\n")
+                for line in lines
+                if not NOT_THE_WORKLOADS.match(line.text) and span.has(line.when)
             ]
-            yield lines if tail is None else list(deque(lines, maxlen=tail))
-            if not alive:
+            yield found if tail is None else list(deque(found, maxlen=tail))
+            if not on:
                 return
             tail = None
             time.sleep(FOLLOW_EVERY)
+
+
+class Line(NamedTuple):
+    """One line of the console."""
+
+    text: bytes
+    when: int  # it began, nanoseconds since the epoch; 0: not asked for
+
+
+class Splitter:
+    """Makes lines of pieces."""
+
+    def __init__(self, name: str, *, timed: bool) -> None:
+        self._name = name
+        self._timed = timed
+        self._text = b""
+        self._when = 0
+
+    def feed(self, piece: Piece) -> Iterator[Line]:
+        """The lines that end in it."""
+        at = piece.offset
+        for part in io.BytesIO(piece.data):
+            if not self._text:
+                self._when = self._moment(piece, at)
+            at += len(part)
+            self._text += part
+            if part.endswith(b"\n"):
+                yield from self.rest()
+
+    def rest(self) -> list[Line]:
+        """What has no end yet."""
+        text, self._text = self._text, b""
+        return [Line(text, self._when)] if text else []
+
+    def _moment(self, piece: Piece, at: int) -> int:
+        if not self._timed:
+            return 0
+        when = None if piece.moments is None else piece.moments.at(at)
+        if when is None:
+            raise MachineError(
+                f"machine {self._name}: no times of its lines are kept, as it was started by an "
+                "older version, or its disk was full: ask for its logs without times"
+            )
+        return when

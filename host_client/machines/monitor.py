@@ -142,7 +142,7 @@ class Monitor:
         self._asked_to_end = False
         self._timeline = BootTimeline(shared_clock=plan.machine == "namespaces")
         self._reports = ReportReader(self.loop, self._on_report, self._on_bad_report)
-        self._console = RotatingLog(os.path.join(folder, "console.log"))
+        self._console = RotatingLog(os.path.join(folder, "console.log"), timed=True)
         self._messages = RotatingLog(os.path.join(folder, "vmm.log"), 64 * 1024)
         self._vmm: Vmm | None = None
         self._device: Device | None = None

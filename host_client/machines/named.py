@@ -23,8 +23,9 @@ from host_client.machines.folder import (
 )
 from host_client.machines.logs import console_lines
 from host_client.machines.plan import MachineState
+from host_client.machines.when import Moment
 from host_client.renewal import GuestClock
-from host_client.values import check_count, check_seconds, text
+from host_client.values import check_seconds, text
 
 __all__ = ["MachineInfo", "NamedMachine", "find", "list_machines"]
 
@@ -160,15 +161,31 @@ class NamedMachine:
             self._last = found
         return self._last
 
-    def logs(self, *, follow: bool = False, tail: int | None = None) -> Iterator[bytes]:
+    def logs(
+        self,
+        *,
+        follow: bool = False,
+        tail: int | None = None,
+        since: Moment | None = None,
+        until: Moment | None = None,
+        timestamps: bool = False,
+    ) -> Iterator[bytes]:
         """Lines of what its command wrote to the console, without what PID 1 says there.
 
         tail: only the last ones of those that are there. follow: go on until the machine ends.
-        Empty where its command writes to its caller and not to the console.
+        since, until: only lines that began then; a datetime, seconds since the epoch, or a text:
+        "10m" ago, "2026-01-31T12:00:00Z". timestamps: before each line its time and a space.
+        Empty where its command writes to its caller and not to the console. MachineError where no
+        times are kept, as an older version has started it.
         """
-        if tail is not None:
-            check_count(tail, "tail")
-        return console_lines(self.name, follow=follow, tail=tail)
+        return console_lines(
+            self.name,
+            follow=follow,
+            tail=tail,
+            since=since,
+            until=until,
+            timestamps=timestamps,
+        )
 
     def pause(self) -> None:
         """As `Machine.pause`."""
