@@ -17,6 +17,7 @@ from patience import PATIENCE, SLACK
 from guest.manifest import MANIFEST
 from host_client import Mount, boot, connect
 from host_client.errors import BootFailed, ConnectionLost, ImageError, MachineError
+from host_client.machines import folder
 from host_client.machines.folder import is_alive, machines_root, names, sweep
 
 KIND = pytest.mark.parametrize("kind", ["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
@@ -170,6 +171,20 @@ def test_interrupted_boot(image: str, moment: Callable[[str], bool]) -> None:
         for pipe in (program.stdout, program.stderr):
             assert pipe is not None
             pipe.close()
+
+
+def test_interrupted_as_soon_as_there_is_a_folder(
+    image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(name: str | None) -> folder.Folder:
+        claimed = folder.claim(name)
+        os.kill(os.getpid(), signal.SIGINT)
+        return claimed
+
+    monkeypatch.setattr("host_client.machines.boot.claim", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        boot(image, machine="namespaces", name="early")
+    wait_until("its folder goes", lambda: names() == [])
 
 
 @EARLY

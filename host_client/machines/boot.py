@@ -1,6 +1,7 @@
 """Starting a machine, from the image to an agent that answers."""
 
 import os
+import signal
 import threading
 import time
 from typing import Final, Protocol, Unpack
@@ -40,6 +41,9 @@ class Backend(Protocol):
 BACKENDS: Final[dict[str, Backend]] = {
     backend.name: backend for backend in (QemuBackend(), NamespacesBackend())
 }
+
+
+ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # their handlers may raise
 
 
 def boot(
@@ -86,25 +90,31 @@ def start(
     backend.check(settings)
     found = find_bundle(bundle)
     sweep()
-    folder = claim(settings.name)
+    # An exception of a signal's handler between two of these lines would leave the folder behind.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
-        link = Link(folder)
-    except BaseException:
-        folder.remove()
-        raise
-    try:
-        return bring_up(
-            backend,
-            settings,
-            folder,
-            found,
-            link,
-            progress=progress,
-            abandoned=abandoned or threading.Event(),
-        )
-    except BaseException:
-        link.close()
-        raise
+        folder = claim(settings.name)
+        try:
+            link = Link(folder)
+        except BaseException:
+            folder.remove()
+            raise
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            return bring_up(
+                backend,
+                settings,
+                folder,
+                found,
+                link,
+                progress=progress,
+                abandoned=abandoned or threading.Event(),
+            )
+        except BaseException:
+            link.close()
+            raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def bring_up(
