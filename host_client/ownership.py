@@ -10,10 +10,61 @@ import pwd
 import stat
 from typing import Final
 
-__all__ = ["not_ours", "own_folder_problem", "trusted_folder_problem"]
+__all__ = [
+    "Untrusted",
+    "not_ours",
+    "open_own_folder",
+    "own_folder_problem",
+    "trusted_folder_problem",
+]
 
 OTHERS_WRITE: Final = 0o002
 GROUP_WRITES: Final = 0o020
+STEP: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Untrusted(Exception):
+    """A folder that somebody else could have made, or can change; the text says which and whose."""
+
+
+def open_own_folder(path: str) -> int:
+    """A descriptor of a folder that is ours alone; what is missing of it is made, 0700.
+
+    Each folder of the way is looked at after it was opened, and the next one is made and opened
+    through it, so nobody can put another in between. Untrusted where one is not as it has to be.
+    """
+    path = os.path.realpath(path)
+    parts = path.split("/")[1:] if path != "/" else []
+    fd = os.open("/", STEP)
+    try:
+        for number, part in enumerate(parts, 1):
+            here = "/" + "/".join(parts[:number])
+            made = False
+            try:
+                new = os.open(part, STEP, dir_fd=fd)
+            except FileNotFoundError:
+                made = _made(part, fd)
+                new = os.open(part, STEP, dir_fd=fd)
+            os.close(fd)
+            fd = new
+            status = os.fstat(fd)
+            ours = made or number == len(parts)
+            problem = not_ours(here, status) if ours else _step_problem(here, status)
+            if problem:
+                raise Untrusted(problem)
+        own = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+    finally:
+        os.close(fd)
+    return own
+
+
+def _made(name: str, folder: int) -> bool:
+    """Make a folder; False where somebody was quicker."""
+    try:
+        os.mkdir(name, 0o700, dir_fd=folder)
+    except FileExistsError:
+        return False
+    return True
 
 
 def own_folder_problem(path: str) -> str:
@@ -45,7 +96,6 @@ def not_ours(path: str, status: os.stat_result) -> str:
 
 def _way_problem(path: str) -> str:
     """The folders above: those who can write there can put another folder in the place of ours."""
-    trusted = {0, os.geteuid(), os.stat("/").st_uid}  # in a user namespace, nobody owns the root
     while True:
         try:
             status = os.stat(path, follow_symlinks=False)
@@ -54,15 +104,21 @@ def _way_problem(path: str) -> str:
         except OSError as error:
             return f"{path}: {error.strerror}"
         else:
-            if status.st_uid not in trusted:
-                return f"{path} belongs to user {_name_of(status.st_uid)}"
-            if not status.st_mode & stat.S_ISVTX:  # as /tmp: there, nobody can rename what is ours
-                problem = _open_to_others(path, status)
-                if problem:
-                    return problem
+            problem = _step_problem(path, status)
+            if problem:
+                return problem
         if path == "/":
             return ""
         path = os.path.dirname(path)
+
+
+def _step_problem(path: str, status: os.stat_result) -> str:
+    trusted = {0, os.geteuid(), os.stat("/").st_uid}  # in a user namespace, nobody owns the root
+    if status.st_uid not in trusted:
+        return f"{path} belongs to user {_name_of(status.st_uid)}"
+    if status.st_mode & stat.S_ISVTX:  # as /tmp: there, nobody can rename what is ours
+        return ""
+    return _open_to_others(path, status)
 
 
 def _open_to_others(path: str, status: os.stat_result) -> str:

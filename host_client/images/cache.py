@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 
 from host_client.errors import ImageError
-from host_client.ownership import own_folder_problem
+from host_client.ownership import Untrusted, open_own_folder
 
 DEFAULT_MAX_BYTES = 10 << 30
 BUILD_WAIT_SECONDS = 1800.0
@@ -96,22 +96,18 @@ class Cache:
 
     def _prepare(self) -> None:
         """Make the directories; refuse one that another user could write to, or replace."""
-        self._refuse(own_folder_problem(self.directory))
         try:
             for path in (self.directory, self._entries, self._tmp, self._locks):
-                os.makedirs(path, mode=0o700, exist_ok=True)
+                os.close(open_own_folder(path))
+        except Untrusted as problem:
+            raise ImageError(
+                f"image cache {self.directory} cannot be trusted: {problem}: set XDG_CACHE_HOME to "
+                "a directory of your own that only you can write to"
+            ) from problem
         except OSError as error:
             raise ImageError(
                 f"image cache {self.directory} cannot be made: {error.strerror}: set XDG_CACHE_HOME"
             ) from error
-        self._refuse(own_folder_problem(self.directory))
-
-    def _refuse(self, problem: str) -> None:
-        if problem:
-            raise ImageError(
-                f"image cache {self.directory} cannot be trusted: {problem}: set XDG_CACHE_HOME to "
-                "a directory of your own that only you can write to"
-            )
 
     def _open(self, key: str) -> Lease | None:
         path = os.path.join(self._entries, key)

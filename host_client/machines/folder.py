@@ -22,7 +22,7 @@ from host_client.forking import tell_children
 from host_client.log import INFO, note
 from host_client.machines.console import TAIL_MAX, printable_lines, read_log
 from host_client.machines.plan import CONSOLE_SHOWN, STATE_MAX, MachineState, cut
-from host_client.ownership import not_ours, own_folder_problem
+from host_client.ownership import Untrusted, not_ours, open_own_folder, own_folder_problem
 
 __all__ = [
     "Folder",
@@ -37,6 +37,7 @@ __all__ = [
 
 NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
 CLAIM_WAIT: Final = 0.5  # seconds; somebody may be looking whether the folder is locked
+UNFINISHED: Final = ".new"  # ends the name of a file that is being written
 KEPT_MACHINES: Final = 20  # ended ones whose state and console stay
 
 
@@ -56,10 +57,15 @@ def machines_root() -> str:
 def refuse(problem: str) -> None:
     """MachineError, where there is a problem."""
     if problem:
-        raise MachineError(
-            f"the folder of machines cannot be trusted: {problem}: set XDG_STATE_HOME to a "
-            "directory of your own that only you can write to"
-        )
+        raise refusal(problem)
+
+
+def refusal(problem: str) -> MachineError:
+    """The one error for it."""
+    return MachineError(
+        f"the folder of machines cannot be trusted: {problem}: set XDG_STATE_HOME to a "
+        "directory of your own that only you can write to"
+    )
 
 
 def check_name(name: str) -> str:
@@ -92,7 +98,16 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file that only this user can read; all of it or nothing."""
-        write_file(os.path.join(self.path, name), data)
+        write_file(name, data, self.fd)
+
+    def write_run(self, name: str, data: bytes) -> None:
+        """The same in `run`."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        run = os.open("run", flags, dir_fd=self.fd)
+        try:
+            write_file(name, data, run)
+        finally:
+            os.close(run)
 
     def release(self) -> None:
         """Let go of the lock: somebody else holds the folder now."""
@@ -111,15 +126,14 @@ def claim(name: str | None) -> Folder:
     wanted = check_name(name) if name is not None else f"m-{os.urandom(4).hex()}"
     path = os.path.join(machines_root(), wanted)
     try:
-        os.makedirs(machines_root(), mode=0o700, exist_ok=True)
         fd = _lock_new(path, time.monotonic() + CLAIM_WAIT)
         if fd is None:
             raise MachineError(
                 f"a machine named {wanted} exists already: choose another name, or end it with: "
                 f"microguest stop {wanted}"
             )
-        _clear(path)  # what a dead machine of that name has left
-        os.mkdir(os.path.join(path, "run"), 0o700)
+        _clear(fd)  # what a dead machine of that name has left
+        os.mkdir("run", 0o700, dir_fd=fd)
     except OSError as error:
         raise MachineError(
             f"cannot make the machine's folder {path}: {error.strerror}: set XDG_STATE_HOME to a "
@@ -235,6 +249,9 @@ def remove_running(path: str) -> None:
             os.unlink(os.path.join(path, name))
         except FileNotFoundError:
             pass
+    for name in os.listdir(path):
+        if name.endswith(UNFINISHED):
+            os.unlink(os.path.join(path, name))
 
 
 def _take_dead(name: str) -> Folder | None:
@@ -243,26 +260,41 @@ def _take_dead(name: str) -> Folder | None:
     return None if fd is None else Folder(name, path, fd)
 
 
-def write_file(path: str, data: bytes) -> None:
-    """Replace a file, 0600, so that a reader sees the old or the new one."""
-    temporary = f"{path}.new"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb", buffering=0) as file:
-        file.write(data)
-    os.rename(temporary, path)
+def write_file(name: str, data: bytes, folder: int) -> None:
+    """Replace a file of the folder, 0600, so that a reader sees the old or the new one.
+
+    folder: its descriptor, so that it is the same one whatever its path leads to by now.
+    """
+    temporary = f"{name}.{os.urandom(8).hex()}{UNFINISHED}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(temporary, flags, 0o600, dir_fd=folder)
+    try:
+        with open(fd, "wb", buffering=0) as file:
+            file.write(data)
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        os.unlink(temporary, dir_fd=folder)
+        raise
 
 
 def _lock_new(path: str, give_up: float) -> int | None:
     """Make the folder where it is missing and lock it; None where another has it."""
-    while True:
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            pass
-        fd = _lock_existing(path)
-        if fd is not None or time.monotonic() > give_up:
-            return fd
-        time.sleep(0.01)
+    try:
+        root = open_own_folder(os.path.dirname(path))
+    except Untrusted as problem:
+        raise refusal(str(problem)) from problem
+    try:
+        while True:
+            try:
+                os.mkdir(os.path.basename(path), 0o700, dir_fd=root)
+            except FileExistsError:
+                pass
+            fd = _lock_existing(path)
+            if fd is not None or time.monotonic() > give_up:
+                return fd
+            time.sleep(0.01)
+    finally:
+        os.close(root)
 
 
 def _lock_existing(path: str) -> int | None:
@@ -285,10 +317,9 @@ def _lock_existing(path: str) -> int | None:
     return None
 
 
-def _clear(path: str) -> None:
-    with os.scandir(path) as listing:
-        for item in listing:
-            if item.is_dir(follow_symlinks=False):
-                shutil.rmtree(item.path)
-            else:
-                os.unlink(item.path)
+def _clear(folder: int) -> None:
+    for name in os.listdir(folder):
+        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            shutil.rmtree(name, dir_fd=folder)
+        else:
+            os.unlink(name, dir_fd=folder)

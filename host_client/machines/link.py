@@ -214,9 +214,10 @@ def start_monitor(folder: Folder, link: socket.socket) -> "subprocess.Popen[byte
         for p in (guest, host_client)
     }
     log = os.open(
-        os.path.join(folder.path, "monitor.log"),
-        os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC,
+        "monitor.log",
+        os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC,
         0o600,
+        dir_fd=folder.fd,
     )
     # Behind those that become the child's standard ones, whichever are closed here.
     descriptors = (above_standard(link.fileno()), above_standard(folder.fd))

@@ -81,7 +81,7 @@ class MomentsWriter:
             self._fd = -1
 
     def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self._path, flags, 0o600)
         try:
             os.pwrite(fd, HEAD.pack(MAGIC, self._inode), 0)

@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
         plan = await_plan(link)
         if plan is not None:
             keep = plan.keep  # whatever this process does
-            keep = Monitor(folder, link, plan).run() and plan.keep
+            keep = Monitor(folder, lock_fd, link, plan).run() and plan.keep
     finally:
         remove_leftovers(folder, keep=keep)
         link.close()
@@ -116,8 +116,9 @@ def remove_leftovers(folder: str, *, keep: bool) -> None:
 class Monitor:
     """One machine's life after its plan is there."""
 
-    def __init__(self, folder: str, link: socket.socket, plan: Plan) -> None:
+    def __init__(self, folder: str, lock_fd: int, link: socket.socket, plan: Plan) -> None:
         self.folder = folder
+        self._lock_fd = lock_fd  # the same folder
         self.plan = plan
         self.loop = EventLoop()
         self.state = MachineState(
@@ -290,7 +291,7 @@ class Monitor:
         self._written = time.monotonic()
         document = self.state.to_json().encode("ascii")
         try:
-            write_file(os.path.join(self.folder, "state.json"), document)
+            write_file("state.json", document, self._lock_fd)
         except OSError as error:
             note(f"state.json: {error}")
 

@@ -11,7 +11,6 @@ from guest.rootplan import Lower, Volume
 from host_client import images
 from host_client.address import SUN_PATH_MAX, UnixAddress
 from host_client.errors import MachineError
-from host_client.machines.folder import write_file
 from host_client.machines.mounts import Mount
 from host_client.machines.plan import Plan
 from host_client.machines.prepare import Preparation, directory, lease_of
@@ -63,7 +62,7 @@ class NamespacesBackend:
             Endpoint(transport="unix", path=f"{HOST_FOLDER}/{REPORT_SOCKET}"),
             volumes=volumes,
         )
-        write_file(os.path.join(folder.run, BOOT_FILE), config)
+        folder.write_run(BOOT_FILE, config)
         bound = (word for source in sources for word in ("--volume", source))
         argv = (preparation.bundle.program, "namespaces", "--root", str(root))
         return Plan(
