@@ -1,8 +1,11 @@
 """What the root of a guest can leave on this host, in a directory that root has shared with it."""
 
 import base64
+import errno
 import os
+import shutil
 import stat
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ from patience import PATIENCE
 
 from host_client import Machine, Mount, boot
 from host_client.machines.deputy import share_filter
+from host_client.machines.shares import is_successor, virtiofsd
 from host_client.machines.vmm import dies_with
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give away root's files")
@@ -81,6 +85,7 @@ cp /bin/busybox /mnt/shell; chmod 4755 /mnt/shell; chmod 6755 /mnt/shell
 cp -p /bin/busybox /mnt/group; chmod g+s /mnt/group
 cat /bin/busybox > /mnt/victim
 mknod /mnt/disk b 8 0; mknod /mnt/memory c 1 1; mknod /mnt/fifo p
+mknod /mnt/whiteout c 0 0
 setfattr -n security.capability -v 0sAQAAAgAgAAAAAAAAAAAAAAAAAAA= /mnt/shell
 mkdir /mnt/folder; chmod 1777 /mnt/folder; echo plain > /mnt/folder/file; chown 1000 /mnt/folder
 """
@@ -107,12 +112,19 @@ def is_device(mode: int) -> bool:
     return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
 
 
+def remove_whiteout(shared: Path) -> None:
+    """The one that anybody may make, and that is no device."""
+    assert (shared / "whiteout").stat().st_rdev == 0
+    (shared / "whiteout").unlink()
+
+
 @needs_root
 @pytest.mark.qemu
 def test_a_guest_leaves_no_set_user_id_file_and_no_device(elf: Path, tmp_path: Path) -> None:
     machinekit.require_shares()
     shared = tmp_path / "shared"
     leave(machinekit.demo_image(), shared)
+    remove_whiteout(shared)
     assert modes(shared, is_device) == set()
     assert modes(shared, lambda mode: mode & SET_IDS) == set()  # what it overwrote has lost it, too
     for path in shared.iterdir():
@@ -129,5 +141,83 @@ def test_who_needs_them_says_so(elf: Path, tmp_path: Path) -> None:
     machinekit.require_shares()
     shared = tmp_path / "shared"
     leave(machinekit.demo_image(), shared, suid=True, dev=True)
+    remove_whiteout(shared)
     assert modes(shared, is_device) == {"disk", "memory"}
     assert "shell" in modes(shared, lambda mode: mode & SET_IDS)
+
+
+SET_ATTRIBUTE = r"""
+#include <errno.h>
+#include <stdio.h>
+#include <sys/xattr.h>
+int main(int argc, char **argv) {  /* PATH NAME HEX */
+    static char value[256];
+    size_t size = 0;
+    unsigned byte;
+    for (char *hex = argv[3]; sscanf(hex, "%2x", &byte) == 1; hex += 2)
+        value[size++] = byte;
+    printf("%d\n", setxattr(argv[1], argv[2], value, size, 0) ? errno : 0);
+    return 0;
+}
+"""
+
+
+def everybody(permissions: int) -> bytes:
+    """A POSIX ACL that gives them to the owner, the group and all others."""
+    entries = [struct.pack("<HHI", tag, permissions, 0xFFFFFFFF) for tag in (1, 4, 0x20)]
+    return struct.pack("<I", 2) + b"".join(entries)
+
+
+ATTRIBUTES = [
+    ("program", "system.posix_acl_access", everybody(7)),
+    ("folder", "system.posix_acl_default", everybody(7)),
+    ("program", "security.selinux", b"system_u:object_r:bin_t:s0\0"),
+    ("program", "security.capability", struct.pack("<5I", 0x02000001, 1 << 12, 0, 0, 0)),
+    ("plain", "user.note", b"mine"),
+]
+
+
+def set_attributes(shared: Path, **options: bool) -> list[int]:
+    """What each of ATTRIBUTES ends with, where the root of a guest sets it on a file of root's."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    (shared / "folder").mkdir(parents=True)
+    (shared / "plain").touch()
+    (shared / "program").touch()
+    (shared / "program").chmod(0o4755)
+    command = ["gcc", "-static", "-x", "c", "-o", str(shared / "set"), "-"]
+    subprocess.run(command, input=SET_ATTRIBUTE, text=True, check=True)
+    script = "".join(
+        f"/mnt/set /mnt/{file} {name} {value.hex()}\n" for file, name, value in ATTRIBUTES
+    )
+    mount = Mount(source=str(shared), target="/mnt", **options)  # type: ignore[arg-type]
+    with boot(machinekit.demo_image(), mounts=[mount]) as machine:
+        done = machine.agent.exec(["sh", "-c", script], timeout=PATIENCE)
+    return [int(line) for line in done.stdout.split()]
+
+
+@needs_root
+@pytest.mark.qemu
+def test_a_guest_sets_no_attribute_that_gives_rights(elf: Path, tmp_path: Path) -> None:
+    machinekit.require_shares()
+    shared = tmp_path / "shared"
+    ended = set_attributes(shared)
+    refused = errno.EOPNOTSUPP
+    if not is_successor(virtiofsd()):  # which serves no attribute at all
+        assert ended == [refused, refused, refused, errno.EPERM, 0]
+        assert os.getxattr(shared / "plain", "user.note") == b"mine"
+    assert 0 not in ended[:4]
+    assert stat.S_IMODE((shared / "program").stat().st_mode) == 0o4755
+    assert os.listxattr(shared / "program") == os.listxattr(shared / "folder") == []
+
+
+@needs_root
+@pytest.mark.qemu
+def test_who_needs_attributes_that_give_rights_says_so(elf: Path, tmp_path: Path) -> None:
+    machinekit.require_shares()
+    if is_successor(virtiofsd()):
+        pytest.skip("the virtiofsd in Rust serves no attributes")
+    shared = tmp_path / "shared"
+    ended = set_attributes(shared, suid=True)
+    assert (ended[0], ended[1], ended[3]) == (0, 0, 0)
+    assert stat.S_IMODE((shared / "program").stat().st_mode) == 0o4777

@@ -4,6 +4,8 @@ It makes whatever the guest asks for, with the guest's owner and mode: a set-use
 root's, which any user of this host then runs, or a node of this host's disk. The capabilities that
 would let it make nodes and file capabilities, and keep set-user-id bits of what is overwritten, are
 taken from it; setting such a bit is refused by a filter, as an owner needs no capability for that.
+Extended attributes that give rights, as POSIX ACLs do, are none of a share's: a filter cannot read
+their names, virtiofsd's own rules do.
 """
 
 import base64
@@ -12,8 +14,14 @@ from typing import Any, Final
 
 from host_client import seccomp
 
-__all__ = ["capability_changes", "share_filter"]
+__all__ = ["ATTRIBUTE_RULES", "capability_changes", "share_filter"]
 
+# For `xattrmap` of QEMU's own virtiofsd. An ACL widens the mode of a set-user-id program, and lets
+# it keep that bit. File capabilities can be read, and want CAP_SETFCAP to be set: virtiofsd does
+# not start under rules that leave them out.
+ATTRIBUTE_RULES: Final = (
+    ":ok:all:user.:user.::ok:all:security.capability:security.capability::unsupported:all:::"
+)
 SET_IDS: Final = (0o4000, 0o2000)
 O_CREAT: Final = 0o100
 ENOSYS: Final = 38

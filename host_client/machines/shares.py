@@ -15,7 +15,7 @@ from select import EPOLLIN
 from typing import Final
 
 from host_client.errors import MachineError
-from host_client.machines.deputy import capability_changes
+from host_client.machines.deputy import ATTRIBUTE_RULES, capability_changes
 from host_client.machines.plan import Share
 from host_client.machines.vmm import spawn
 from host_client.vhost_vsock.loop import EventLoop
@@ -54,7 +54,8 @@ def share_command(
 ) -> tuple[str, ...]:
     """virtiofsd's words; {listener} stands for the descriptor of its socket. MachineError.
 
-    suid, dev: as root it may make files with set-user-id bits or capabilities, and device nodes.
+    suid, dev: as root it may make files with set-user-id bits or capabilities, and device nodes;
+    suid: it serves all extended attributes, not `user.*` only. The one in Rust serves none.
     As root it confines itself by chroot(2): its other way needs a PID namespace, whose processes do
     not all end with it.
     """
@@ -76,6 +77,7 @@ def share_command(
         *((*READ_ONLY, source) if read_only else ()),
         *(program, "--fd={listener}", "-o", f"source={escaped}", "-o", "sandbox=chroot"),
         *("-o", "cache=auto", "-o", "xattr", "--rlimit-nofile=0"),
+        *(() if suid else ("-o", f"xattrmap={ATTRIBUTE_RULES}")),
         *(("-o", f"modcaps={changes}") if changes else ()),
     )
 
