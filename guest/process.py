@@ -166,6 +166,8 @@ def start_failure(
     codes are those of `guest.errors.START_CODES`.
     """
     code = _RESOURCE_CODES.get(error) or _STEP_CODES.get(step)
+    if step == "mkdir" and error == errno.ENOSPC:
+        code = "bad_cwd"  # a full disk; of other steps it is a limit on processes or namespaces
     if code is None:
         code = _EXEC_CODES.get(error, "setup_failed") if step == "exec" else "setup_failed"
     if code == "not_found" and program_exists:

@@ -23,7 +23,7 @@ from host_client.errors import ConnectionLost, DeadlineExceeded, OutputStalled
 from host_client.exchange import Exchange, too_large
 from host_client.result import Result
 from host_client.steps import Steps, Wait
-from host_client.values import Buffer, check_bytes, check_count, check_seconds
+from host_client.values import Buffer, check_bytes, check_count, check_number, check_seconds
 
 __all__ = ["MAX_OUTPUT", "MAX_UNREAD", "STDERR", "STDOUT", "Session"]
 
@@ -101,6 +101,7 @@ class Session:
 
     def reading(self, stream: int, most: int) -> Steps[bytes]:
         """`read`, or with -1 all until the end, up to MAX_OUTPUT bytes."""
+        check_number(most, "read")
         return self.read_all(stream, MAX_OUTPUT) if most < 0 else self.read(stream, most)
 
     def read_all(self, stream: int, most: int) -> Steps[bytes]:

@@ -14,6 +14,7 @@ __all__ = [
     "check_bytes",
     "check_count",
     "check_flag",
+    "check_number",
     "check_seconds",
     "identity",
     "kind_of",
@@ -46,12 +47,17 @@ def check_bytes(data: object, name: str) -> None:
         raise TypeError(f"{name}: expected bytes, got {kind_of(data)}{advice}") from None
 
 
-def check_count(value: object, name: str) -> None:
-    """TypeError, ValueError where it is not a number of bytes."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number of bytes, got {kind_of(value)}")
-    if value < 0:
+def check_count(value: object, name: str, of: str = "bytes") -> None:
+    """TypeError, ValueError where it is not a number of bytes, or of what is said."""
+    if check_number(value, name, of) < 0:
         raise ValueError(f"{name}: {value} is less than 0")
+
+
+def check_number(value: object, name: str, of: str = "bytes") -> int:
+    """The number of bytes, or of what is said. TypeError where it is none."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number of {of}, got {kind_of(value)}")
+    return value
 
 
 def check_flag(value: object, name: str, instead: str = "") -> None:

@@ -230,7 +230,7 @@ def test_output_that_is_cut_is_told_of(box: str) -> None:
     done = microguest("exec", box, "sh", "-c", HOLDS)
     assert (done.returncode, done.stdout) == (3, b"now\n")
     text = done.stderr.decode()
-    assert text.startswith("microguest: stdout and stderr ")
+    assert text.startswith("microguest: stdout and stderr were cut ")
     assert "--drain" in text
     assert text.count("\n") == 1
     done = microguest("exec", "--drain", "20", box, "sh", "-c", HOLDS)

@@ -93,6 +93,8 @@ def test_bad_requests_are_typed(options: dict[str, object], code: str) -> None:
         ("exec", errno.EIO, "setup_failed"),
         ("chdir", errno.ENOENT, "bad_cwd"),
         ("chdir", errno.EACCES, "bad_cwd"),
+        ("mkdir", errno.ENOSPC, "bad_cwd"),
+        ("mkdir", errno.EDQUOT, "bad_cwd"),
         ("clone", errno.EAGAIN, "resource_limit"),
         ("clone", errno.ENOMEM, "out_of_memory"),
         ("pipe", errno.EMFILE, "resource_limit"),
@@ -106,7 +108,7 @@ def test_failures_are_named(step: str, error: int, code: str) -> None:
     assert got == code
     assert got in START_CODES
     assert os.strerror(error) in message
-    assert ("/work" if step == "chdir" else "prog") in message
+    assert ("/work" if step in ("chdir", "mkdir") else "prog") in message
     assert fields["step"] == step
     assert fields["errno"] == error
 

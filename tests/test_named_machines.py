@@ -116,6 +116,8 @@ def test_what_has_ended_is_found_while_it_is_kept(image: str) -> None:
     assert list(machine.logs()) == [b"one\n", b"two\n", b"three\n"]
     assert list(machine.logs(tail=1)) == [b"three\n"]
     assert list(machine.logs(tail=0)) == []
+    with pytest.raises(TypeError, match="tail: expected a number of lines, got str"):
+        machine.logs(tail="1")  # type: ignore[arg-type]
     assert list_machines() == []
     (info,) = list_machines(all=True)
     assert (info.status, info.exit_code, info.phase, info.running) == (
@@ -261,6 +263,8 @@ def test_machines_in_an_event_loop(image: str, backend: str) -> None:
                 assert (await found.agent.exec(["echo", "again"])).stdout == b"again\n"
                 with pytest.raises(DeadlineExceeded, match=r"still runs after 0\.1 s"):
                     await found.wait(0.1)
+                with pytest.raises(TypeError, match="tail: expected a number of lines, got str"):
+                    found.logs(tail="1")  # type: ignore[arg-type]
             with pytest.raises(DeadlineExceeded, match=r"still runs after 0\.1 s"):
                 await machine.wait(0.1)
             with anyio.move_on_after(0.1) as scope:

@@ -25,11 +25,13 @@ from host_client import (
     Agent,
     ConnectError,
     ConnectionLost,
+    MachineError,
     Mount,
     UnixAddress,
     aio,
     boot,
     connect,
+    list_machines,
 )
 from host_client.machines.settings import MachineOptions, Settings
 from host_client.request import Options, start_record
@@ -270,6 +272,23 @@ def test_no_descriptor_left_is_an_error_of_ours(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_no_descriptor_left_to_list_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    os.makedirs(tmp_path / "microguest" / "machines", mode=0o700)
+    assert list_machines() == []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(MachineError, match=r"machines: Too many open files"):
+            list_machines()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 AFTER: dict[str, Callable[[Any], Any]] = {
     "kill": lambda process: process.kill(),
     "signal": lambda process: process.signal("TERM"),
@@ -301,6 +320,16 @@ def test_lost_connection_is_what_is_said_of_it_later(then: str, tmp_path: Path) 
         with pytest.raises(ConnectionLost) as later:
             AFTER[then](process)
         assert str(later.value) == str(first.value)
+        process.close()
+
+
+def test_sizes_of_reads_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    with serving(path, leaves), agent_at(path) as agent:
+        process = agent.start(["cat"])
+        for wrong in ("3", None, 1.5, True):
+            with pytest.raises(TypeError, match="read: expected a number of bytes"):
+                process.stdout.read(wrong)  # type: ignore[arg-type]
         process.close()
 
 

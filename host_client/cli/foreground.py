@@ -79,7 +79,8 @@ def tell_what_was_cut(exited: Exited, *, can_wait: bool) -> None:
     if exited.open_streams:
         names = " and ".join(exited.open_streams)
         hint = ": --drain SECONDS waits longer for it" if can_wait else ""
-        complain(f"{names} was cut at its end, as another process still held it open{hint}")
+        cut = "was cut at its end" if len(exited.open_streams) == 1 else "were cut at their ends"
+        complain(f"{names} {cut}, as another process still held it open{hint}")
 
 
 def opened(agent: Agent, request: Start | Attach, *, main: bool) -> ProcessStream:

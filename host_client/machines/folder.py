@@ -144,10 +144,13 @@ def claim(name: str | None) -> Folder:
 
 def names() -> list[str]:
     """Every machine that has a folder, running or not."""
+    root = machines_root()
     try:
-        found = os.listdir(machines_root())
+        found = os.listdir(root)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise MachineError(f"the folder of machines {root}: {error.strerror}") from error
     return sorted(name for name in found if NAME.fullmatch(name))
 
 

@@ -61,7 +61,7 @@ def console_looks(
 ) -> Generator[list[bytes], None, None]:
     """The same as what each look has found, which may be nothing; none of them waits for long."""
     if tail is not None:
-        check_count(tail, "tail")
+        check_count(tail, "tail", of="lines")
     check_flag(timestamps, "timestamps")
     span = Span(moment(since, "since"), moment(until, "until"), timestamps)
     path = os.path.join(machines_root(), check_name(name))
