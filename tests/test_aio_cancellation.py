@@ -458,7 +458,7 @@ def test_a_process_is_found_by_the_id_that_its_host_chose(
         assert process.communicate().stdout == b"here\n"
     client.forget("nightly-1")
     with client.start(["true"], keep=Keep(), id="nightly-1") as process:
-        assert (process.id, process.wait(20).returncode) == ("nightly-1", 0)
+        assert (process.id, process.wait(60).returncode) == ("nightly-1", 0)
     client.forget("nightly-1")
 
 

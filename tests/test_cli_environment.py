@@ -14,6 +14,7 @@ from pathlib import Path
 import machinekit
 import pytest
 from machinekit import wait_until
+from patience import PATIENCE
 from terminalkit import Person
 
 from guest.errors import MicroguestError, printable
@@ -251,13 +252,15 @@ def test_logs_are_what_the_program_wrote(image: str, kind: str) -> None:
     words = ("--rm", "--name", name, "--machine", kind, image, "sh", "-c", script)
     assert microguest("run", "-d", *words).returncode == 0
     wait_until(
-        "it is logged", lambda: microguest("logs", name).stdout.endswith(b"end\n"), seconds=20
+        "it is logged", lambda: microguest("logs", name).stdout.endswith(b"end\n"), seconds=PATIENCE
     )
     expected = b"dos\r\nunix\nbar 1\rbar 2\r\n\r\r\nend\n"
     assert microguest("logs", name).stdout == expected
     with subprocess.Popen([PROGRAM, "logs", "-f", name], stdout=subprocess.PIPE) as follower:
+        assert follower.stdout is not None
+        assert follower.stdout.read(len(expected)) == expected  # it follows by now
         assert microguest("stop", "-t", "0", name).returncode == 0
-        assert follower.communicate(timeout=30)[0].startswith(expected)
+        follower.communicate(timeout=PATIENCE)
 
 
 # ── another job has the terminal ─────────────────────────────────────────────────────────────────
@@ -278,14 +281,14 @@ def test_in_the_background_it_waits_for_the_foreground(box: str, shell: str, wor
         person.type(f"$MG {words} &\r")
         person.type("jobs\r")
         person.wait_until(
-            "it has stopped", lambda: told_again(person, "jobs\r", "Stopped"), seconds=20
+            "it has stopped", lambda: told_again(person, "jobs\r", "Stopped"), seconds=PATIENCE
         )
         before = person.modes
         person.type("echo still $((40 + 2))\r")  # the shell's terminal is the shell's
         person.see("still 42")
         assert person.modes == before
         person.type("fg\r")
-        person.see("/ #", 20)
+        person.see("/ #")
         person.wait_until("it is raw", lambda: person.is_raw)
         person.type("\x03")  # a key for the shell in the machine
         person.type("stty size; echo in $((50 + 1))\r")
@@ -334,7 +337,7 @@ def test_nobody_can_bring_it_to_the_foreground(box: str) -> None:
     for line in ("trap '' TTOU; $MG exec -it box sh &\r", "(trap '' TTOU; $MG shell box) &\r"):
         with job_shell("bash") as person:
             person.type(line)
-            person.see("belongs to another job", 20)
+            person.see("belongs to another job")
             person.type("echo still $((40 + 2))\r")
             person.see("still 42")
 

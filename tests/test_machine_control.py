@@ -49,7 +49,7 @@ def start(image: str, name: str, *options: str) -> None:
     script = "echo the last words; exec sleep 1000"
     assert microguest("run", "-d", *options, *words, script).returncode == 0
     console = Path(machines_root(), name, "console.log")
-    machinekit.wait_until("it speaks", lambda: b"last words" in console.read_bytes(), 30)
+    machinekit.wait_until("it speaks", lambda: b"last words" in console.read_bytes())
 
 
 # ── whatever the guest says ──────────────────────────────────────────────────────────────────────
@@ -83,7 +83,7 @@ time.sleep(60)
         machinekit.wait_until("it is refused", lambda: "refused" in machine.console())
         assert machinekit.state_of(machine.name).phase == "running"
         find(machine.name).stop(grace=0.1)
-        machinekit.wait_until("it is gone", lambda: read_state(machine.name) is None, 30)
+        machinekit.wait_until("it is gone", lambda: read_state(machine.name) is None)
 
 
 def test_a_flood_of_reports_is_not_as_many_writes(tmp_path: Path, root: str) -> None:
@@ -297,7 +297,7 @@ def killed(name: str) -> None:
     state = machinekit.state_of(name)
     pids = machinekit.family(state.monitor)
     os.kill(state.monitor, signal.SIGKILL)
-    machinekit.wait_until("all is dead", lambda: not any(map(machinekit.runs, pids)), 20)
+    machinekit.wait_until("all is dead", lambda: not any(map(machinekit.runs, pids)))
 
 
 def test_what_a_killed_monitor_knew_stays(image: str, state_home: Path) -> None:
