@@ -74,13 +74,16 @@ def test_a_link_that_waits_for_a_file_is_not_followed(sticky: Path) -> None:
     folder.remove()
 
 
-def test_what_is_written_is_written_where_the_lock_is(sticky: Path) -> None:
+@pytest.mark.parametrize("released", [False, True])
+def test_nothing_is_written_into_another_folder(sticky: Path, released: bool) -> None:
     folder = claim("one")
     os.rename(folder.path, sticky / "away")
     os.mkdir(folder.path)
-    folder.write("token", b"secret")
+    if released:  # to the monitor
+        folder.release()
+    with pytest.raises(MachineError, match="is not the folder that was made"):
+        folder.write("token", b"secret")
     assert os.listdir(folder.path) == []
-    assert (sticky / "away" / "token").read_bytes() == b"secret"
     folder.remove()
 
 

@@ -37,6 +37,7 @@ __all__ = [
 
 NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
 CLAIM_WAIT: Final = 0.5  # seconds; somebody may be looking whether the folder is locked
+FOLDER_ONLY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 UNFINISHED: Final = ".new"  # ends the name of a file that is being written
 KEPT_MACHINES: Final = 20  # ended ones whose state and console stay
 
@@ -85,6 +86,7 @@ class Folder:
         self.name = name
         self.path = path
         self.fd = fd
+        self._status = os.fstat(fd)
         tell_children(self)
 
     def forked(self) -> None:
@@ -97,14 +99,23 @@ class Folder:
         return os.path.join(self.path, "run")
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file that only this user can read; all of it or nothing."""
-        write_file(name, data, self.fd)
+        """Write a file that only this user can read; all of it or nothing.
+
+        MachineError where another folder is in the place of the one that was locked.
+        """
+        folder = os.open(self.path, FOLDER_ONLY)  # also for who has let go of the lock
+        try:
+            if not os.path.samestat(os.fstat(folder), self._status):
+                raise refusal(f"{self.path} is not the folder that was made")
+            write_file(name, data, folder)
+        finally:
+            os.close(folder)
 
     def write_run(self, name: str, data: bytes) -> None:
         """The same in `run`."""
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        run = os.open("run", flags, dir_fd=self.fd)
+        run = os.open(self.run, FOLDER_ONLY)
         try:
+            refuse(not_ours(self.run, os.fstat(run)))
             write_file(name, data, run)
         finally:
             os.close(run)
@@ -158,7 +169,7 @@ def is_alive(name: str) -> bool:
     """Whether somebody holds the machine's folder. MachineError where that is not ours."""
     path = os.path.join(machines_root(), check_name(name))
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, FOLDER_ONLY)
     except FileNotFoundError:
         return False
     except OSError as error:
@@ -302,7 +313,7 @@ def _lock_new(path: str, give_up: float) -> int | None:
 
 def _lock_existing(path: str) -> int | None:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, FOLDER_ONLY)
     except FileNotFoundError:
         return None
     try:
