@@ -5,6 +5,8 @@ it imports nothing but the contract's cheap parts. The rules are those of docker
 described at https://docs.docker.com/reference/dockerfile/#user.
 """
 
+from collections.abc import Iterator
+
 from guest import limits
 from guest.errors import OperationError, operation_error
 from guest.record import Record
@@ -34,12 +36,6 @@ class _Account(Record):
     home: str
 
 
-class _Group(Record):
-    name: str
-    gid: int
-    members: tuple[str, ...]
-
-
 def resolve(
     spec: str,
     passwd: bytes | None = b"",
@@ -58,18 +54,14 @@ def resolve(
     """
     user, _, wanted_group = spec.partition(":")
     uid = _number(user) if user else 0
-    if uid is None:
-        account = _named_account(spec, user, passwd)
-    else:
-        known = [entry for entry in _accounts(passwd) if entry.uid == uid]
-        account = known[0] if known else _Account(name="", uid=uid, gid=0, home="/")
+    account = _named_account(spec, user, passwd) if uid is None else _numbered_account(uid, passwd)
     if wanted_group:
         gid, others = _explicit_group(spec, wanted_group, group), list[int]()
     else:
         if uid is None and not _is_usable(group):
             raise _bad_user(spec, _unusable(GROUPS_FILE))
         gid = account.gid
-        others = [g.gid for g in _groups(group) if account.name and account.name in g.members]
+        others = _memberships(account.name, group)
     others += [_explicit_group(spec, wanted, group) for wanted in more_groups]
     return Identity(
         uid=account.uid,
@@ -83,10 +75,27 @@ def resolve(
 def _named_account(spec: str, name: str, text: bytes | None) -> _Account:
     if not _is_usable(text):
         raise _bad_user(spec, _unusable(USERS_FILE))
-    for account in _accounts(text):
-        if account.name == name:
+    for fields in _lines(text, f"{name}:"):
+        if fields[0] == name and (account := _account(fields)):
             return account
     raise _bad_user(spec, f"no user {name!r:.200} in the image's {USERS_FILE}")
+
+
+def _numbered_account(uid: int, text: bytes | None) -> _Account:
+    for fields in _lines(text, f"{uid}:"):
+        if len(fields) > 2 and _number(fields[2]) == uid and (account := _account(fields)):
+            return account
+    return _Account(name="", uid=uid, gid=0, home="/")
+
+
+def _memberships(name: str, text: bytes | None) -> list[int]:
+    """The groups that say they have this member."""
+    found = []
+    for fields in _lines(text, name) if name else ():
+        gid = _group(fields)
+        if gid is not None and name in (member.strip() for member in fields[3].split(",")):
+            found.append(gid)
+    return found
 
 
 def _explicit_group(spec: str, wanted: str, text: bytes | None) -> int:
@@ -95,40 +104,47 @@ def _explicit_group(spec: str, wanted: str, text: bytes | None) -> int:
         return gid
     if not _is_usable(text):
         raise _bad_user(spec, _unusable(GROUPS_FILE))
-    for entry in _groups(text):
-        if entry.name == wanted:
-            return entry.gid
+    for fields in _lines(text, f"{wanted}:"):
+        if fields[0] == wanted and (found := _group(fields)) is not None:
+            return found
     raise _bad_user(spec, f"no group {wanted!r:.200} in the image's {GROUPS_FILE}")
 
 
-def _accounts(text: bytes | None) -> list[_Account]:
-    """The well-formed lines of passwd(5), in order."""
-    found = []
-    for fields in _lines(text):
-        if len(fields) >= 6:
-            uid, gid = _number(fields[2]), _number(fields[3])
-            if fields[0] and uid is not None and gid is not None:
-                found.append(_Account(name=fields[0], uid=uid, gid=gid, home=fields[5]))
-    return found
+def _account(fields: list[str]) -> _Account | None:
+    """A line of passwd(5), where it is well-formed."""
+    if len(fields) < 6 or not fields[0]:
+        return None
+    uid, gid = _number(fields[2]), _number(fields[3])
+    if uid is None or gid is None:
+        return None
+    return _Account(name=fields[0], uid=uid, gid=gid, home=fields[5])
 
 
-def _groups(text: bytes | None) -> list[_Group]:
-    """The well-formed lines of group(5), in order."""
-    found = []
-    for fields in _lines(text):
-        if len(fields) >= 4:
-            gid = _number(fields[2])
-            if fields[0] and gid is not None:
-                members = tuple(member.strip() for member in fields[3].split(","))
-                found.append(_Group(name=fields[0], gid=gid, members=members))
-    return found
+def _group(fields: list[str]) -> int | None:
+    """The id in a line of group(5), where it is well-formed."""
+    return _number(fields[2]) if len(fields) >= 4 and fields[0] else None
 
 
-def _lines(text: bytes | None) -> list[list[str]]:
+def _lines(text: bytes | None, part: str) -> Iterator[list[str]]:
+    """The fields of the lines that have this text anywhere, in order.
+
+    The file is searched as a whole: to take every line of a megabyte apart costs an emulated
+    processor seconds.
+    """
     if text is None or not _is_usable(text):
-        return []
-    lines = text.decode("utf-8", "surrogateescape").split("\n")
-    return [line.strip().split(":") for line in lines if line.strip()[:1] not in ("", "#")]
+        return
+    try:
+        wanted = part.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # which no file decodes to
+        return
+    position = 0
+    while (found := text.find(wanted, position)) >= 0:
+        start = text.rfind(b"\n", 0, found) + 1
+        end = text.find(b"\n", found)
+        position = len(text) if end < 0 else end + 1
+        line = text[start:position].decode("utf-8", "surrogateescape").strip()
+        if line[:1] not in ("", "#"):
+            yield line.split(":")
 
 
 def _is_usable(text: bytes | None) -> bool:

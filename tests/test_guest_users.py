@@ -1,5 +1,7 @@
 """User specifications against passwd and group files, as docker resolves them."""
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,6 +95,37 @@ def test_only_names_need_files_that_cannot_be_read(unusable: bytes | None) -> No
         with pytest.raises(StartError, match=r"cannot be read.*larger than.*1000:1000") as caught:
             resolve(spec, passwd, group)
         assert caught.value.code == "bad_user"
+
+
+MANY = 20_000
+
+
+def test_large_files_are_searched_and_not_taken_apart() -> None:
+    passwd = b"".join(b"u%d:x:%d:7::/home/u%d:/bin/sh\n" % (n, n, n) for n in range(MANY))
+    group = b"".join(b"g%d:x:%d:u%d\n" % (n, n, n) for n in range(MANY))
+    last = MANY - 1
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    for spec, gid in (("0:0", 0), (f"{last}", 7), (f"u{last}", 7), (f"u{last}:g{last}", last)):
+        sys.setprofile(count)
+        try:
+            identity = resolve(spec, passwd, group)
+        finally:
+            sys.setprofile(None)
+        assert identity.gid == gid
+        assert identity.home == f"/home/u{identity.uid}"
+    assert calls < MANY / 10
+
+
+def test_a_name_among_others_of_its_line_is_no_match() -> None:
+    passwd = b" app :x:5:5::/no:/bin/sh\nx:app:6:6::/no:/bin/sh\n app:x:9:9::/yes:/bin/sh \n"
+    assert resolve("app", passwd, b"").home == "/yes"
+    assert resolve("09", b"z:x:009:1::/z:/bin/sh\n", b"").home == "/z"
+    assert resolve("app", passwd, b"a:x:1:xapp\nb:x:2: app \nc:x:3:app,x").groups == (9, 2, 3)
 
 
 CONTENT = st.none() | st.binary(max_size=200)
