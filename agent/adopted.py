@@ -10,13 +10,11 @@ import trio
 
 from agent.cgroups import Leaf
 from agent.processes import Channels, ChildProcess
-from agent.tree import MARKER
+from agent.tree import UNMARKED
 from guest.messages import Exited
 from guest.supervision import KeptStatus, MainExited
 
 __all__ = ["Adopted"]
-
-UNMARKED = MARKER + b"none"  # what no process has in its environment
 
 
 class Adopted(ChildProcess):

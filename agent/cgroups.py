@@ -23,7 +23,7 @@ from guest import limits
 from guest.errors import OperationError, operation_error
 from guest.messages import Limits
 
-__all__ = ["Cgroups", "Leaf", "open_cgroups", "workload_memory"]
+__all__ = ["REFUSALS", "Cgroups", "Leaf", "open_cgroups", "workload_memory"]
 
 # Where systems mount it; the second one beside a hierarchy of version 1.
 MOUNTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
@@ -34,6 +34,15 @@ ENDED = 0o700  # mode of a leaf that only has what its ended process has left be
 CPU_PERIOD = 100_000  # microseconds, the kernel's default
 FREEZE_WAIT = 0.2  # seconds, for a kernel without cgroup.kill
 CLOSE_WAIT = 0.1  # seconds, for what was killed to be gone
+# What a start in a cgroup fails with when the hierarchy is read-only, removed, or used otherwise.
+REFUSALS = (
+    errno.EROFS,
+    errno.EACCES,
+    errno.ENOENT,
+    errno.EBUSY,
+    errno.ENODEV,
+    errno.EOPNOTSUPP,
+)
 LINGERING_LOOKS = 8  # leaves that are looked at again for each one that is taken
 
 
@@ -69,24 +78,26 @@ class Leaf:
         self.name = name
         self.path = path = f"{owner.mount}/{name}"
         self.limited = limited
-        self.killed = False
+        self.spent = False  # not used again
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._events = self._open("cgroup.events")
         self._memory = self._open("memory.events") if "memory" in owner.controllers else -1
         self._oom_before = self._oom_kills()
 
-    def kill(self) -> None:
+    def kill(self) -> bool:
         """SIGKILL to everything in it and below; nothing of it can start anything any more.
 
         Linux 6.18 also kills what is cloned into it at any later time, so it is not used again.
+        False where the hierarchy was taken away from outside, and something may live on.
         """
-        self.killed = True
+        self.spent = True
         try:
             self._write("cgroup.kill", "1")
-        except FileNotFoundError:  # before Linux 5.14
+        except FileNotFoundError:  # before Linux 5.14, or removed from outside
             self.kill_each()
         except OSError:
-            pass  # it was removed from outside
+            return False
+        return True
 
     def kill_each(self) -> None:
         """As `kill`, process by process, while none of them can run."""
@@ -114,9 +125,10 @@ class Leaf:
     def members(self) -> list[int]:
         """The processes in it and below, those that wait to be reaped left out."""
         found: list[int] = []
-        for folder, _, _ in os.walk(self.path):
+        for _, _, _, folder in os.fwalk(".", dir_fd=self.fd):  # whatever is mounted over its path
             try:
-                with open(f"{folder}/cgroup.procs", "rb") as file:
+                procs = os.open("cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+                with open(procs, "rb") as file:
                     found += map(int, file.read().split())
             except (OSError, ValueError):  # removed meanwhile; threaded ones list no processes
                 continue
@@ -183,7 +195,7 @@ class Leaf:
             return -1
 
     def _write(self, file: str, text: str) -> None:
-        write(f"{self.path}/{file}", text)
+        write(file, text, dir_fd=self.fd)
 
 
 class Cgroups:
@@ -221,8 +233,11 @@ class Cgroups:
         self._idle: list[str] = []  # names of other empty leaves without limits
         self._lingering: list[str] = []  # names of leaves with processes that outlived their own
 
-    def take(self, wanted: Limits | None = None) -> Leaf:
-        """A leaf with nothing in it. Raises OperationError cgroup_unavailable."""
+    def take(self, wanted: Limits | None = None) -> Leaf | None:
+        """A leaf with nothing in it; None where none can be made and there are no limits for it.
+
+        Raises OperationError cgroup_unavailable for limits that cannot be kept.
+        """
         missing = needed_controllers(wanted) - self.controllers
         if missing:
             raise unavailable(
@@ -237,6 +252,8 @@ class Cgroups:
         try:
             leaf = self._take_idle() if self._idle and not limited else self._make(limited=limited)
         except OSError as error:
+            if not limited:
+                return None
             raise unavailable(f"a cgroup cannot be made: {error.strerror}") from None
         if wanted is not None and limited:
             try:
@@ -248,7 +265,7 @@ class Cgroups:
 
     def give_back(self, leaf: Leaf) -> None:
         """See `Leaf.give_back`."""
-        empty, again = not leaf.populated(), not (leaf.limited or leaf.killed or leaf.divided())
+        empty, again = not leaf.populated(), not (leaf.limited or leaf.spent or leaf.divided())
         if empty and again and self._warm is None:
             self._warm = leaf
             return
@@ -403,9 +420,9 @@ def read_words(path: str) -> list[str]:
         return file.read(4096).split()
 
 
-def write(path: str, text: str) -> None:
+def write(path: str, text: str, *, dir_fd: int | None = None) -> None:
     """One value into one file; one write, as the kernel wants it. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
     try:
         os.write(fd, text.encode())
     finally:

@@ -15,7 +15,7 @@ import _guestsys
 import trio
 
 from agent import terminals, tree
-from agent.cgroups import Leaf
+from agent.cgroups import REFUSALS, Leaf, needed_controllers, unavailable
 from agent.channel import Channel
 from agent.exchange import Exchange
 from agent.hunting import Hunters, Quarry
@@ -127,7 +127,8 @@ class ChildProcess(Process):
         if number != signal.SIGKILL:
             return self.leaf.signal(number)
         delivered = self.leaf.populated()
-        self.leaf.kill()
+        if not self.leaf.kill():
+            self._hunt(number)
         return delivered
 
     async def deliver(self, number: int, target: str) -> bool:
@@ -144,7 +145,7 @@ class ChildProcess(Process):
         for hunt in self._hunts:
             if hunt.number == number and not hunt.begun:
                 return hunt
-        hunt = Hunters.send(self.pid, self.mark, number)
+        hunt = Hunters.send(self.pid, self.mark or tree.UNMARKED, number)
         self._hunts.append(hunt)
         return hunt
 
@@ -219,13 +220,23 @@ class Starting:
     def spawn(self) -> ChildProcess:
         """Start it. Raises OperationError, and then nothing was started."""
         leaf = self.agent.take_cgroup(self.args.limits)
-        mark = b"" if leaf else tree.MARKER + os.urandom(8).hex().encode()
+        mark = b"" if leaf else new_mark()
         try:
             pid, pidfd, streams = self._spawn(leaf, mark)
-        except OperationError:
-            if leaf is not None:
-                leaf.give_back()
-            raise
+        except OperationError as error:
+            if leaf is None:
+                raise
+            refused = error.fields.get("step") in ("clone", "cgroup") and (
+                error.fields.get("errno") in REFUSALS
+            )
+            leaf.spent |= refused
+            leaf.give_back()
+            if not refused:
+                raise
+            if needed_controllers(self.args.limits):
+                raise unavailable(f"nothing can start in a cgroup ({error.message})") from None
+            leaf, mark = None, new_mark()
+            pid, pidfd, streams = self._spawn(None, mark)
         process = ChildProcess(
             self.args.id or self.agent.next_id(),
             pid,
@@ -296,6 +307,11 @@ class Starting:
             ours.append(reader)
             theirs.append(writer)
             give_to(uid, writer)
+
+
+def new_mark() -> bytes:
+    """For the environment of a process without a cgroup, by which its tree is found."""
+    return tree.MARKER + os.urandom(8).hex().encode()
 
 
 def give_to(uid: int, pipe: int) -> None:

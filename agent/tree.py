@@ -12,9 +12,10 @@ import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
 
-__all__ = ["MARKER", "Hunt", "marked", "passes", "run"]
+__all__ = ["MARKER", "UNMARKED", "Hunt", "marked", "passes", "run"]
 
 MARKER = b"MICROGUEST_PROCESS="
+UNMARKED = MARKER + b"none"  # what no process has in its environment
 ROUNDS = 256  # passes over /proc for one hunt, at most
 ENVIRONMENT = 256 * 1024  # bytes that are searched
 LOOKS = 20  # at the environment of a process that is about to get one

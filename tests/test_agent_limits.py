@@ -271,3 +271,45 @@ def test_limits_without_cgroups_are_refused(state_home: pathlib.Path, elf: pathl
             assert caught.value.code == "cgroup_unavailable"
         limits = Limits(rlimits={"nofile": (64, 64)})
         assert machine.agent.exec(shell="ulimit -n", limits=limits).stdout == b"64\n"
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize(
+    ("taken", "given_back"),
+    [
+        ("mount -o remount,ro /sys/fs/cgroup", "mount -o remount,rw /sys/fs/cgroup"),
+        ("mount -t tmpfs tmpfs /sys/fs/cgroup", "umount /sys/fs/cgroup"),
+    ],
+)
+def test_processes_start_and_end_where_cgroups_were_taken_away(
+    emulated: Machine, taken: str, given_back: str
+) -> None:
+    before = emulated.agent.start(["sleep", "4711"])
+    emulated.agent.exec(shell=taken, check=True)
+    try:
+        assert emulated.agent.exec(["id", "-u"], user="0:0").stdout == b"0\n"
+        with pytest.raises(StartError) as caught:
+            emulated.agent.exec(["true"], limits=Limits(processes=10))
+        assert caught.value.code == "cgroup_unavailable"
+        with pytest.raises(DeadlineExceeded):
+            emulated.agent.exec(shell="setsid sleep 4711 & sleep 4711", timeout=0.5, grace=0.1)
+        before.close()
+        seen = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' | grep -c 'sleep [4]711'; :"
+        wait_until("both trees are gone", lambda: emulated.agent.exec(shell=seen).stdout == b"0\n")
+    finally:
+        emulated.agent.exec(shell=given_back, check=True)
+    assert emulated.agent.exec(["true"], limits=Limits(processes=10)).returncode == 0
+
+
+@pytest.mark.qemu
+def test_processes_start_where_their_cgroup_was_removed(emulated: Machine) -> None:
+    script = "cat /proc/self/cgroup"
+    used = emulated.agent.exec(shell=script).stdout.decode().strip().removeprefix("0::")
+    # From beside it: the leaf that is empty and waits is removed by a process with limits.
+    removed = emulated.agent.exec(
+        shell=f"until rmdir /sys/fs/cgroup{used}; do :; done", limits=Limits(processes=10)
+    )
+    assert removed.returncode == 0
+    assert emulated.agent.exec(["true"]).returncode == 0
+    again = emulated.agent.exec(shell=script).stdout.decode().strip()
+    assert again.startswith("0::/microguest/")
