@@ -13,7 +13,7 @@ from guest import limits
 from guest.errors import LocalProtocolError, RemoteProtocolError
 from guest.frames import Kind
 from guest.record import Record, RecordError
-from guest.renewal import Clock, ClockResult, Renew, Renewed
+from guest.renewal import Clock, ClockResult, Renew, Renewed, check_reading
 from guest.status import ExitStatus
 from guest.workload import check_limits
 
@@ -97,6 +97,12 @@ class Welcome(Record):
     # CLOCK_REALTIME and CLOCK_BOOTTIME in nanoseconds, where the hello asked for them and the
     # guest's clock can be stepped.
     clock: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        if self.clock:
+            if len(self.clock) != 2:
+                raise RecordError("clock: must be two numbers, or none")
+            check_reading(*self.clock)
 
 
 class Ping(Record):

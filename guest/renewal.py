@@ -10,7 +10,7 @@ from guest import limits
 from guest.netplan import Interface
 from guest.record import Record, RecordError
 
-__all__ = ["Clock", "ClockResult", "Renew", "Renewed"]
+__all__ = ["Clock", "ClockResult", "Renew", "Renewed", "check_reading"]
 
 HEXADECIMAL = frozenset("0123456789abcdef")
 
@@ -39,6 +39,9 @@ class ClockResult(Record):
     # Pauses that the agent has found out and mended by itself, and the seconds of the last one.
     pauses: int = 0
     last_pause: float = 0.0
+
+    def check(self) -> None:
+        check_reading(self.realtime, self.boottime)
 
 
 class Renew(Record):
@@ -87,6 +90,17 @@ def check_pair(realtime: int | None, boottime: int | None) -> None:
     for name, value in (("realtime", realtime), ("boottime", boottime)):
         if value is not None and not 0 <= value < limits.NANOSECONDS_MAX:
             raise RecordError(f"{name}: must be 0 to {limits.NANOSECONDS_MAX} nanoseconds")
+
+
+def check_reading(realtime: int, boottime: int) -> None:
+    """RecordError for clocks that no guest has, however wrong they are.
+
+    Linux's CLOCK_REALTIME is never before 1970. The boottime is what a host sends back in `Clock`.
+    """
+    if realtime < 0:
+        raise RecordError("realtime: must not be negative")
+    if not 0 <= boottime < limits.NANOSECONDS_MAX:
+        raise RecordError(f"boottime: must be 0 to {limits.NANOSECONDS_MAX} nanoseconds")
 
 
 def _is_hostname(name: str) -> bool:

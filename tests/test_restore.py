@@ -12,7 +12,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from agentharness import AgentProcess, Host, Refused
@@ -22,14 +22,15 @@ from init_machine import make_root
 from agent.generation import announces
 from guest import limits
 from guest.connection import Request, Response
-from guest.errors import OperationError
+from guest.errors import OperationError, RemoteProtocolError
 from guest.messages import FEATURES, Hello, PingResult, Welcome
 from guest.netplan import Interface, Route
-from guest.record import RecordError
+from guest.record import Record, RecordError
 from guest.renewal import Clock, ClockResult, Renew, Renewed
 from host_client import aio
 from host_client.renewal import is_out
 
+R = TypeVar("R", bound=Record)
 MAC = "52:54:00:12:34:56"
 CLONE_NEWUTS, CLONE_NEWNET = 0x04000000, 0x40000000
 SECOND = 10**9
@@ -415,3 +416,64 @@ def test_the_same_for_asyncio(tmp_path: Path) -> None:
 
     with serving(tmp_path / "s", guest):
         asyncio.run(ask())
+
+
+ABSURD = [
+    (-(2**63), 2**63 - 1),
+    (-1, 5),
+    (5, -1),
+    (5, limits.NANOSECONDS_MAX),
+    (2**63 - 1, 2**63 - 1),
+]  # fmt: skip
+
+
+def unchecked(kind: type[R], **fields: object) -> R:
+    """A record as only a hostile agent makes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "check", lambda self: None)
+        return kind(**fields)
+
+
+@pytest.mark.parametrize(("realtime", "boottime"), ABSURD)
+def test_a_welcome_with_a_clock_that_no_guest_has(realtime: int, boottime: int) -> None:
+    with pytest.raises(RecordError, match=r"realtime|boottime"):
+        Welcome.from_map({"agent": "test", "clock": [realtime, boottime]})
+    with pytest.raises(RecordError, match=r"realtime|boottime"):
+        ClockResult.from_map({"realtime": realtime, "boottime": boottime})
+
+
+@pytest.mark.parametrize(("realtime", "boottime"), ABSURD)
+def test_a_clock_that_no_guest_has_fails_nothing_but_its_setting(
+    tmp_path: Path, realtime: int, boottime: int
+) -> None:
+    reading = unchecked(ClockResult, realtime=realtime, boottime=boottime)
+
+    def lies(peer: Peer) -> None:
+        while True:
+            peer.next()
+            peer.send(Response(result=reading))
+
+    def script(peer: Peer) -> None:
+        peer.next()
+        peer.send(welcome_at(SECOND))
+        peer.next()
+        peer.send(Response(result=PingResult(uptime=1.0, root_ready=True)))
+        lies(peer)
+
+    def asked(peer: Peer) -> None:
+        peer.greet(FEATURES)
+        peer.send(Response(result=reading))
+        lies(peer)
+
+    path = tmp_path / "s"
+    with serving(path, script, asked), agent_at(path) as agent:
+        assert agent.ping().root_ready
+        with pytest.raises(RemoteProtocolError):
+            agent.step_clock()
+
+
+def test_a_clock_that_is_centuries_ahead_is_set(tmp_path: Path) -> None:
+    guest = Guest(200 * 365 * 86400.0)
+    with serving(tmp_path / "s", guest), agent_at(tmp_path / "s") as agent:
+        agent.ping()
+        assert abs(guest.ahead) < 0.05 * SECOND
