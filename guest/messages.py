@@ -372,6 +372,14 @@ class ProcessInfo(Record):
     retained: dict[str, int] = {}  # noqa: RUF012  bytes by stream
     exited: Exited | None = None
 
+    def check(self) -> None:
+        # Who lists them may pad each row to the longest.
+        if len(self.id) > limits.KEPT_NAME or len(self.label) > limits.LABEL:
+            raise RecordError("id, label: longer than any process has")
+        # A word counts one more than its length, so that empty ones do; and the mark of a cut one.
+        if sum(len(word) + 1 for word in self.argv) > limits.LISTED_ARGV + 1:
+            raise RecordError(f"argv: longer than {limits.LISTED_ARGV} characters")
+
 
 class ProcessList(Record):
     """In the order of their starts."""

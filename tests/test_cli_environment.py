@@ -458,3 +458,10 @@ def test_columns_shrink_from_the_widest() -> None:
     assert widths == [10, 8, 8]
     table.shrink(widths, [], 5)
     assert widths == [10, 8, 8]
+
+
+def test_one_long_cell_does_not_swell_every_row(capfd: pytest.CaptureFixture[str]) -> None:
+    table.show(("ID", "LABEL", "ARGV"), [("p1", "x" * 5000, "a"), *[("p2", "", "b")] * 100])
+    shown = capfd.readouterr().out
+    assert "x" * 5000 in shown
+    assert len(shown) < 5000 + 102 * 3 * (table.PADDED + table.GAP)

@@ -15,6 +15,7 @@ import guest.renewal
 import guest.report
 import guest.supervision
 import host_client.machines.plan
+from guest.messages import ProcessInfo
 from guest.record import NUMBER_MAX, Record, RecordError
 from guest.report import REPORTS
 from host_client.machines.plan import STATE_MAX, MachineState, clipped
@@ -130,3 +131,15 @@ def test_whatever_a_guest_reports_the_state_can_be_read(report: tuple[str, Any])
     text = state.to_json()
     assert len(text) < STATE_MAX
     assert MachineState.from_json(text) == state
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"label": "x" * 257}, {"id": "x" * 65}, {"argv": ["x" * 1025]}, {"argv": [""] * 1026}],
+)
+def test_no_listed_process_is_longer_than_any_is(fields: dict[str, Any]) -> None:
+    """A list is padded to its longest: one of these would make gigabytes of thousands of rows."""
+    usual: dict[str, Any] = {"id": "p1", "pid": 7, "argv": ["sh"]}
+    assert ProcessInfo.from_map(usual)
+    with pytest.raises(RecordError):
+        ProcessInfo.from_map(usual | fields)

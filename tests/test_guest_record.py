@@ -22,7 +22,7 @@ from guest import (
     workload,
 )
 from guest.bootconfig import Endpoint
-from guest.messages import Credit, StagedFile, Start
+from guest.messages import Credit, StagedFile, Start, Welcome
 from guest.record import Catalogue, Record, RecordError
 from guest.status import ExitStatus
 from guest.supervision import Deposit, KeptStatus, Restored
@@ -141,7 +141,11 @@ EXAMPLES: dict[type[Record], list[dict[str, Any]]] = {
 }
 BINARY = (StagedFile, Start)  # records with bytes, which JSON does not have
 NEEDED = {Start: ("stdin",)}  # by others, though it has a default
-OWN = {(Credit, "stdin"): st.integers(0, limits.CREDIT_MAX), (Start, "id"): st.just("")}
+OWN = {
+    (Credit, "stdin"): st.integers(0, limits.CREDIT_MAX),
+    (Start, "id"): st.just(""),
+    (Welcome, "clock"): st.sampled_from(([], [5, 7])),
+}
 
 
 def values_of(kind: object, name: str = "") -> st.SearchStrategy[Any]:

@@ -188,7 +188,7 @@ def test_no_process_is_signalled_that_is_not_the_monitor(
     lock = plant(state_home / "web", bystander.pid)
     done = microguest(command, "web")
     os.close(lock)
-    assert done.returncode == 125
+    assert done.returncode == 1  # one of the names that were given failed
     assert bystander.poll() is None
 
 
@@ -238,7 +238,7 @@ def test_folders_that_others_have_made_are_refused(
     words = {"exec": ("web", "true"), "ls": ()}.get(command, ("web",))
     done = microguest(command, *words)
     os.close(lock)
-    assert done.returncode == 125, done
+    assert done.returncode == (1 if command in ("stop", "pause") else 125), done
     assert b"XDG_STATE_HOME" in done.stderr
     assert b"another" in done.stderr or b"belongs to" in done.stderr or b"written" in done.stderr
     assert bystander.poll() is None

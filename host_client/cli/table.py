@@ -14,6 +14,7 @@ HOUR: Final = 3600
 DAY: Final = 86400
 GAP: Final = 2  # columns between two
 NARROWEST: Final = 8  # columns that a cut cell keeps
+PADDED: Final = 64  # columns that a cell is filled up to, where stdout is no terminal
 CUT: Final = "…"
 
 
@@ -31,6 +32,8 @@ def show(heads: Sequence[str], rows: Sequence[Sequence[str]], *, cut: Sequence[s
         table = [
             [shortened(cell, most) for cell, most in zip(row, widths, strict=True)] for row in table
         ]
+    else:
+        widths = [min(wide, PADDED) for wide in widths]  # one long cell does not swell every row
     for row in table:
         padded = [cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)]
         say((" " * GAP).join(padded).rstrip())
