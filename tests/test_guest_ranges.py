@@ -75,7 +75,7 @@ def test_there_are_many() -> None:
     assert {record.__module__ for record, _ in FIELDS} >= {m.__name__ for m in MODULES}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def types_alone() -> Iterator[None]:
     """Records within the record make sense, whatever they hold."""
     with pytest.MonkeyPatch.context() as patch:
