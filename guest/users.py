@@ -5,11 +5,13 @@ it imports nothing but the contract's cheap parts. The rules are those of docker
 described at https://docs.docker.com/reference/dockerfile/#user.
 """
 
-from collections.abc import Iterator
-
 from guest import limits
 from guest.errors import OperationError, operation_error
 from guest.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["GROUPS_FILE", "MAXIMUM_ID", "USERS_FILE", "Identity", "resolve"]
 
@@ -125,7 +127,7 @@ def _group(fields: list[str]) -> int | None:
     return _number(fields[2]) if len(fields) >= 4 and fields[0] else None
 
 
-def _lines(text: bytes | None, part: str) -> Iterator[list[str]]:
+def _lines(text: bytes | None, part: str) -> "Iterator[list[str]]":
     """The fields of the lines that have this text anywhere, in order.
 
     The file is searched as a whole: to take every line of a megabyte apart costs an emulated

@@ -1,10 +1,13 @@
 """External commands: deadlines, errors to paste into a shell, and nothing left running."""
 
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import IO
 
 import pytest
+from machinekit import runs, wait_until
 from patience import SLACK
 
 from host_client.errors import ImageError
@@ -71,3 +74,16 @@ def test_error_of_the_feed_passes_and_the_command_ends() -> None:
 def test_command_that_cannot_start() -> None:
     with pytest.raises(ImageError, match="cannot start /nonexistent/tool"):
         run_command(["/nonexistent/tool"])
+
+
+def test_command_ends_also_where_its_caller_was_killed(tmp_path: Path) -> None:
+    busy = f"echo $$ >{tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; while :; do :; done"
+    program = (
+        "from host_client.images.command import run_command\n"
+        f"run_command(['sh', '-c', {busy!r}], seconds=1)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], start_new_session=True) as caller:
+        wait_until("the command runs", (tmp_path / "pid").exists)
+        caller.kill()
+    pid = int((tmp_path / "pid").read_text())
+    wait_until("it has ended", lambda: not runs(pid))

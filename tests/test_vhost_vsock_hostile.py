@@ -6,6 +6,7 @@ An exception out of the device would end its thread, which pytest reports as an 
 import os
 import random
 import resource
+import select
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from test_vhost_vsock import (
     wait_until,
 )
 
-from host_client.vhost_vsock import unix_dialer
+from host_client.vhost_vsock import device, unix_dialer
 from host_client.vhost_vsock.device import MAX_CONNECTIONS, MAX_CONTROL
 from host_client.vhost_vsock.hybrid import MAX_HANDSHAKES
 from host_client.vhost_vsock.memory import GuestMemory, GuestMemoryError
@@ -323,6 +324,30 @@ def test_a_flood_of_stray_packets_waits_for_its_answers_to_be_read(guest: FakeGu
         assert packet is not None
         assert packet.op == RST
     guest.connect()[0].close()
+
+
+def test_dials_that_are_given_up_while_the_guest_sleeps_are_limited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "MAX_CONTROL", 2 * RING)
+    with fake_guest(tmp_path) as guest:  # it takes nothing out of its ring
+
+        def refused(sock: socket.socket) -> bool:
+            return bool(select.select([sock], [], [], 0)[0])  # the guest does not answer
+
+        given_up = 0
+        while True:
+            with guest.host_dial() as sock:
+                wait_until(lambda: guest.device.connections == 1 or refused(sock))
+                if refused(sock):
+                    break
+            wait_until(lambda: guest.device.connections == 0)
+            given_up += 1
+        assert given_up < 6 * RING
+        assert len(guest.device._control) <= 4 * RING + 2
+        while guest.receive(0.2):  # it wakes up
+            pass
+        guest.connect()[0].close()
 
 
 def test_silent_host_programs_are_limited(guest: FakeGuest) -> None:

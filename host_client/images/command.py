@@ -4,7 +4,9 @@ The one place of this package that starts processes.
 """
 
 import contextlib
+import math
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -74,6 +76,7 @@ def run_command(
         )
     except OSError as error:
         raise ImageError(f"cannot start {argv[0]}: {error.strerror}") from error
+    limit_processor_time(process.pid, seconds)
     late = threading.Event()
 
     def expire() -> None:
@@ -107,6 +110,16 @@ def run_command(
     if not fed:
         raise ImageError(f"command stopped reading its input too early: {_line(argv)}\n{said}")
     return said
+
+
+def limit_processor_time(pid: int, seconds: float) -> None:
+    """The deadline that holds where we are killed: the command may use no more of the processors.
+
+    It may have ended already, and who may not limit it does without.
+    """
+    most = math.ceil(seconds) * (os.cpu_count() or 1)
+    with contextlib.suppress(OSError, ValueError):
+        resource.prlimit(pid, resource.RLIMIT_CPU, (most, most))
 
 
 def _wait(process: "subprocess.Popen[bytes]", told: Callable[[], None] | None) -> None:

@@ -45,7 +45,9 @@ MAX_CONNECTIONS: Final = 1024
 """Streams at a time, those being opened and those being flushed included."""
 MAX_CONTROL: Final = 8192
 """Control packets waiting for guest buffers. At the limit the guest's own packets wait too. Larger
-than what all connections together can have queued, so only a flood of stray packets gets there."""
+than what all connections together can have queued, so only a flood of stray packets gets there, or
+one of dials that are given up before the guest has taken them; at twice as many, dials are refused.
+"""
 BATCH: Final = 256
 """Packets per direction before other callbacks get their turn."""
 
@@ -462,7 +464,8 @@ class VsockDevice:
 
     def _dial(self, sock: socket.socket, guest_port: int) -> None:
         """A host program wants `guest_port`. Waits for the guest's driver if that is not up yet."""
-        if len(self._alive) >= MAX_CONNECTIONS:
+        # A guest that takes no packets, as a paused one, gets no more dials than that.
+        if len(self._alive) >= MAX_CONNECTIONS or len(self._control) >= 2 * MAX_CONTROL:
             sock.close()
             return
         while True:
