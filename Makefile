@@ -9,6 +9,7 @@ ARCH ?= x86_64
 GUEST := dist/guest/$(ARCH)
 DEMO_IMAGE := dist/demo
 TEST ?= tests
+PYTEST_OPTIONS ?=
 
 .PHONY: setup demo test test-slowed soak man check guest bench clean
 
@@ -40,7 +41,7 @@ demo: guest $(DEMO_IMAGE)/index.json
 test: guest $(DEMO_IMAGE)/index.json
 	$(PYTHON) build/packages.py run
 	$(PYTHON) build/packages.py test
-	$(BIN)/pytest $(TEST)
+	$(BIN)/pytest $(PYTEST_OPTIONS) $(TEST)
 
 # The demo, and of each part some tests, on a fifth of this machine: what holds only where it is quiet
 # shows. About ten minutes.

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import machinekit
@@ -14,7 +15,7 @@ from patience import PATIENCE
 from guest.connection import Response
 from guest.messages import Started
 from host_client import ConnectionLost, boot, connect, find, list_machines
-from host_client.log import WARNING, note
+from host_client.log import DEBUG, WARNING, note
 
 
 def test_moments_of_a_machine(
@@ -97,3 +98,19 @@ def test_nobody_who_does_not_listen_pays_or_hears(elf: Path) -> None:
         assert done.stderr == b""
         with connect(f"unix://{agent.path}", token=TOKEN) as client:
             assert client.exec(["true"]).returncode == 0
+
+
+def test_a_lock_that_an_interrupt_left_taken_holds_up_nobody() -> None:
+    note(DEBUG, "the first time")
+    done = threading.Event()
+
+    def tell() -> None:
+        note(DEBUG, "from a thread")
+        done.set()
+
+    thread = threading.Thread(target=tell)
+    with logging._lock:  # type: ignore[attr-defined]
+        thread.start()
+        heard = done.wait(PATIENCE)
+    thread.join()
+    assert heard
