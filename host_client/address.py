@@ -15,6 +15,7 @@ from guest.bootconfig import AGENT_PORT
 from host_client.deadline import Deadline
 from host_client.errors import ConnectError
 from host_client.forking import close_in_children
+from host_client.shortage import explain
 from host_client.steps import Steps, Wait
 
 __all__ = ["Address", "HybridAddress", "NotListening", "UnixAddress", "VsockAddress", "parse"]
@@ -203,11 +204,8 @@ def _read_line(sock: socket.socket, deadline: Deadline, url: str) -> Steps[bytes
 
 def _connect_error(url: str, error: Exception, *, again: bool = False) -> ConnectError:
     kind = NotListening if again else ConnectError
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    advice = ""
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        advice = ": close connections and files that are not needed, or raise the limit (ulimit -n)"
-    return kind(f"cannot reach {url}: {reason}{advice}", url=url)
+    reason = explain(error) if isinstance(error, OSError) else error
+    return kind(f"cannot reach {url}: {reason}", url=url)
 
 
 def _quoted(path: str) -> str:

@@ -46,6 +46,7 @@ def execute(argv: list[str]) -> int:
     from guest.errors import MicroguestError, StartError
     from host_client.cli.arguments import parse
     from host_client.cli.tell import complain
+    from host_client.shortage import explain
 
     try:
         options = parse(argv)
@@ -53,8 +54,11 @@ def execute(argv: list[str]) -> int:
     except StartError as error:
         complain(str(error))
         return NOT_FOUND if error.code in ("not_found", "bad_interpreter") else NOT_EXECUTABLE
-    except (MicroguestError, OSError, ValueError) as error:
+    except (MicroguestError, ValueError) as error:
         complain(str(error))
+        return OURS
+    except OSError as error:
+        complain(explain(error))
         return OURS
     except KeyboardInterrupt:
         return INTERRUPTED

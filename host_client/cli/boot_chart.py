@@ -10,6 +10,7 @@ from host_client.cli.output import write_all
 from host_client.errors import MachineError
 from host_client.machines.folder import check_name, read_state
 from host_client.machines.plan import MachineState
+from host_client.shortage import explain
 
 __all__ = ["main"]
 
@@ -46,7 +47,7 @@ def put(path: str | None, text: str) -> int:
     try:
         replace(path, data)
     except OSError as error:
-        raise MachineError(f"cannot write {path}: {error.strerror}") from error
+        raise MachineError(f"cannot write {explain(error, path)}") from error
     return 0
 
 

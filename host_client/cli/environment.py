@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from host_client.errors import MachineError
+from host_client.shortage import explain
 
 __all__ = ["environment"]
 
@@ -39,7 +40,7 @@ def read(path: str) -> list[str]:
         with open(path, "rb") as file:
             data = file.read(FILE_MAX + 1)
     except OSError as error:
-        raise MachineError(f"cannot read the env-file {path}: {error.strerror}") from error
+        raise MachineError(f"cannot read the env-file {explain(error, path)}") from error
     if len(data) > FILE_MAX:
         raise MachineError(f"the env-file {path} has more than {FILE_MAX >> 20} MiB")
     lines = []

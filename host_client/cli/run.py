@@ -27,6 +27,7 @@ from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded, M
 from host_client.machines.boot import start
 from host_client.machines.machine import Machine
 from host_client.machines.settings import Settings
+from host_client.shortage import explain
 
 __all__ = ["main"]
 
@@ -88,7 +89,7 @@ def write_name(path: str, name: str) -> None:
         with open(path, "x", encoding="ascii") as file:
             file.write(name)
     except OSError as error:
-        raise MachineError(f"cannot write {path}: {error.strerror}") from error
+        raise MachineError(f"cannot write {explain(error, path)}") from error
 
 
 def settings_of(options: argparse.Namespace) -> Settings:

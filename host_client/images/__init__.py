@@ -4,8 +4,8 @@
         disk = images.as_disk(image, work_dir)
         argv = images.process_for(image.config, ["sh", "-c", "exit 7"])
 
-Every failure is a `host_client.errors.ImageError`. May import `host_client.errors` and the
-standard library only. See docs/images.md.
+Every failure is a `host_client.errors.ImageError`. May import `host_client.errors`, a few modules
+beside it that import nothing of the project, and the standard library only. See docs/images.md.
 """
 
 from host_client.images.cache import Cache

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 
 from host_client.errors import ImageError
 from host_client.ownership import Untrusted, open_own_folder
+from host_client.shortage import SHORT, reason
 
 DEFAULT_MAX_BYTES = 10 << 30
 BUILD_WAIT_SECONDS = 1800.0
@@ -105,9 +106,10 @@ class Cache:
                 "a directory of your own that only you can write to"
             ) from problem
         except OSError as error:
-            raise ImageError(
-                f"image cache {self.directory} cannot be made: {error.strerror}: set XDG_CACHE_HOME"
-            ) from error
+            why = reason(error, move="XDG_CACHE_HOME")
+            if error.errno not in SHORT:
+                why += ": set XDG_CACHE_HOME to a directory that can be written"
+            raise ImageError(f"image cache {self.directory} cannot be made: {why}") from error
 
     def _open(self, key: str) -> Lease | None:
         path = os.path.join(self._entries, key)

@@ -16,6 +16,7 @@ from typing import IO, BinaryIO
 
 from host_client.errors import ImageError
 from host_client.images import limits
+from host_client.shortage import cannot_start
 
 _TOLD_EVERY = 0.2  # seconds
 
@@ -75,7 +76,7 @@ def run_command(
             start_new_session=True,  # Ctrl-C reaches us alone, and we end it below
         )
     except OSError as error:
-        raise ImageError(f"cannot start {argv[0]}: {error.strerror}") from error
+        raise ImageError(cannot_start(argv[0], error)) from error
     limit_processor_time(process.pid, seconds)
     late = threading.Event()
 

@@ -28,6 +28,7 @@ from host_client.images.progress import OnProgress, Progress, Step
 from host_client.images.reference import ImageReference, parse_reference
 from host_client.images.tarformat import read_entries
 from host_client.images.tree import Tree
+from host_client.shortage import explain
 
 _Recipe = Callable[[Merged, str], None]
 _CONTENT = "root"  # the disk or directory in its cache entry
@@ -263,4 +264,4 @@ def _readable_errors(what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise no_space(what) from error
-        raise ImageError(f"{what}: {error.strerror}: {error.filename}") from error
+        raise ImageError(f"{what}: {explain(error)}") from error

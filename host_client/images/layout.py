@@ -19,6 +19,7 @@ from host_client.images import limits
 from host_client.images.budget import Budget
 from host_client.images.sparse import Pieces, stored_bytes
 from host_client.images.tarformat import Entry, Kind, read_entries
+from host_client.shortage import reason
 
 _DIGEST = re.compile(r"sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128}")
 
@@ -219,7 +220,7 @@ def _open_regular(path: str, what: str) -> int:
     except FileNotFoundError:
         raise ImageError(f"{what} is missing") from None
     except OSError as error:
-        raise ImageError(f"{what} cannot be opened: {error.strerror}") from error
+        raise ImageError(f"{what} cannot be opened: {reason(error)}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise ImageError(f"{what} is not a regular file")

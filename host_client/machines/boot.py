@@ -10,7 +10,7 @@ from host_client import images
 from host_client.errors import BootFailed, DeadlineExceeded, MachineError
 from host_client.log import DEBUG, INFO, note
 from host_client.machines.bundle import Bundle, find_bundle
-from host_client.machines.folder import Folder, claim, sweep
+from host_client.machines.folder import STATE_VARIABLE, Folder, claim, sweep
 from host_client.machines.link import Link
 from host_client.machines.machine import Machine
 from host_client.machines.namespaces import NamespacesBackend
@@ -18,6 +18,7 @@ from host_client.machines.plan import CONSOLE_SHOWN, MachineState, Plan, cut
 from host_client.machines.prepare import Preparation
 from host_client.machines.qemu import QemuBackend
 from host_client.machines.settings import MachineOptions, Settings
+from host_client.shortage import explain
 from host_client.values import path
 
 __all__ = ["BACKENDS", "Backend", "boot", "start"]
@@ -89,6 +90,27 @@ def start(
         raise MachineError(f"machine {settings.machine!r:.40} is none of: {', '.join(BACKENDS)}")
     backend.check(settings)
     found = find_bundle(bundle)
+    with images.open_image(settings.image) as image:  # also its name, before anything is made
+        return claimed(
+            backend,
+            settings,
+            found,
+            image,
+            progress=progress,
+            abandoned=abandoned or threading.Event(),
+        )
+
+
+def claimed(
+    backend: Backend,
+    settings: Settings,
+    bundle: Bundle,
+    image: images.Image,
+    *,
+    progress: images.OnProgress | None,
+    abandoned: threading.Event,
+) -> Machine:
+    """The same with what had to be there found: takes the name and starts the monitor."""
     sweep()
     # An exception of a signal's handler between two of these lines would leave the folder behind.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
@@ -103,12 +125,16 @@ def start(
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return bring_up(
                 backend,
-                settings,
-                folder,
-                found,
+                Preparation(
+                    settings,
+                    folder,
+                    bundle,
+                    image,
+                    new_token(),
+                    unless(abandoned, progress, folder.name),
+                ),
                 link,
-                progress=progress,
-                abandoned=abandoned or threading.Event(),
+                abandoned,
             )
         except BaseException:
             link.close()
@@ -118,38 +144,27 @@ def start(
 
 
 def bring_up(
-    backend: Backend,
-    settings: Settings,
-    folder: Folder,
-    bundle: Bundle,
-    link: Link,
-    *,
-    progress: images.OnProgress | None,
-    abandoned: threading.Event,
+    backend: Backend, preparation: Preparation, link: Link, abandoned: threading.Event
 ) -> Machine:
     """Everything between the empty folder and the ready machine; the link's end undoes it."""
-    token = new_token()
+    settings, folder = preparation.settings, preparation.folder
     try:
-        folder.write("token", token.encode())
-        with images.open_image(settings.image) as image:
-            watched = unless(abandoned, progress, folder.name)
-            plan = backend.plan(Preparation(settings, folder, bundle, image, token, watched))
-            check_wanted(abandoned, folder.name)
-            note(INFO, "machine %s: %s of %s", folder.name, settings.machine, settings.image)
-            note(DEBUG, "machine %s: %s, vsock %s", folder.name, plan.argv[0], plan.vsock or "none")
-            for share in plan.shares:
-                note(DEBUG, "machine %s: %s by %s", folder.name, share.source, share.argv[0])
-            link.send(plan)
-            await_ready(link, folder, settings.timeout, abandoned)
+        folder.write("token", preparation.token.encode())
+        plan = backend.plan(preparation)
+        check_wanted(abandoned, folder.name)
+        note(INFO, "machine %s: %s of %s", folder.name, settings.machine, settings.image)
+        note(DEBUG, "machine %s: %s, vsock %s", folder.name, plan.argv[0], plan.vsock or "none")
+        for share in plan.shares:
+            note(DEBUG, "machine %s: %s by %s", folder.name, share.source, share.argv[0])
+        link.send(plan)
+        await_ready(link, folder, settings.timeout, abandoned)
     except OSError as error:
         if isinstance(error, DeadlineExceeded):
             raise
-        where = f": {error.filename}" if error.filename else ""
-        raise MachineError(
-            f"cannot prepare machine {folder.name}: {error.strerror}{where}"
-        ) from error
+        why = explain(error, folder.path, move=STATE_VARIABLE)
+        raise MachineError(f"cannot prepare machine {folder.name}: {why}") from error
     check_wanted(abandoned, folder.name)
-    return Machine(link, token)
+    return Machine(link, preparation.token)
 
 
 def unless(

@@ -7,6 +7,7 @@ from guest.errors import ManifestError
 from guest.manifest import INITRAMFS, KERNEL, MANIFEST, PROGRAM, Manifest
 from host_client.errors import MachineError
 from host_client.ownership import trusted_folder_problem
+from host_client.shortage import explain
 
 __all__ = ["Bundle", "candidates", "find_bundle"]
 
@@ -94,7 +95,9 @@ def find_bundle(folder: str | None = None) -> Bundle:
                 manifest = Manifest.from_json(file.read(MANIFEST_MAX))
         except FileNotFoundError:
             continue
-        except (OSError, ManifestError) as error:
+        except OSError as error:
+            raise MachineError(f"the guest bundle cannot be used: {explain(error)}") from error
+        except ManifestError as error:
             raise MachineError(f"the guest bundle {place} cannot be used: {error}") from error
         if folder is None and place == data_folder(os.uname().machine):
             _check_owner(place)
@@ -118,7 +121,7 @@ def _check_sizes(folder: str, manifest: Manifest) -> None:
         try:
             size = os.stat(path).st_size
         except OSError as error:
-            raise MachineError(f"guest bundle: {path}: {error.strerror}") from error
+            raise MachineError(f"guest bundle: {explain(error)}") from error
         if size != record.size:
             raise MachineError(
                 f"guest bundle: {path} has {size} bytes, {MANIFEST} says {record.size}: "

@@ -7,6 +7,7 @@ from typing import Final
 
 from host_client.errors import MachineError
 from host_client.machines.mounts import byte_size
+from host_client.shortage import explain
 
 __all__ = ["GuestDisk", "image_disk"]
 
@@ -42,7 +43,7 @@ def image_disk(path: str, serial: str, *, size: str, read_only: bool = False) ->
     except FileNotFoundError:
         raise MachineError(f"there is no disk {absolute}: give size=2G to have one made") from None
     except OSError as error:
-        raise MachineError(f"disk {absolute}: {error.strerror}") from error
+        raise MachineError(f"disk {explain(error, absolute)}") from error
     return GuestDisk(absolute, serial, read_only)
 
 

@@ -23,8 +23,10 @@ from host_client.log import INFO, note
 from host_client.machines.console import TAIL_MAX, printable_lines, read_log
 from host_client.machines.plan import CONSOLE_SHOWN, STATE_MAX, MachineState, cut
 from host_client.ownership import Untrusted, not_ours, open_own_folder, own_folder_problem
+from host_client.shortage import SHORT, explain, reason
 
 __all__ = [
+    "STATE_VARIABLE",
     "Folder",
     "check_name",
     "claim",
@@ -35,6 +37,7 @@ __all__ = [
     "sweep",
 ]
 
+STATE_VARIABLE: Final = "XDG_STATE_HOME"  # says where the folder of all machines is
 NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
 CLAIM_WAIT: Final = 0.5  # seconds; somebody may be looking whether the folder is locked
 FOLDER_ONLY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -47,7 +50,7 @@ def machines_root() -> str:
 
     MachineError where it, or what it is in, is another user's or can be written by others.
     """
-    base = os.environ.get("XDG_STATE_HOME", "")
+    base = os.environ.get(STATE_VARIABLE, "")
     if not os.path.isabs(base):
         base = os.path.expanduser("~/.local/state")
     path = os.path.join(base, "microguest", "machines")
@@ -64,7 +67,7 @@ def refuse(problem: str) -> None:
 def refusal(problem: str) -> MachineError:
     """The one error for it."""
     return MachineError(
-        f"the folder of machines cannot be trusted: {problem}: set XDG_STATE_HOME to a "
+        f"the folder of machines cannot be trusted: {problem}: set {STATE_VARIABLE} to a "
         "directory of your own that only you can write to"
     )
 
@@ -117,6 +120,8 @@ class Folder:
         try:
             refuse(not_ours(self.run, os.fstat(run)))
             write_file(name, data, run)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.path.join(self.run, name)) from error
         finally:
             os.close(run)
 
@@ -143,14 +148,24 @@ def claim(name: str | None) -> Folder:
                 f"a machine named {wanted} exists already: choose another name, or end it with: "
                 f"microguest stop {wanted}"
             )
-        _clear(fd)  # what a dead machine of that name has left
-        os.mkdir("run", 0o700, dir_fd=fd)
+        folder = Folder(wanted, path, fd)
+        try:
+            _clear(fd)  # what a dead machine of that name has left
+            os.mkdir("run", 0o700, dir_fd=fd)
+        except BaseException:
+            folder.remove()
+            raise
     except OSError as error:
-        raise MachineError(
-            f"cannot make the machine's folder {path}: {error.strerror}: set XDG_STATE_HOME to a "
-            "directory that can be written"
-        ) from error
-    return Folder(wanted, path, fd)
+        raise MachineError(f"cannot make the machine's folder {unmade(error, path)}") from error
+    return folder
+
+
+def unmade(error: OSError, path: str) -> str:
+    """The path, why it could not be made, and what to do."""
+    said = f"{path}: {reason(error, move=STATE_VARIABLE)}"
+    if error.errno in SHORT:
+        return said
+    return f"{said}: set {STATE_VARIABLE} to a directory that can be written"
 
 
 def names() -> list[str]:
@@ -161,7 +176,7 @@ def names() -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise MachineError(f"the folder of machines {root}: {error.strerror}") from error
+        raise MachineError(f"the folder of machines {explain(error, root)}") from error
     return sorted(name for name in found if NAME.fullmatch(name))
 
 
@@ -173,7 +188,7 @@ def is_alive(name: str) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise MachineError(f"machine {name}: {path}: {error.strerror}") from error
+        raise MachineError(f"machine {name}: {explain(error, path)}") from error
     try:
         refuse(not_ours(path, os.fstat(fd)))
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -281,14 +296,17 @@ def write_file(name: str, data: bytes, folder: int) -> None:
     """
     temporary = f"{name}.{os.urandom(8).hex()}{UNFINISHED}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(temporary, flags, 0o600, dir_fd=folder)
     try:
-        with open(fd, "wb", buffering=0) as file:
-            file.write(data)
-        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-    except BaseException:
-        os.unlink(temporary, dir_fd=folder)
-        raise
+        fd = os.open(temporary, flags, 0o600, dir_fd=folder)
+        try:
+            with open(fd, "wb", buffering=0) as file:
+                file.write(data)
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            os.unlink(temporary, dir_fd=folder)
+            raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, name) from error  # not the temporary's name
 
 
 def _lock_new(path: str, give_up: float) -> int | None:

@@ -18,6 +18,7 @@ from host_client.log import INFO, WARNING, note
 from host_client.machines.console import printable_lines, read_log
 from host_client.machines.folder import Folder, is_alive, read_state
 from host_client.machines.plan import COMMANDS, STATE_MAX, End, MachineState
+from host_client.shortage import cannot_start
 
 __all__ = ["Link"]
 
@@ -25,6 +26,7 @@ REAP_WAIT: Final = 10.0  # seconds for a monitor that closed its link to be gone
 TURN: Final = 0.2  # seconds that one thread listens before another may
 BURST: Final = 64  # states that are read at once: as many as a socket holds
 LOOK_EVERY: Final = 0.05  # seconds between looks at the state of a machine that is not ours
+MONITOR: Final = "a monitor process"
 
 # The monitor must run whatever the caller's environment, folder and site-packages are: isolated,
 # without `site`, with just the folders that hold our two packages.
@@ -49,7 +51,7 @@ class Link:
         try:
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
-            raise MachineError(f"cannot start a monitor process: {error}") from error
+            raise MachineError(cannot_start(MONITOR, error)) from error
         close_in_children(self._socket)
         close_in_children(theirs)
         tell_children(self)
@@ -57,7 +59,7 @@ class Link:
             self._process = start_monitor(folder, theirs)
         except OSError as error:
             self._socket.close()
-            raise MachineError(f"cannot start a monitor process: {error}") from error
+            raise MachineError(cannot_start(MONITOR, error)) from error
         finally:
             theirs.close()
         folder.release()

@@ -25,7 +25,7 @@ from guest.record import Record, RecordError
 from guest.report import BootFailed, Ready, Stopping
 from host_client.machines.boottime import BootTimeline
 from host_client.machines.console import RotatingLog, printable_lines
-from host_client.machines.folder import remove_running, write_file
+from host_client.machines.folder import STATE_VARIABLE, remove_running, write_file
 from host_client.machines.history import changes
 from host_client.machines.plan import (
     COMMANDS,
@@ -49,6 +49,7 @@ from host_client.machines.reports import ReportReader
 from host_client.machines.shares import Shares
 from host_client.machines.verdict import failure_on_console, has_restarted, unexplained
 from host_client.machines.vmm import Device, Vmm
+from host_client.shortage import cannot_start, explain
 from host_client.vhost_vsock.loop import EventLoop
 
 __all__ = ["Monitor", "main"]
@@ -82,12 +83,18 @@ def main(arguments: list[str]) -> int:
     os.set_inheritable(link_fd, False)
     os.set_inheritable(lock_fd, False)
     link = socket.socket(fileno=link_fd)
-    keep = False
+    plan, keep = None, False
     try:
         plan = await_plan(link)
         if plan is not None:
+            monitor = Monitor(folder, lock_fd, link, plan)
             keep = plan.keep  # whatever this process does
-            keep = Monitor(folder, lock_fd, link, plan).run() and plan.keep
+            keep = monitor.run() and plan.keep
+    except OSError as error:
+        if plan is None or keep:  # it ran
+            raise
+        tell_never_made(link, plan, error, folder)
+        return 1
     finally:
         remove_leftovers(folder, keep=keep)
         link.close()
@@ -102,6 +109,16 @@ def await_plan(link: socket.socket) -> Plan | None:
     except (OSError, RecordError):
         return None
     return command if isinstance(command, Plan) else None
+
+
+def tell_never_made(link: socket.socket, plan: Plan, error: OSError, folder: str) -> None:
+    """The only state of a machine that there was no room for; its caller may be gone."""
+    why = f"cannot prepare the machine: {explain(error, folder, move=STATE_VARIABLE)}"
+    state = MachineState(
+        name=plan.name, machine=plan.machine, phase="ended", status="boot-failed", error=cut(why)
+    )
+    with contextlib.suppress(OSError):
+        link.send(state.to_json().encode("ascii"), socket.MSG_NOSIGNAL)
 
 
 def remove_leftovers(folder: str, *, keep: bool) -> None:
@@ -155,6 +172,7 @@ class Monitor:
             lambda reason: self._end("crashed", reason),
         )
         self._wakeup = socket.socketpair()
+        self._lease = hold_lease(plan.lease)
 
     def run(self) -> bool:
         """Until the machine has ended and is known to have. True where it ever came up."""
@@ -163,7 +181,6 @@ class Monitor:
         self._link.setblocking(False)
         self.loop.add(self._link.fileno(), lambda _events: self._on_link(), EPOLLIN)
         self._take_signals()
-        lease = hold_lease(self.plan.lease)
         self.loop.defer(self._launch)
         try:
             self.loop.run()
@@ -172,8 +189,8 @@ class Monitor:
             raise
         self._console.close()
         self._messages.close()
-        if lease >= 0:
-            os.close(lease)
+        if self._lease >= 0:
+            os.close(self._lease)
         return any(step.name == "ready" for step in self.state.timeline)
 
     # ── the start ────────────────────────────────────────────────────────────────────────────────
@@ -186,7 +203,8 @@ class Monitor:
             self._device = Device(self.plan, self.loop, self._reports, self._on_device_failure)
             self._device.start(self._start_vmm)
         except OSError as error:
-            self._never_started(f"cannot prepare the machine: {error}")
+            why = explain(error, os.path.join(self.folder, "run"), move=STATE_VARIABLE)
+            self._never_started(f"cannot prepare the machine: {why}")
 
     def _start_vmm(self) -> None:
         assert self._device is not None
@@ -194,7 +212,7 @@ class Monitor:
         try:
             self._vmm = Vmm(self.plan, self.loop, self._device)
         except OSError as error:
-            self._never_started(f"cannot start {self.plan.argv[0]}: {error.strerror}")
+            self._never_started(cannot_start(self.plan.argv[0], error))
             return
         self._vmm.watch(self._on_console, self._messages.write, self._on_vmm_exit)
         if self._vmm.qmp is not None:

@@ -26,6 +26,7 @@ from host_client.machines.plan import HYBRID_SOCKET, Plan, Share
 from host_client.machines.prepare import Preparation, directory, lease_of
 from host_client.machines.settings import UPPER_SIZE, Settings, mebibytes
 from host_client.machines.shares import share_command, virtiofsd
+from host_client.shortage import explain
 
 __all__ = ["QemuBackend"]
 
@@ -272,7 +273,7 @@ def check_kernel(path: str) -> None:
         with open(path, "rb") as file:
             head = file.read(KERNEL_HEAD)
     except OSError as error:
-        raise MachineError(f"cannot read the kernel {path}: {error.strerror}") from error
+        raise MachineError(f"cannot read the kernel {explain(error, path)}") from error
     if not any(head[at : at + len(magic)] == magic for at, magic in KERNEL_MAGIC):
         raise MachineError(f"{path} is not a Linux kernel: neither bzImage, Image nor vmlinux")
 
