@@ -350,8 +350,8 @@ def test_of_ended_machines_only_the_newest_stay(state_home: Path) -> None:
 def test_stopping_a_monitor_that_hangs_keeps_its_console(
     image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("host_client.machines.find.POWER_OFF_WAIT", 0.1)
-    monkeypatch.setattr("host_client.machines.find.TERM_WAIT", 1.0)
+    monkeypatch.setattr("host_client.machines.control.POWER_OFF_WAIT", 0.1)
+    monkeypatch.setattr("host_client.machines.control.KILL_WAIT", 1.0)
     start(image, "victim")
     os.kill(machinekit.state_of("victim").monitor, signal.SIGSTOP)
     machine = find("victim")

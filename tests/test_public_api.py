@@ -252,9 +252,8 @@ def given_by(value: Any, seen: set[Any]) -> None:
             for hint in hints_of(value).values():
                 given_by(hint, seen)
         if value in PUBLIC or value.__module__.startswith("host_client.aio."):
-            for name, member in vars(value).items():
-                if not name.startswith("_"):
-                    given_by(member, seen)
+            for name in filter(lambda name: not name.startswith("_"), dir(value)):
+                given_by(inspect.getattr_static(value, name), seen)
 
 
 def is_record(kind: type) -> bool:

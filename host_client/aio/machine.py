@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from types import TracebackType
-from typing import Final, Self, TypeVar, Unpack
+from typing import Final, Generic, Self, TypeVar, Unpack
 
 import anyio
 import anyio.to_thread
@@ -32,6 +32,7 @@ from host_client.values import check_seconds
 __all__ = ["Machine", "NamedMachine", "boot", "find", "list_machines"]
 
 R = TypeVar("R")
+M = TypeVar("M", blocking_machine.Machine, named.NamedMachine)
 
 SLICE: Final = 0.5  # seconds that a thread waits before a cancellation is looked at
 GIVEN_UP_WAIT: Final = 15.0  # seconds for a machine that was given up to be gone
@@ -79,50 +80,21 @@ def give_up(over: threading.Event, made: list[blocking_machine.Machine]) -> None
         machine.kill()
 
 
-class Machine:
-    """As `host_client.Machine`; an async context manager. Its waits can be cancelled."""
+class Held(Generic[M]):
+    """What can be done with a machine, whoever has started it. `_machine` is the blocking one."""
 
-    def __init__(self, machine: blocking_machine.Machine) -> None:
-        self._machine = machine
-        self.agent = Agent.of(machine.agent)
+    _machine: M
 
     async def __aenter__(self) -> Self:
         return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        with anyio.CancelScope(shield=True):
-            await (self.stop() if kind is None or issubclass(kind, Exception) else self.kill())
 
     def __repr__(self) -> str:
         return f"aio.{self._machine!r}"
 
     @property
-    def name(self) -> str:
-        """Its name; also what `connect` and the command line take."""
-        return self._machine.name
-
-    @property
-    def url(self) -> str:
-        """Where its agent is."""
-        return self._machine.url
-
-    @property
     def state(self) -> MachineState:
         """All that is known of it now."""
         return self._machine.state
-
-    def timeline(self) -> list[Step]:
-        """As `host_client.Machine.timeline`."""
-        return self._machine.timeline()
-
-    def console(self) -> str:
-        """As `host_client.Machine.console`."""
-        return self._machine.console()
 
     async def pause(self) -> None:
         """Let it stand still. Only for "qemu"; else MachineError."""
@@ -144,6 +116,41 @@ class Machine:
         """End it at once, without a word to what runs in it. Returns the last state."""
         return await anyio.to_thread.run_sync(self._machine.kill)
 
+
+class Machine(Held[blocking_machine.Machine]):
+    """As `host_client.Machine`; an async context manager. Its waits can be cancelled."""
+
+    def __init__(self, machine: blocking_machine.Machine) -> None:
+        self._machine = machine
+        self.agent = Agent.of(machine.agent)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            await (self.stop() if kind is None or issubclass(kind, Exception) else self.kill())
+
+    @property
+    def name(self) -> str:
+        """Its name; also what `connect` and the command line take."""
+        return self._machine.name
+
+    @property
+    def url(self) -> str:
+        """Where its agent is."""
+        return self._machine.url
+
+    def timeline(self) -> list[Step]:
+        """As `host_client.Machine.timeline`."""
+        return self._machine.timeline()
+
+    def console(self) -> str:
+        """As `host_client.Machine.console`."""
+        return self._machine.console()
+
     def detach(self) -> None:
         """Let it outlive this program. Find it again by its name."""
         self._machine.detach()
@@ -159,21 +166,15 @@ async def find(name: str) -> "NamedMachine":
     return NamedMachine(await anyio.to_thread.run_sync(named.find, name))
 
 
-class NamedMachine:
+class NamedMachine(Held[named.NamedMachine]):
     """As `host_client.NamedMachine`; an async context manager."""
 
     def __init__(self, machine: named.NamedMachine) -> None:
         self._machine = machine
         self.name = machine.name
 
-    async def __aenter__(self) -> Self:
-        return self
-
     async def __aexit__(self, *_how: object) -> None:
         self.close()
-
-    def __repr__(self) -> str:
-        return f"aio.{self._machine!r}"
 
     def close(self) -> None:
         """Close what is kept open to its agent. May be called again."""
@@ -189,11 +190,6 @@ class NamedMachine:
         """As in `list_machines`."""
         return self._machine.info
 
-    @property
-    def state(self) -> MachineState:
-        """All that is known of it."""
-        return self._machine.state
-
     def logs(
         self,
         *,
@@ -205,34 +201,9 @@ class NamedMachine:
     ) -> AsyncIterator[bytes]:
         """As `host_client.NamedMachine.logs`: `async for line in machine.logs(follow=True)`."""
         looks = console_looks(
-            self.name,
-            follow=follow,
-            tail=tail,
-            since=since,
-            until=until,
-            timestamps=timestamps,
+            self.name, follow=follow, tail=tail, since=since, until=until, timestamps=timestamps
         )
         return Each(Lines(looks).next)
-
-    async def pause(self) -> None:
-        """Let it stand still. Only for "qemu"; else MachineError."""
-        await anyio.to_thread.run_sync(self._machine.pause)
-
-    async def resume(self) -> GuestClock:
-        """Let it go on, and set its clock by ours."""
-        return await anyio.to_thread.run_sync(self._machine.resume)
-
-    async def wait(self, timeout: float | None = None) -> MachineState:  # noqa: ASYNC109
-        """Until it has ended. DeadlineExceeded after `timeout` seconds."""
-        return await sliced(self._machine.wait, timeout)
-
-    async def stop(self, grace: float = limits.STOP_GRACE) -> MachineState:
-        """End it as `host_client.Machine.stop` does; once begun, also where it is cancelled."""
-        return await anyio.to_thread.run_sync(self._machine.stop, grace)
-
-    async def kill(self) -> MachineState:
-        """End it at once, without a word to what runs in it. Returns the last state."""
-        return await anyio.to_thread.run_sync(self._machine.kill)
 
 
 class Lines:

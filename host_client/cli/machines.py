@@ -22,7 +22,6 @@ from host_client.machines.folder import (
     read_state,
     remove_dead,
 )
-from host_client.machines.logs import console_lines
 from host_client.machines.named import MachineInfo
 
 __all__ = ["list_machines", "logs", "pause", "remove", "stop", "unpause", "with_each"]
@@ -180,8 +179,7 @@ def logs(options: argparse.Namespace) -> int:
     tail = None if options.tail == "all" else whole_number(options.tail)
     name = check_name(options.name)
     try:
-        lines = console_lines(
-            name,
+        lines = named.NamedMachine(name).logs(
             follow=options.follow,
             tail=tail,
             since=options.since,

@@ -4,14 +4,15 @@ import os
 import select
 import signal
 import time
+from functools import partial
 from typing import Final, Self
 
 from guest import limits
-from guest.errors import MicroguestError
+from guest.record import Record
 from host_client.address import parse
 from host_client.agent import Agent
-from host_client.errors import ConnectError, ConnectionLost, MachineError
-from host_client.machines import pausing
+from host_client.errors import MachineError
+from host_client.machines import control
 from host_client.machines.folder import (
     bury,
     check_name,
@@ -20,14 +21,12 @@ from host_client.machines.folder import (
     read_state,
 )
 from host_client.machines.holder import monitor_of
-from host_client.machines.machine import KILL_WAIT, POWER_OFF_WAIT
-from host_client.machines.plan import PAUSE_SIGNAL, POWER_SIGNAL, RESUME_SIGNAL, MachineState
+from host_client.machines.plan import SIGNALLED, End, MachineState
 from host_client.renewal import STEP_BEYOND, GuestClock
 
 __all__ = ["FoundMachine", "agent_of", "find"]
 
 TOKEN_MAX: Final = limits.TOKEN_MAX
-TERM_WAIT: Final = KILL_WAIT
 LOOK_EVERY: Final = 0.01  # seconds between looks at the state of a machine that is to change
 
 
@@ -88,38 +87,23 @@ class FoundMachine:
     def pause(self) -> None:
         """As `Machine.pause`."""
         with Watch(self) as watch:
-            pausing.set_paused(True, lambda: watch.signal(PAUSE_SIGNAL), self._look)
+            control.set_paused(watch, True)
 
     def resume(self) -> GuestClock:
         """As `Machine.resume`."""
         with Watch(self) as watch, self.agent() as agent:
-            self._unpause(watch)
+            control.set_paused(watch, False)
             return agent.step_clock(STEP_BEYOND)
-
-    def _unpause(self, watch: "Watch") -> None:
-        pausing.set_paused(False, lambda: watch.signal(RESUME_SIGNAL), self._look)
-
-    def _look(self, seconds: float) -> MachineState:
-        """The state, after at most that time; the monitor writes it whenever it changes."""
-        time.sleep(min(seconds, LOOK_EVERY))
-        return self.state
 
     def stop(self, grace: float = limits.STOP_GRACE) -> None:
         """End it as `Machine.stop` does, and wait until nothing of it runs."""
         with Watch(self) as watch:
-            try:
-                if self.state.paused:
-                    self._unpause(watch)
-                try:
-                    with self.agent() as agent:
-                        agent.shutdown(grace=grace)
-                except (ConnectError, ConnectionLost, MachineError):
-                    watch.signal(POWER_SIGNAL)
-                ended = watch.wait(grace + POWER_OFF_WAIT)
-            except MicroguestError:
-                ended = False
-            if not ended:
+            if not control.end_well(watch, partial(self._shut_down, grace), grace):
                 self._kill(watch)
+
+    def _shut_down(self, grace: float) -> None:
+        with self.agent() as agent:
+            agent.shutdown(grace=grace)
 
     def kill(self) -> None:
         """End it at once, without a word to what runs in it, and wait until nothing of it runs."""
@@ -128,10 +112,10 @@ class FoundMachine:
 
     def _kill(self, watch: "Watch") -> None:
         """Ask its monitor; where that is deaf, kill it, and by that the VMM."""
-        watch.signal(signal.SIGTERM)
-        if not watch.wait(TERM_WAIT):
-            watch.signal(signal.SIGKILL)
-            watch.wait(TERM_WAIT)
+        watch.send(End())
+        if not watch.wait(control.KILL_WAIT):
+            watch.kill()
+            watch.wait(control.KILL_WAIT)
             bury(self.name)
 
     def _obituary(self, seconds: float) -> str:
@@ -173,8 +157,21 @@ class Watch:
         poll.register(self._pidfd, select.POLLIN)
         return bool(poll.poll(int(seconds * 1000)))
 
-    def signal(self, number: int) -> None:
-        """Send the monitor a signal, if it still is there."""
+    def listen(self, seconds: float) -> MachineState:
+        """The state, after at most that time; the monitor writes it whenever it changes."""
+        time.sleep(min(seconds, LOOK_EVERY))
+        return self._machine.state
+
+    def send(self, command: Record) -> None:
+        """Give a command, as a signal."""
+        self._signal(next(number for number, each in SIGNALLED.items() if each == command))
+
+    def kill(self) -> None:
+        """End a monitor that does not answer."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        """If it still is there."""
         if self._pidfd >= 0:
             try:
                 signal.pidfd_send_signal(self._pidfd, number)

@@ -125,6 +125,16 @@ class Link:
         """Whether the monitor is gone and with it every trace of the machine."""
         return self._closed_by_monitor
 
+    def wait(self, seconds: float) -> bool:
+        """Whether nothing of it runs any more, within that time."""
+        deadline = time.monotonic() + seconds
+        while not (self._closed_by_monitor or self.state.ended):
+            left = min(1.0, deadline - time.monotonic())
+            if left <= 0:
+                return False
+            self.listen(left)
+        return True
+
     def await_over(self, seconds: float) -> bool:
         """Wait until nothing is left of the machine. False where that takes longer."""
         deadline = time.monotonic() + seconds

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from itertools import chain
 from typing import Final, NamedTuple
 
 from guest.report import CONSOLE_MARK
@@ -17,37 +16,13 @@ from host_client.machines.folder import check_name, is_alive, machines_root, rea
 from host_client.machines.when import Moment, moment, stamp
 from host_client.values import check_count, check_flag
 
-__all__ = ["console_lines", "console_looks"]
+__all__ = ["console_looks"]
 
 FOLLOW_EVERY: Final = 0.1  # seconds between looks at a console that is followed
 # What PID 1 says, and the kernel's last words, which `quiet` does not silence.
 NOT_THE_WORKLOADS: Final = re.compile(
     rb"microguest: |" + re.escape(CONSOLE_MARK.encode()) + rb"|\[ *[0-9]+\.[0-9]+\] reboot: "
 )
-
-
-def console_lines(
-    name: str,
-    *,
-    follow: bool = False,
-    tail: int | None = None,
-    since: Moment | None = None,
-    until: Moment | None = None,
-    timestamps: bool = False,
-) -> Iterator[bytes]:
-    """Lines with their newlines, the last of them perhaps without one.
-
-    tail: only so many of what is there already. follow: those that come, until the machine ends.
-    since, until: only lines that began then, both inclusive, before `tail` counts; what is followed
-    ends at `until`. timestamps: before each line when it began and a space, as docker's.
-    MachineError where there is no such machine, running or kept, or no times are kept of it;
-    TypeError, ValueError for what is no time.
-    """
-    return chain.from_iterable(
-        console_looks(
-            name, follow=follow, tail=tail, since=since, until=until, timestamps=timestamps
-        )
-    )
 
 
 def console_looks(
@@ -59,7 +34,15 @@ def console_looks(
     until: Moment | None = None,
     timestamps: bool = False,
 ) -> Generator[list[bytes], None, None]:
-    """The same as what each look has found, which may be nothing; none of them waits for long."""
+    """Lines with their newlines, the last of them perhaps without one, as each look finds them.
+
+    A look may find none; none of them waits for long.
+    tail: only so many of what is there already. follow: those that come, until the machine ends.
+    since, until: only lines that began then, both inclusive, before `tail` counts; what is followed
+    ends at `until`. timestamps: before each line when it began and a space, as docker's.
+    MachineError where there is no such machine, running or kept, or no times are kept of it;
+    TypeError, ValueError for what is no time.
+    """
     if tail is not None:
         check_count(tail, "tail", of="lines")
     check_flag(timestamps, "timestamps")

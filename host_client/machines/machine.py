@@ -1,28 +1,21 @@
 """A machine of this program: its agent, its state, its end."""
 
+import math
 import threading
-import time
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 from guest import limits
-from guest.errors import MicroguestError
 from guest.report import Step
 from host_client.address import parse
 from host_client.agent import Agent
-from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
 from host_client.forking import tell_children
-from host_client.machines import pausing
+from host_client.machines import control
 from host_client.machines.link import Link
-from host_client.machines.plan import Detach, End, MachineState, Pause, PowerOff, Resume
+from host_client.machines.plan import Detach, End, MachineState
 from host_client.renewal import STEP_BEYOND, GuestClock
 
 __all__ = ["Machine"]
-
-# Seconds beyond the grace until a stopping machine is killed: more than all waits in a guest's end
-# (docs/boot.md) are together.
-POWER_OFF_WAIT: Final = 20.0
-KILL_WAIT: Final = 10.0  # seconds for the monitor to kill and clean up
 
 
 class Machine:
@@ -103,15 +96,12 @@ class Machine:
         What waits for an answer of its agent meanwhile ends with an error, and so do processes that
         are not kept. A machine that is paused already is fine.
         """
-        pausing.set_paused(True, lambda: self._link.send(Pause()), self._link.listen)
+        control.set_paused(self._link, True)
 
     def resume(self) -> GuestClock:
         """Let it go on, and set its clock by ours: `stepped` is by how much. Raises as `pause`."""
-        self._unpause()
+        control.set_paused(self._link, False)
         return self.agent.step_clock(STEP_BEYOND)
-
-    def _unpause(self) -> None:
-        pausing.set_paused(False, lambda: self._link.send(Resume()), self._link.listen)
 
     def stop(self, grace: float = limits.STOP_GRACE) -> MachineState:
         """End it: TERM to all processes, `grace` seconds, KILL, power off; then remove all of it.
@@ -121,18 +111,7 @@ class Machine:
         """
         self._link.check_owner()
         if not self._link.over and not self.state.ended:
-            try:
-                if self.state.paused:
-                    self._unpause()
-                try:
-                    self.agent.shutdown(grace=grace)
-                except (ConnectError, ConnectionLost):
-                    self._link.send(PowerOff())  # PID 1 outlives its agent
-                deadline = time.monotonic() + grace + POWER_OFF_WAIT
-                while not self.state.ended and not self._link.over and time.monotonic() < deadline:
-                    self._link.listen(1.0)
-            except MicroguestError:
-                pass  # it is dead or deaf: killed below
+            control.end_well(self._link, lambda: self.agent.shutdown(grace=grace), grace)
         return self.kill()
 
     def kill(self) -> MachineState:
@@ -142,7 +121,7 @@ class Machine:
             self.agent.close()
             if not self._link.over:
                 self._link.send(End())
-                if not self._link.await_over(KILL_WAIT):
+                if not self._link.await_over(control.KILL_WAIT):
                     self._link.kill()
             self._link.close()
             return self._link.state
@@ -150,14 +129,8 @@ class Machine:
     def wait(self, timeout: float | None = None) -> MachineState:
         """Until it has ended by itself. DeadlineExceeded after `timeout` seconds."""
         self._link.check_owner()
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while not (self._link.over or self._link.state.ended):
-            left = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
-            if left <= 0:
-                raise DeadlineExceeded(
-                    f"machine {self.name} still runs after {timeout:g} s", seconds=timeout or 0.0
-                )
-            self._link.listen(left)
+        if not self._link.wait(math.inf if timeout is None else timeout):
+            raise control.still_runs(self.name, timeout)
         return self.kill()
 
     def detach(self) -> None:

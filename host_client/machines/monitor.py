@@ -31,9 +31,7 @@ from host_client.machines.plan import (
     COMMANDS,
     CONSOLE_SHOWN,
     PACKET_MAX,
-    PAUSE_SIGNAL,
-    POWER_SIGNAL,
-    RESUME_SIGNAL,
+    SIGNALLED,
     Detach,
     End,
     MachineState,
@@ -54,7 +52,6 @@ from host_client.vhost_vsock.loop import EventLoop
 
 __all__ = ["Monitor", "main"]
 
-END_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CTRL_ALT_DEL: Final = [{"type": "qcode", "data": key} for key in ("ctrl", "alt", "delete")]
 LAUNCHER_RESTARTED: Final = 3  # exit code of the namespaces launcher
 # Seconds; a guest that is paused cannot act, so they begin anew where one is when they are over.
@@ -233,25 +230,20 @@ class Monitor:
             self._end("boot-failed", f"it was not ready {seconds:g} s after its launch")
 
     def _take_signals(self) -> None:
-        """A signal ends the machine, or is a command of somebody who has no link.
+        """They are commands of somebody who has no link.
 
-        It is taken in the loop, not between two of its lines.
+        They are taken in the loop, not between two of its lines.
         """
         reader, writer = self._wakeup
         for end in self._wakeup:
             end.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        for number in (*END_SIGNALS, PAUSE_SIGNAL, RESUME_SIGNAL, POWER_SIGNAL):
+        for number in SIGNALLED:
             signal.signal(number, lambda _number, _frame: None)
 
         def taken(_events: int) -> None:
             for number in reader.recv(64):
-                if number in (PAUSE_SIGNAL, RESUME_SIGNAL):
-                    self._tell_vmm("stop" if number == PAUSE_SIGNAL else "cont")
-                elif number == POWER_SIGNAL:
-                    self._ask_to_end()
-                else:
-                    self._end("killed")
+                self._obey(SIGNALLED[number])
 
         self.loop.add(reader.fileno(), taken, EPOLLIN)
 
@@ -266,16 +258,20 @@ class Monitor:
             command = None
         if isinstance(command, Detach):
             self._attached = False
-        elif isinstance(command, End):
+        elif command is not None:
+            self._obey(command)
+        else:
+            self._close_link()
+            if self._attached:
+                self._end("lost")
+
+    def _obey(self, command: Record) -> None:
+        if isinstance(command, End):
             self._end("killed")
         elif isinstance(command, PowerOff):
             self._ask_to_end()
         elif isinstance(command, Pause | Resume):
             self._tell_vmm("stop" if isinstance(command, Pause) else "cont")
-        elif command is None:
-            self._close_link()
-            if self._attached:
-                self._end("lost")
 
     def _close_link(self) -> None:
         if self._link is not None:

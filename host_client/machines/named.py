@@ -5,13 +5,15 @@ What a program and the command line can do with them is written here once.
 
 import time
 from collections.abc import Iterator
+from itertools import chain
 from types import TracebackType
 from typing import Final, Self
 
 from guest import limits
 from guest.record import Record
 from host_client.agent import Agent
-from host_client.errors import DeadlineExceeded, MachineError
+from host_client.errors import MachineError
+from host_client.machines.control import still_runs
 from host_client.machines.find import FoundMachine, Watch
 from host_client.machines.find import find as find_running
 from host_client.machines.folder import (
@@ -21,7 +23,7 @@ from host_client.machines.folder import (
     read_state,
     sweep,
 )
-from host_client.machines.logs import console_lines
+from host_client.machines.logs import console_looks
 from host_client.machines.plan import MachineState
 from host_client.machines.when import Moment
 from host_client.renewal import GuestClock
@@ -178,14 +180,10 @@ class NamedMachine:
         Empty where its command writes to its caller and not to the console. MachineError where no
         times are kept, as an older version has started it.
         """
-        return console_lines(
-            self.name,
-            follow=follow,
-            tail=tail,
-            since=since,
-            until=until,
-            timestamps=timestamps,
+        looks = console_looks(
+            self.name, follow=follow, tail=tail, since=since, until=until, timestamps=timestamps
         )
+        return chain.from_iterable(looks)
 
     def pause(self) -> None:
         """As `Machine.pause`."""
@@ -235,9 +233,7 @@ class NamedMachine:
         if self.state.ended or deadline is None or time.monotonic() <= deadline:
             return
         if is_alive(self.name):
-            raise DeadlineExceeded(
-                f"machine {self.name} still runs after {timeout:g} s", seconds=timeout or 0.0
-            )
+            raise still_runs(self.name, timeout)
 
     def _running(self) -> FoundMachine:
         return find_running(self.name)

@@ -16,9 +16,7 @@ __all__ = [
     "CONSOLE_SHOWN",
     "HYBRID_SOCKET",
     "PACKET_MAX",
-    "PAUSE_SIGNAL",
-    "POWER_SIGNAL",
-    "RESUME_SIGNAL",
+    "SIGNALLED",
     "STATE_MAX",
     "STEPS_MAX",
     "TEXT_MAX",
@@ -36,11 +34,6 @@ __all__ = [
 ]
 
 HYBRID_SOCKET: Final = "vsock.sock"  # in the run folder; host programs dial the guest there
-
-# To the monitor, from who has no link to it. What comes of them is in the state.
-PAUSE_SIGNAL: Final = signal.SIGUSR1
-RESUME_SIGNAL: Final = signal.SIGUSR2
-POWER_SIGNAL: Final = signal.SIGPWR  # as PowerOff
 
 PACKET_MAX: Final = 128 * 1024  # bytes; the kernel's default socket buffer takes it in one piece
 STATE_MAX: Final = 120 * 1024
@@ -120,6 +113,17 @@ COMMANDS = Catalogue(
     },
     maximum=PACKET_MAX,
 )
+
+
+# What a signal to the monitor says, from who has no link to it. What comes of it is in the state.
+SIGNALLED: Final[dict[int, Record]] = {
+    signal.SIGTERM: End(),
+    signal.SIGINT: End(),
+    signal.SIGHUP: End(),
+    signal.SIGPWR: PowerOff(),
+    signal.SIGUSR1: Pause(),
+    signal.SIGUSR2: Resume(),
+}
 
 
 class Event(Record):
