@@ -54,7 +54,8 @@ class Process:
             acknowledge=acknowledge,
             max_unread=max_unread,
         )
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._sleepers: list[threading.Lock] = []
         tell_children(self)
         self.id = self._session.started.id
         self.pid = self._session.started.pid
@@ -64,7 +65,8 @@ class Process:
 
     def forked(self) -> None:
         """See `Owner.forked`: whatever thread had the lock is not here."""
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._sleepers = []
 
     def __enter__(self) -> Self:
         return self
@@ -145,38 +147,58 @@ class Process:
         if self._session.foreign:
             self._session.close()
             return
-        with self._changed:
+        with self._lock:
             self._session.close()
-            self._changed.notify_all()
+            self._wake()
 
     def _run(self, steps: Steps[R]) -> R:
-        """Run steps of the session: alone between two waits, which others use for theirs."""
-        session, changed = self._session, self._changed
+        """Run steps of the session: alone between two waits, which others use for theirs.
+
+        No threading.Condition: an interrupt (Ctrl-C, an exception for this thread) between two
+        lines of that leaves its lock taken, or is hidden by the complaint that it is not. A `with`
+        of a lock alone is one step, before or after which an interrupt comes.
+        """
+        session = self._session
         session.check_owner()
-        with changed:
-            try:
-                version = session.version
-                wait = next(steps)
-                while True:
-                    if session.version != version:
-                        changed.notify_all()
-                    if wait.sock is None:
-                        changed.wait(wait.seconds)
-                        ready = 0
-                    else:
-                        changed.release()
-                        try:
-                            ready = wait_for(wait)
-                        finally:
-                            changed.acquire()
+        ready: int | None = None  # as `next` sends it
+        try:
+            while True:
+                with self._lock:
                     version = session.version
-                    wait = steps.send(ready)
-            except StopIteration as stop:
-                result: R = stop.value
-                return result
-            finally:
+                    try:
+                        wait = steps.send(ready)  # type: ignore[arg-type]
+                    finally:
+                        if session.version != version:
+                            self._wake()
+                    bell = self._bell() if wait.sock is None else None
+                if bell is None:
+                    ready = wait_for(wait)
+                else:
+                    bell.acquire(timeout=wait.seconds)
+                    ready = 0
+                    with self._lock:
+                        if bell in self._sleepers:
+                            self._sleepers.remove(bell)
+        except StopIteration as stop:
+            result: R = stop.value
+            return result  # with no call in between, at which an interrupt could take it away
+        except BaseException:
+            with self._lock:
                 steps.close()
-                changed.notify_all()
+                self._wake()
+            raise
+
+    def _bell(self) -> threading.Lock:
+        """What the next `_wake` lets be taken."""
+        bell = threading.Lock()
+        bell.acquire()
+        self._sleepers.append(bell)
+        return bell
+
+    def _wake(self) -> None:
+        """Let those go on who wait for a change."""
+        while self._sleepers:
+            self._sleepers.pop().release()
 
 
 class ProcessInput:

@@ -191,11 +191,13 @@ class Session:
 
     def poll(self) -> Steps[Result | None]:
         """What is known without waiting."""
-        if self.exited is None and not self._reading and not self._full():
-            try:
-                self._take(self.exchange.checked(self.exchange.channel.receive()))
-            except Broken as error:
-                raise (yield from self._fail(error)) from error
+        if self.exited is None:
+            self._check_usable()
+            if not (self._reading or self._full()):
+                try:
+                    self._receive(select.POLLIN)
+                except Broken as error:
+                    raise (yield from self._fail(error)) from error
         return None if self.exited is None else self.result()
 
     def communicate(
@@ -310,18 +312,26 @@ class Session:
                 ready = yield Wait(None, 0, seconds)
             self._check_usable()
             if ready:
-                self._take(self.exchange.checked(channel.arrived(ready)))
+                self._receive(ready)
             else:
                 yield from channel.check_alive(deadline or Deadline(None))
         except Broken as error:
             raise (yield from self._fail(error)) from error
-        except GeneratorExit:
-            raise  # while it waited: nothing has happened
-        except BaseException as error:
-            self._failed = error if isinstance(error, Exception) else self._torn()
+        except Exception as error:
+            self._failed = error
             raise
         if ready & select.POLLOUT:
             self._full_since = 0.0
+
+    def _receive(self, ready: int) -> None:
+        """Take what has arrived. Interrupted in between, the connection is of no use any more."""
+        try:
+            self._take(self.exchange.checked(self.exchange.channel.arrived(ready)))
+        except Broken:
+            raise
+        except BaseException as error:
+            self._failed = error if isinstance(error, Exception) else self._torn()
+            raise
 
     def _unwatched(self, full: int) -> int:
         """What there is to watch for and nobody does: poll(2)'s bits."""
