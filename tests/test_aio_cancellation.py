@@ -10,6 +10,7 @@ import os
 import random
 import select
 import signal
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -17,15 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 import trio
 from agentharness import TOKEN, AgentProcess
 from hostkit import Peer, agent_at, answer_pings, serving
+from patience import PATIENCE
 
+from guest import limits
 from guest.connection import Data
 from guest.errors import OperationError
-from guest.messages import Acknowledge
+from guest.messages import Acknowledge, Credit
 from host_client import Agent, Keep, aio, connect
+from host_client.aio.machine import GIVEN_UP_WAIT
 from host_client.errors import ConnectionLost, OutputTooLarge
 
 BYTES = 20_000
@@ -508,3 +513,69 @@ def test_a_lost_connection_keeps_what_was_received(tmp_path: Path) -> None:
         with pytest.raises(ConnectionLost):
             process.stdout.read()
         assert process.stdout.read(100) == b"so far"
+
+
+# ── calls that another one ends ──────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_close_ends_a_call_that_both_reads_and_writes(tmp_path: Path, backend: str) -> None:
+    """With the error of a closed connection, not a group of the event loop's own."""
+    path = tmp_path / "agent.sock"
+    done = threading.Event()
+
+    def deaf(peer: Peer) -> None:
+        peer.takes_input = False
+        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.start()
+        peer.send(Credit(stdin=limits.CREDIT_MAX))
+        assert done.wait(PATIENCE)
+
+    async def main() -> None:
+        ended: list[BaseException] = []
+        async with aio.Agent.of(agent_at(path)) as agent:
+            process = await agent.start(["cat"], stdin=True)
+
+            async def write() -> None:
+                try:
+                    await process.stdin.send(bytes(64 << 20))
+                except ConnectionLost as error:
+                    ended.append(error)
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(write)
+                session = process._session
+                while not (session._reading and session._writing):
+                    await anyio.sleep(0.01)
+                process.close()
+            assert len(ended) == 1
+            done.set()
+
+    try:
+        with serving(path, deaf):
+            run(backend, main)
+    finally:
+        done.set()
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_boot_that_is_cancelled_before_it_begins_ends_at_once(
+    backend: str, crowded: bool
+) -> None:
+    """There is nothing to wait for: neither for its thread, nor for a free one."""
+
+    async def main() -> None:
+        threads = anyio.to_thread.current_default_thread_limiter()
+        others = [object() for _ in range(int(threads.available_tokens))] if crowded else []
+        for other in others:
+            threads.acquire_on_behalf_of_nowait(other)
+        began = time.monotonic()
+        with anyio.move_on_after(0.1 if crowded else 0.0) as scope:
+            await aio.boot("oci:nowhere", machine="namespaces")
+        assert scope.cancelled_caught
+        assert time.monotonic() - began < GIVEN_UP_WAIT / 2
+        for other in others:
+            threads.release_on_behalf_of(other)
+
+    run(backend, main)

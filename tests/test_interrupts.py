@@ -76,8 +76,11 @@ def test_an_interrupted_poll_loses_no_output_silently(client: Agent) -> None:
         assert select.select([process._session.exchange.channel.sock], [], [], PATIENCE)[0]
         return line
 
+    def poll() -> object:
+        return process.poll()
+
     line, told = write(0), 0
-    for number, (interrupted, outcome) in enumerate(at_each_moment(lambda: process.poll()), 1):
+    for number, (interrupted, outcome) in enumerate(at_each_moment(poll), 1):
         assert isinstance(outcome, Interrupted) if interrupted else outcome is None, outcome
         try:
             read = next(process.stdout.lines())

@@ -51,9 +51,12 @@ async def boot(
     """
     abandoned = threading.Event()
     over = threading.Event()
+    begin = threading.Lock()  # is taken by who comes first: the start, or the cancellation
     made: list[blocking_machine.Machine] = []
 
     def start() -> None:
+        if not begin.acquire(blocking=False):
+            return
         try:
             made.append(
                 blocking.boot(
@@ -67,8 +70,13 @@ async def boot(
         await anyio.to_thread.run_sync(start, abandon_on_cancel=True)
     except BaseException:
         abandoned.set()
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(partial(give_up, over, made), abandon_on_cancel=True)
+        if not begin.acquire(blocking=False):  # else no thread was free for it yet
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(
+                    partial(give_up, over, made),
+                    abandon_on_cancel=True,
+                    limiter=anyio.CapacityLimiter(1),  # not behind what has all the others
+                )
         raise
     return Machine(made[0])
 

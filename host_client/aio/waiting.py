@@ -55,14 +55,20 @@ async def _ready(sock: socket.socket, events: int) -> int:
         await anyio.wait_writable(sock)
         return select.POLLOUT
     ready = 0
+    closed: anyio.ClosedResourceError | None = None  # raised here, not as a group of errors
     async with anyio.create_task_group() as either:
 
         async def until(wanted: int) -> None:
-            nonlocal ready
-            await _ready(sock, wanted)
-            ready |= wanted
+            nonlocal ready, closed
+            try:
+                await _ready(sock, wanted)
+                ready |= wanted
+            except anyio.ClosedResourceError as error:
+                closed = error
             either.cancel_scope.cancel()
 
         either.start_soon(until, select.POLLIN)
         either.start_soon(until, select.POLLOUT)
+    if closed is not None:
+        raise closed
     return ready

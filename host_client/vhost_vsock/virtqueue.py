@@ -34,9 +34,12 @@ _barrier = threading.Lock()
 
 
 def _fence() -> None:
-    """Full memory barrier: taking a lock is an atomic read-modify-write, a full barrier on x86."""
-    _barrier.acquire()
-    _barrier.release()
+    """Full memory barrier: taking a lock is an atomic read-modify-write, a full barrier on x86.
+
+    By `with`, between whose two ends no interrupt comes that would leave it taken for ever.
+    """
+    with _barrier:
+        pass
 
 
 class VirtqueueError(Exception):
