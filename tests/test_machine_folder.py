@@ -1,13 +1,18 @@
 """A machine's folder is made and written through descriptors: nobody can swap what is between."""
 
+import contextlib
 import os
+import resource
 from pathlib import Path
 
+import machinekit
 import pytest
 
-from host_client.errors import ImageError, MachineError
+from host_client import boot, list_machines
+from host_client.errors import ImageError, MachineError, MicroguestError
 from host_client.images.cache import Cache
 from host_client.machines.folder import claim
+from host_client.machines.qemu import write_initramfs
 
 OTHER = 1234  # a user's id
 
@@ -95,3 +100,89 @@ def test_a_file_that_cannot_be_written_leaves_nothing(sticky: Path) -> None:
             folder.write("token", b"secret")
     assert sorted(os.listdir(folder.path)) == ["run", "token"]
     folder.remove()
+
+
+def test_what_is_in_the_place_of_a_folder_is_not_removed(sticky: Path) -> None:
+    folder = claim("one")
+    os.rename(folder.path, sticky / "away")
+    os.mkdir(folder.path)
+    Path(folder.path, "theirs").touch()
+    folder.remove()
+    assert os.listdir(folder.path) == ["theirs"]
+    assert os.listdir(sticky / "away") == []
+
+
+def test_nothing_is_written_into_the_run_folder_of_another(sticky: Path) -> None:
+    folder = claim("one")
+    os.rename(folder.path, sticky / "away")
+    os.makedirs(folder.run)
+    with pytest.raises(MachineError, match="is not the folder that was made"):
+        folder.write_run("boot.json", b"config")
+    assert os.listdir(folder.run) == []
+    folder.remove()
+
+
+@pytest.mark.parametrize("kind", ["file", "initramfs"])
+def test_a_file_that_gets_no_room_in_the_middle_is_an_error(sticky: Path, kind: str) -> None:
+    """As on a disk that gets full: one write(2) takes what there is room for."""
+    folder = claim("one")
+    base = sticky / "base"
+    base.write_bytes(bytes(4096))
+
+    def write() -> None:
+        if kind == "file":
+            folder.write("state.json", b"x" * 8192)
+        else:
+            write_initramfs(str(base), f"{folder.run}/initramfs", b"x" * 8192)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
+    try:
+        with pytest.raises(OSError, match="large"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(folder.path) == ["run"]
+    folder.remove()
+
+
+def test_a_boot_without_descriptors_leaves_none_and_no_name(elf: Path, sticky: Path) -> None:
+    """However many are left: each boot fails with an error of ours, until one succeeds."""
+    image = machinekit.demo_image()
+    with boot(image, machine="namespaces", name="one"):
+        pass  # what is kept open for later, and the image's directory
+    before = descriptors()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before) + 100, hard))
+    failed = 0
+    try:
+        for free in range(100):
+            hogs = []
+            with contextlib.suppress(OSError):
+                while True:
+                    hogs.append(os.open("/", os.O_PATH))
+            for fd in hogs[len(hogs) - free :]:
+                os.close(fd)
+            del hogs[len(hogs) - free :]
+            try:
+                machine = boot(image, machine="namespaces", name="one")
+            except MicroguestError:
+                failed += 1
+                machine = None
+            finally:
+                for fd in hogs:
+                    os.close(fd)
+            if machine is not None:
+                machine.kill()
+                break
+            assert descriptors() == before
+            assert list_machines(all=True) == []  # puts in order what no descriptor was left for
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert failed > 5
+
+
+def descriptors() -> set[int]:
+    return {
+        int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")
+    }

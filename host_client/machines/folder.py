@@ -106,17 +106,19 @@ class Folder:
 
         MachineError where another folder is in the place of the one that was locked.
         """
-        folder = os.open(self.path, FOLDER_ONLY)  # also for who has let go of the lock
+        folder = self._open()
         try:
-            if not os.path.samestat(os.fstat(folder), self._status):
-                raise refusal(f"{self.path} is not the folder that was made")
             write_file(name, data, folder)
         finally:
             os.close(folder)
 
     def write_run(self, name: str, data: bytes) -> None:
         """The same in `run`."""
-        run = os.open(self.run, FOLDER_ONLY)
+        folder = self._open()
+        try:
+            run = os.open("run", FOLDER_ONLY, dir_fd=folder)
+        finally:
+            os.close(folder)
         try:
             refuse(not_ours(self.run, os.fstat(run)))
             write_file(name, data, run)
@@ -132,9 +134,25 @@ class Folder:
             self.fd = -1
 
     def remove(self) -> None:
-        """Delete the folder, then let go."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Delete the folder as far as that can be done, then let go.
+
+        What another has put in its place stays.
+        """
+        try:
+            if self.fd < 0:
+                self.fd = self._open()
+            remove_all(self.path, self.fd)
+        except (OSError, MachineError):
+            pass  # gone, or another's; or it stays for a `sweep`
         self.release()
+
+    def _open(self) -> int:
+        """A descriptor of it, also for who has let go of the lock. MachineError for another one."""
+        folder = os.open(self.path, FOLDER_ONLY)
+        if not os.path.samestat(os.fstat(folder), self._status):
+            os.close(folder)
+            raise refusal(f"{self.path} is not the folder that was made")
+        return folder
 
 
 def claim(name: str | None) -> Folder:
@@ -266,21 +284,28 @@ def bury(name: str) -> None:
             console=cut(last, CONSOLE_SHOWN, tail=True),
         )
         folder.write("state.json", state.to_json().encode("ascii"))
-    remove_running(folder.path)
+    remove_running(folder.fd)
     folder.release()
 
 
-def remove_running(path: str) -> None:
-    """What a machine has only as long as it runs; its state and its logs stay."""
-    shutil.rmtree(os.path.join(path, "run"), ignore_errors=True)
-    for name in ("token", "monitor.log"):
-        try:
-            os.unlink(os.path.join(path, name))
-        except FileNotFoundError:
-            pass
-    for name in os.listdir(path):
-        if name.endswith(UNFINISHED):
-            os.unlink(os.path.join(path, name))
+def remove_running(folder: int) -> None:
+    """What a machine has only as long as it runs; its state and its logs stay.
+
+    folder: its descriptor, as in `write_file`.
+    """
+    shutil.rmtree("run", ignore_errors=True, dir_fd=folder)
+    for name in os.listdir(folder):
+        if name in ("token", "monitor.log") or name.endswith(UNFINISHED):
+            os.unlink(name, dir_fd=folder)
+
+
+def remove_all(path: str, folder: int) -> None:
+    """All of a folder, as far as that can be done, and the folder where nothing is in it."""
+    try:
+        _clear(folder, ignore_errors=True)
+        os.rmdir(path)
+    except OSError:
+        pass
 
 
 def _take_dead(name: str) -> Folder | None:
@@ -299,7 +324,7 @@ def write_file(name: str, data: bytes, folder: int) -> None:
     try:
         fd = os.open(temporary, flags, 0o600, dir_fd=folder)
         try:
-            with open(fd, "wb", buffering=0) as file:
+            with open(fd, "wb") as file:  # with a buffer: one write(2) may take a part only
                 file.write(data)
             os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
@@ -349,9 +374,13 @@ def _lock_existing(path: str) -> int | None:
     return None
 
 
-def _clear(folder: int) -> None:
+def _clear(folder: int, *, ignore_errors: bool = False) -> None:
     for name in os.listdir(folder):
-        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-            shutil.rmtree(name, dir_fd=folder)
-        else:
-            os.unlink(name, dir_fd=folder)
+        try:
+            if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                shutil.rmtree(name, ignore_errors, dir_fd=folder)
+            else:
+                os.unlink(name, dir_fd=folder)
+        except OSError:
+            if not ignore_errors:
+                raise

@@ -225,15 +225,20 @@ def start_monitor(folder: Folder, link: socket.socket) -> "subprocess.Popen[byte
         os.path.dirname(os.path.dirname(os.path.abspath(p.__file__ or "")))
         for p in (guest, host_client)
     }
-    log = os.open(
-        "monitor.log",
-        os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC,
-        0o600,
-        dir_fd=folder.fd,
-    )
-    # Behind those that become the child's standard ones, whichever are closed here.
-    descriptors = (above_standard(link.fileno()), above_standard(folder.fd))
+    opened: list[int] = []
     try:
+        opened.append(
+            os.open(
+                "monitor.log",
+                os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC,
+                0o600,
+                dir_fd=folder.fd,
+            )
+        )
+        # Behind those that become the child's standard ones, whichever are closed here.
+        for fd in (link.fileno(), folder.fd):
+            opened.append(above_standard(fd))
+        log, *descriptors = opened
         return subprocess.Popen(
             [
                 *(sys.executable, "-I", "-S", "-c", PROGRAM.format(homes=sorted(homes))),
@@ -246,5 +251,5 @@ def start_monitor(folder: Folder, link: socket.socket) -> "subprocess.Popen[byte
             start_new_session=True,
         )
     finally:
-        for fd in (log, *descriptors):
+        for fd in opened:
             os.close(fd)

@@ -12,7 +12,6 @@ lock, and the next command of anybody sweeps the folder. It imports no more than
 import contextlib
 import fcntl
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -25,7 +24,7 @@ from guest.record import Record, RecordError
 from guest.report import BootFailed, Ready, Stopping
 from host_client.machines.boottime import BootTimeline
 from host_client.machines.console import RotatingLog, printable_lines
-from host_client.machines.folder import STATE_VARIABLE, remove_running, write_file
+from host_client.machines.folder import STATE_VARIABLE, remove_all, remove_running, write_file
 from host_client.machines.history import changes
 from host_client.machines.plan import (
     COMMANDS,
@@ -93,7 +92,7 @@ def main(arguments: list[str]) -> int:
         tell_never_made(link, plan, error, folder)
         return 1
     finally:
-        remove_leftovers(folder, keep=keep)
+        remove_leftovers(folder, lock_fd, keep=keep)
         link.close()
     return 0
 
@@ -118,13 +117,13 @@ def tell_never_made(link: socket.socket, plan: Plan, error: OSError, folder: str
         link.send(state.to_json().encode("ascii"), socket.MSG_NOSIGNAL)
 
 
-def remove_leftovers(folder: str, *, keep: bool) -> None:
-    """Everything, or all but the state and the logs."""
+def remove_leftovers(path: str, folder: int, *, keep: bool) -> None:
+    """Everything, or all but the state and the logs. folder: its descriptor."""
     os.chdir("/")
     if keep:
         remove_running(folder)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_all(path, folder)
 
 
 class Monitor:

@@ -262,7 +262,8 @@ def write_initramfs(base: str, path: str, config: bytes) -> None:
         [cpio.directory("microguest"), cpio.regular(PATH.lstrip("/"), config, 0o600)]
     )
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb", buffering=0) as target, open(base, "rb", buffering=0) as source:
+    # With a buffer: one write(2) to a disk that gets full takes a part of the config and says so.
+    with open(fd, "wb") as target, open(base, "rb", buffering=0) as source:
         shutil.copyfileobj(source, target, 1024 * 1024)
         target.write(bytes(-target.tell() % cpio.ALIGNMENT) + segment)
 
