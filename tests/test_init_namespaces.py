@@ -1,9 +1,11 @@
 """The launcher: what it refuses, how it ends, and that nothing of a machine is left on the host."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,8 +29,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_root(tmp_path_factory.mktemp("image"))
 
 
-def mounts() -> str:
-    return Path("/proc/self/mountinfo").read_text()
+@contextlib.contextmanager
+def place_of_its_own() -> Iterator[int]:
+    """A process in a mount namespace where nobody else mounts, and that hears of all mounts."""
+    command = ["unshare", "--mount", "--propagation", "shared", "sleep", "1000"]
+    with subprocess.Popen(command) as holder:
+        try:
+            name = Path(f"/proc/{holder.pid}/comm")
+            wait_for(lambda: name.read_text() == "sleep\n", "its namespace")
+            yield holder.pid
+        finally:
+            holder.kill()
+
+
+def mounts(pid: int) -> str:
+    return Path(f"/proc/{pid}/mountinfo").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -71,14 +86,16 @@ def test_kill_9_of_the_launcher_leaves_no_process(root: Path) -> None:
 
 
 def test_no_mount_is_left_on_the_host(root: Path) -> None:
-    before = mounts()
-    with Machine(root, boot_config(["sleep", "1000"])) as machine:
-        machine.report("ready")
-        assert mounts() == before
-        machine.process.terminate()
-        assert machine.wait() == 0
-        assert mounts() == before
-        assert sorted(os.listdir(machine.run)) == ["boot.json", "console", "host"]
+    with place_of_its_own() as host:
+        before = mounts(host)
+        there = ("nsenter", f"--mount=/proc/{host}/ns/mnt")
+        with Machine(root, boot_config(["sleep", "1000"]), under=there) as machine:
+            machine.report("ready")
+            assert mounts(host) == before
+            machine.process.terminate()
+            assert machine.wait() == 0
+            assert mounts(host) == before
+            assert sorted(os.listdir(machine.run)) == ["boot.json", "console", "host"]
 
 
 def test_ordinary_users_may_do_it_too(root: Path) -> None:

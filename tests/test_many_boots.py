@@ -36,13 +36,21 @@ def busy_processors() -> Iterator[None]:
 
 def on_the_host(names: set[str]) -> set[str]:
     """What machines could leave behind: processes of ours, mounts, loop devices, folders."""
+    folders = [f"{machines_root()}/{name}" for name in names]
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     return {
         *(f"process {pid}" for pid in family(os.getpid())),
-        *(f"mount {line}" for line in mounts),
-        *(f"loop device {path}" for path in Path("/sys/block").glob("loop*/loop")),
-        *(f"machine {name}" for name in names if os.path.exists(f"{machines_root()}/{name}")),
+        *(f"mount {line}" for line in mounts if any(folder in line for folder in folders)),
+        *(f"loop device of {file}" for file in looped() if file.startswith(tuple(folders))),
+        *(f"folder {folder}" for folder in folders if os.path.exists(folder)),
     }
+
+
+def looped() -> Iterator[str]:
+    """The files behind the loop devices of this host."""
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            yield path.read_text().strip()
 
 
 @pytest.mark.slow
