@@ -6,6 +6,7 @@ into a failure, for machines that are meant to have everything. Hypothesis runs 
 profile; `--hypothesis-profile=deep` looks for new examples.
 """
 
+import contextlib
 import gc
 import os
 import platform
@@ -15,9 +16,12 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
+import machinekit
 import pytest
 from hypothesis import HealthCheck, settings
 from sleepers import Sleeper
+
+from host_client.errors import MachineError
 
 PROJECT = Path(__file__).parent.parent
 LEAK_GRACE = 2.0  # seconds in which what a test stopped may still be going away
@@ -119,6 +123,31 @@ def elf() -> Path:
     if not path.is_file():
         pytest.fail(f"{path} does not exist: build it with `make guest`")
     return path
+
+
+@pytest.fixture(scope="session")
+def image(elf: Path) -> str:
+    """Busybox, for `boot` and `microguest run`."""
+    return machinekit.demo_image()
+
+
+@pytest.fixture
+def machines_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the machines that this test starts. None of them runs on after it."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    yield tmp_path / "state" / "microguest" / "machines"
+    with contextlib.suppress(MachineError):  # where the test has spoiled the folder
+        machinekit.end_machines()
+
+
+@pytest.fixture(scope="module")
+def module_machines_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same for all tests of a module, whose machines some of them share."""
+    with pytest.MonkeyPatch.context() as patch:
+        state = tmp_path_factory.mktemp("state")
+        patch.setenv("XDG_STATE_HOME", str(state))
+        yield state / "microguest" / "machines"
+        machinekit.end_machines()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

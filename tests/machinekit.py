@@ -21,7 +21,7 @@ from host_client.machines.plan import MachineState
 from host_client.machines.shares import virtiofsd
 
 PROJECT = Path(__file__).parent.parent
-KINDS = ["namespaces", "qemu"]
+KINDS = ["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)]  # for parametrize
 
 
 def demo_image() -> str:

@@ -155,15 +155,7 @@ def test_bad_request_is_a_typed_error_and_leaves_nothing(
 
 
 @pytest.fixture(scope="module")
-def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        path = tmp_path_factory.mktemp("state")
-        patch.setenv("XDG_STATE_HOME", str(path))
-        yield path
-
-
-@pytest.fixture(scope="module")
-def emulated(state_home: pathlib.Path, elf: pathlib.Path) -> Iterator[Machine]:
+def emulated(module_machines_home: pathlib.Path, elf: pathlib.Path) -> Iterator[Machine]:
     with boot(machinekit.demo_image(), machine="qemu", memory="384M") as machine:
         machine.agent.ping()  # makes the connection that is kept for small requests
         machine.agent.exec(["true"])
@@ -263,7 +255,9 @@ def test_limits_that_need_more_than_there_is_are_refused(emulated: Machine) -> N
     assert (caught.value.code, caught.value.step) == ("setup_failed", "rlimit")
 
 
-def test_limits_without_cgroups_are_refused(state_home: pathlib.Path, elf: pathlib.Path) -> None:
+def test_limits_without_cgroups_are_refused(
+    module_machines_home: pathlib.Path, elf: pathlib.Path
+) -> None:
     with boot(machinekit.demo_image(), machine="namespaces") as machine:
         for limits in (Limits(memory=MIB), Limits(cpu=1), Limits(processes=10)):
             with pytest.raises(StartError) as caught:

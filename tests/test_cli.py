@@ -4,38 +4,18 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import machinekit
 import pytest
+from clikit import PROGRAM, Done, microguest
 from machinekit import wait_until
 from patience import PATIENCE
 
-PROGRAM = str(Path(sys.executable).parent / "microguest")
-KIND = pytest.mark.parametrize("kind", ["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
-Done = "subprocess.CompletedProcess[bytes]"
-
-
-@pytest.fixture(autouse=True)
-def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    yield tmp_path / "state" / "microguest" / "machines"
-    machinekit.end_machines()
-
-
-@pytest.fixture
-def image(elf: Path) -> str:
-    return machinekit.demo_image()
-
-
-def microguest(*words: str, stdin: bytes = b"") -> Done:
-    return subprocess.run(
-        [PROGRAM, *words], input=stdin, capture_output=True, timeout=90, check=False
-    )
+pytestmark = pytest.mark.usefixtures("machines_home")
+KIND = pytest.mark.parametrize("kind", machinekit.KINDS)
 
 
 def run(image: str, *command: str, options: tuple[str, ...] = (), stdin: bytes = b"") -> Done:
@@ -56,13 +36,13 @@ def complaint(done: Done) -> str:
 
 
 @KIND
-def test_exit_code_and_streams(image: str, kind: str, state_home: Path) -> None:
+def test_exit_code_and_streams(image: str, kind: str, machines_home: Path) -> None:
     done = microguest(
         *("run", "--rm", "--machine", kind, image),
         *("sh", "-c", "echo out; echo err >&2; exit 7"),
     )
     assert (done.returncode, done.stdout, done.stderr) == (7, b"out\n", b"err\n")
-    assert os.listdir(state_home) == []
+    assert os.listdir(machines_home) == []
 
 
 @KIND
@@ -148,7 +128,7 @@ def test_entrypoint(image: str) -> None:
     assert (done.stdout, done.returncode) == (b"one two\n", 0)
 
 
-def test_reader_that_leaves(image: str, state_home: Path) -> None:
+def test_reader_that_leaves(image: str, machines_home: Path) -> None:
     with subprocess.Popen(
         [PROGRAM, "run", "--rm", "--machine", "namespaces", image, "yes"],
         stdout=subprocess.PIPE,
@@ -158,7 +138,7 @@ def test_reader_that_leaves(image: str, state_home: Path) -> None:
         assert program.stdout.readline() == b"y\n"
         program.stdout.close()
         assert program.wait(PATIENCE) == -signal.SIGPIPE
-    assert os.listdir(state_home) == []
+    assert os.listdir(machines_home) == []
 
 
 def foreground(image: str, script: str) -> "subprocess.Popen[bytes]":
@@ -173,16 +153,16 @@ def foreground(image: str, script: str) -> "subprocess.Popen[bytes]":
     return program
 
 
-def test_signals_are_passed_on(image: str, state_home: Path) -> None:
+def test_signals_are_passed_on(image: str, machines_home: Path) -> None:
     script = "trap 'echo got it; exit 3' TERM; echo up; while :; do sleep 0.1; done"
     with foreground(image, script) as program:
         program.send_signal(signal.SIGTERM)
         assert program.communicate(timeout=PATIENCE)[0] == b"got it\n"
     assert program.returncode == 3
-    assert os.listdir(state_home) == []
+    assert os.listdir(machines_home) == []
 
 
-def test_second_interrupt_kills_the_machine(image: str, state_home: Path) -> None:
+def test_second_interrupt_kills_the_machine(image: str, machines_home: Path) -> None:
     script = "trap '' INT TERM; echo up; while :; do sleep 0.1; done"
     with foreground(image, script) as program:
         program.send_signal(signal.SIGINT)
@@ -191,13 +171,13 @@ def test_second_interrupt_kills_the_machine(image: str, state_home: Path) -> Non
         program.send_signal(signal.SIGINT)
         program.communicate(timeout=PATIENCE)
     assert program.returncode == 130
-    assert os.listdir(state_home) == []
+    assert os.listdir(machines_home) == []
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGHUP, -1)]
 )
-def test_interrupted_boot(image: str, state_home: Path, number: int, code: int) -> None:
+def test_interrupted_boot(image: str, machines_home: Path, number: int, code: int) -> None:
     """At several moments before the command runs, on the slow kind of machine."""
     for moment in machinekit.MOMENTS:
         with subprocess.Popen(
@@ -213,9 +193,9 @@ def test_interrupted_boot(image: str, state_home: Path, number: int, code: int) 
         machinekit.nothing_is_left("early", pids, within=PATIENCE)
 
 
-def test_killed_cli(image: str, state_home: Path) -> None:
+def test_killed_cli(image: str, machines_home: Path) -> None:
     with foreground(image, "echo up; sleep 600") as program:
-        (name,) = os.listdir(state_home)
+        (name,) = os.listdir(machines_home)
         pids = machinekit.family(machinekit.state_of(name).monitor)
         program.kill()
         machinekit.nothing_is_left(name, pids, within=PATIENCE)
@@ -238,7 +218,7 @@ def test_killed_cli(image: str, state_home: Path) -> None:
     ],
 )
 def test_what_goes_wrong_is_one_line_and_125(
-    image: str, words: list[str], message: str, state_home: Path
+    image: str, words: list[str], message: str, machines_home: Path
 ) -> None:
     done = microguest(*(image if word == "IMAGE" else word for word in words))
     assert done.returncode == 125
@@ -247,11 +227,11 @@ def test_what_goes_wrong_is_one_line_and_125(
     assert text.count("\n") == 1
     assert message in text
     assert done.stdout == b""
-    assert not state_home.exists() or os.listdir(state_home) == []
+    assert not machines_home.exists() or os.listdir(machines_home) == []
 
 
 @pytest.mark.parametrize("kind", ["namespaces", "qemu"])
-def test_corrupt_layer(image: str, kind: str, tmp_path: Path, state_home: Path) -> None:
+def test_corrupt_layer(image: str, kind: str, tmp_path: Path, machines_home: Path) -> None:
     layout = tmp_path / "layout"
     shutil.copytree(image.split(":")[1], layout)
     layer = max((layout / "blobs" / "sha256").iterdir(), key=lambda path: path.stat().st_size)
@@ -265,7 +245,7 @@ def test_corrupt_layer(image: str, kind: str, tmp_path: Path, state_home: Path) 
         del os.environ["XDG_CACHE_HOME"]
     assert done.returncode == 125
     assert layer.name[:12] in complaint(done)
-    assert os.listdir(state_home) == []
+    assert os.listdir(machines_home) == []
 
 
 # ── machines that go on ──────────────────────────────────────────────────────────────────────────
@@ -316,18 +296,18 @@ def test_detached_machine(image: str, kind: str) -> None:
     assert "has ended" in complaint(gone)
 
 
-def test_detached_machine_with_rm_leaves_nothing(image: str, state_home: Path) -> None:
+def test_detached_machine_with_rm_leaves_nothing(image: str, machines_home: Path) -> None:
     done = run(image, "sleep", "600", options=("-d", "--name", "brief"))
     assert done.stdout == b"brief\n"
     assert microguest("stop", "-t", "0", "brief").returncode == 0
-    assert os.listdir(state_home) == []
+    assert os.listdir(machines_home) == []
 
 
-def test_detached_command_that_does_not_start(image: str, state_home: Path) -> None:
+def test_detached_command_that_does_not_start(image: str, machines_home: Path) -> None:
     done = run(image, "/no/such", options=("-d",))
     assert done.returncode == 127
     complaint(done)
-    assert os.listdir(state_home) == []
+    assert os.listdir(machines_home) == []
 
 
 def test_ended_machine_keeps_its_name_until_it_is_used_again(image: str) -> None:

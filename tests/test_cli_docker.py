@@ -5,37 +5,18 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import machinekit
 import pytest
+from clikit import PROGRAM, microguest
 from machinekit import wait_until
 from patience import PATIENCE
 
 from host_client.cli.arguments import parse
 
-PROGRAM = str(Path(sys.executable).parent / "microguest")
+pytestmark = pytest.mark.usefixtures("machines_home")
 PROJECT = Path(__file__).parent.parent
-Done = "subprocess.CompletedProcess[bytes]"
-
-
-@pytest.fixture(autouse=True)
-def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    yield tmp_path / "state" / "microguest" / "machines"
-    machinekit.end_machines()
-
-
-@pytest.fixture
-def image(elf: Path) -> str:
-    return machinekit.demo_image()
-
-
-def microguest(*words: str) -> Done:
-    return subprocess.run(
-        [PROGRAM, *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=90, check=False
-    )
 
 
 def output(*words: str) -> str:
@@ -180,7 +161,7 @@ def test_several_processes_and_one_is_missing(image: str) -> None:
     end("box")
 
 
-def test_rm(image: str, state_home: Path) -> None:
+def test_rm(image: str, machines_home: Path) -> None:
     start(image, "runs")
     microguest("run", "--name", "over", "--machine", "namespaces", image, "true")
     done = microguest("rm", "runs", "over", "nobody")
@@ -190,7 +171,7 @@ def test_rm(image: str, state_home: Path) -> None:
     pids = machinekit.family(machinekit.state_of("runs").monitor)
     assert output("rm", "-f", "runs", "nobody") == "runs\n"
     assert not any(map(machinekit.runs, pids))
-    assert os.listdir(state_home) == []
+    assert os.listdir(machines_home) == []
 
 
 def test_cidfile(image: str, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 import imagefactory as factory
-import machinekit
 import pytest
 
 from host_client.machines import shares as daemons
@@ -16,10 +15,7 @@ from host_client.machines import shares as daemons
 DOCTOR = [sys.executable, "-m", "host_client.cli", "doctor"]
 
 
-@pytest.fixture(autouse=True)
-def image(elf: Path) -> str:
-    """A host where machines can run."""
-    return machinekit.demo_image()
+pytestmark = pytest.mark.usefixtures("image")  # on a host where machines can run
 
 
 def doctor(*before: str, env: dict[str, str] | None = None, cwd: Path = factory.PROJECT) -> "Said":

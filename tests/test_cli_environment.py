@@ -13,6 +13,7 @@ from pathlib import Path
 
 import machinekit
 import pytest
+from clikit import PROGRAM, Done, microguest
 from machinekit import wait_until
 from patience import PATIENCE
 from terminalkit import Person
@@ -20,22 +21,8 @@ from terminalkit import Person
 from guest.errors import MicroguestError, printable
 from host_client.cli import table
 
-PROGRAM = str(Path(sys.executable).parent / "microguest")
 PROJECT = Path(__file__).parent.parent
-Done = "subprocess.CompletedProcess[bytes]"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        yield
-        machinekit.end_machines()
-
-
-@pytest.fixture(scope="module")
-def image(elf: Path) -> str:
-    return machinekit.demo_image()
+pytestmark = pytest.mark.usefixtures("module_machines_home")
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +31,6 @@ def box(image: str) -> Iterator[str]:
     assert microguest(*words, image, "sleep", "100000").returncode == 0
     yield "box"
     assert microguest("stop", "-t", "0", "box").returncode == 0
-
-
-def microguest(*words: str, stdin: bytes = b"") -> Done:
-    return subprocess.run(
-        [PROGRAM, *words], input=stdin, capture_output=True, timeout=90, check=False
-    )
 
 
 def in_shell(line: str, *, shell: str = "bash") -> Done:
@@ -245,7 +226,7 @@ def test_output_of_a_workload_that_is_cut_is_told_of(image: str) -> None:
     assert b"still held it open" in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
+@pytest.mark.parametrize("kind", machinekit.KINDS)
 def test_logs_are_what_the_program_wrote(image: str, kind: str) -> None:
     name = f"crlf-{kind}"
     script = r"printf 'dos\r\nunix\nbar 1\rbar 2\r\n\r\r\nend\n'; sleep 1000"

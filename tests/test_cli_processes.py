@@ -2,28 +2,19 @@
 
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import machinekit
 import pytest
+from clikit import PROGRAM, microguest
 from machinekit import wait_until
 from patience import PATIENCE
 
-PROGRAM = str(Path(sys.executable).parent / "microguest")
-Done = "subprocess.CompletedProcess[bytes]"
+pytestmark = pytest.mark.usefixtures("module_machines_home")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        yield
-        machinekit.end_machines()
-
-
-@pytest.fixture(scope="module", params=["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
+@pytest.fixture(scope="module", params=machinekit.KINDS)
 def box(elf: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     name, kind = f"procs-{request.param}", request.param
     image = machinekit.demo_image()
@@ -31,12 +22,6 @@ def box(elf: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     assert microguest(*words).returncode == 0
     yield name
     assert microguest("stop", "-t", "0", name).returncode == 0
-
-
-def microguest(*words: str, stdin: bytes = b"") -> Done:
-    return subprocess.run(
-        [PROGRAM, *words], input=stdin, capture_output=True, timeout=90, check=False
-    )
 
 
 def start(box: str, *words: str) -> str:
@@ -136,7 +121,7 @@ while :; do sleep 0.05; done
 """
 
 
-@pytest.fixture(params=["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
+@pytest.fixture(params=machinekit.KINDS)
 def web(elf: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     name = f"web-{request.param}"
     words = ("run", "-d", "--name", name, "--machine", request.param)

@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import imagefactory as factory
 import machinekit
 import pytest
+from clikit import PROGRAM
 from machinekit import wait_until
 from patience import PATIENCE
 from terminalkit import Person
@@ -18,7 +18,6 @@ from terminalkit import Person
 from host_client import boot, images
 from host_client.images import recipes
 
-PROGRAM = str(Path(sys.executable).parent / "microguest")
 LARGE = factory.layer([factory.member("zeros", bytes(5 << 20)), factory.member("end", b"!")])
 
 
@@ -27,13 +26,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> images.Cache:
     """Where the command line looks, too."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return images.Cache(str(tmp_path / "cache" / "microguest" / "images"))
-
-
-@pytest.fixture
-def ended_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    yield
-    machinekit.end_machines()
 
 
 # -- a program -------------------------------------------------------------------------------
@@ -82,7 +74,7 @@ def test_disk_of_a_directory_is_told_too(tmp_path: Path) -> None:
     assert told[0] == images.Progress("making", f"dir:{tmp_path / 'root'}", 0, 0)
 
 
-@pytest.mark.usefixtures("ended_machines", "elf")
+@pytest.mark.usefixtures("machines_home", "elf")
 def test_boot_tells(cache: images.Cache) -> None:
     told: list[images.Progress] = []
     with boot(machinekit.demo_image(), machine="namespaces", progress=told.append):
@@ -154,7 +146,7 @@ def test_terminal_without_a_cursor() -> None:
         assert person.raw.decode() == f"{LINE}\r\nover\r\n"
 
 
-@pytest.mark.usefixtures("ended_machines", "elf")
+@pytest.mark.usefixtures("machines_home", "elf")
 @pytest.mark.parametrize("quiet", [False, True])
 def test_run_says_what_it_waits_for(cache: images.Cache, tmp_path: Path, quiet: bool) -> None:
     """One line where stderr is no terminal; here for an image that somebody else has in hand."""

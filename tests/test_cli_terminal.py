@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import machinekit
 import pytest
+from clikit import PROGRAM, microguest
 from imagefactory import require
 from machinekit import wait_until
 from patience import PATIENCE
@@ -21,25 +21,11 @@ from guest import limits
 from host_client.cli.detachkeys import DetachKeys, parse
 from host_client.cli.terminal import ScreenModes
 
-PROGRAM = str(Path(sys.executable).parent / "microguest")
 PROMPT = "/ #"
-Done = "subprocess.CompletedProcess[bytes]"
+pytestmark = pytest.mark.usefixtures("module_machines_home")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        yield
-        machinekit.end_machines()
-
-
-@pytest.fixture(scope="module")
-def image(elf: Path) -> str:
-    return machinekit.demo_image()
-
-
-@pytest.fixture(scope="module", params=["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
+@pytest.fixture(scope="module", params=machinekit.KINDS)
 def any_box(image: str, request: pytest.FixtureRequest) -> Iterator[str]:
     yield from machine(f"any-{request.param}", image, request.param)
 
@@ -56,12 +42,6 @@ def machine(name: str, image: str, kind: str = "namespaces") -> Iterator[str]:
     assert started.returncode == 0, started.stderr
     yield name
     assert microguest("stop", "-t", "0", name).returncode == 0
-
-
-def microguest(*words: str, stdin: bytes = b"") -> Done:
-    return subprocess.run(
-        [PROGRAM, *words], input=stdin, capture_output=True, timeout=90, check=False
-    )
 
 
 def at_terminal(*words: str, rows: int = 24, columns: int = 80) -> Person:
@@ -403,7 +383,7 @@ def test_shell(box: str) -> None:
         assert person.is_as_before
 
 
-@pytest.mark.parametrize("kind", ["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
+@pytest.mark.parametrize("kind", machinekit.KINDS)
 def test_run_in_a_terminal(image: str, kind: str) -> None:
     with at_terminal(
         *("run", "-it", "--rm", "--name", "term", "--machine", kind, "-e", "A=b", image, "sh")

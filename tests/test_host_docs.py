@@ -5,26 +5,19 @@ import re
 import textwrap
 from pathlib import Path
 
-import machinekit
 import pytest
 
 PAGE = Path(__file__).parent.parent / "docs" / "host.md"
 IMAGE = '"oci:images/demo:busybox", memory="512M"'
 
 
-def test_examples(
-    elf: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_examples(image: str, machines_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from host_client import boot
 
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(examples) >= 5
-    here = f'{machinekit.demo_image()!r}, machine="namespaces"'
-    with boot(machinekit.demo_image(), machine="namespaces") as machine:
+    here = f'{image!r}, machine="namespaces"'
+    with boot(image, machine="namespaces") as machine:
         names = {"machine": machine, "agent": machine.agent}
         for number, example in enumerate(examples):
             program = example.replace(IMAGE, here)
@@ -55,20 +48,16 @@ esac
 
 
 def test_first_example_of_handoff(
-    elf: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    image: str, machines_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It waits until there is something to say; with systemd itself in tests/test_vm_handoff.py."""
     from host_client import boot
 
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     page = (PAGE.parent / "handoff.md").read_text()
     (example,) = re.findall(r"(?m)^(?:    .*\n)+", page[: page.index("## In order")])
     started = 'boot("oci:debian:systemd", handoff=True, memory="1G")'
     assert started in example
-    with boot(machinekit.demo_image(), machine="namespaces") as machine:
+    with boot(image, machine="namespaces") as machine:
         install = "cat >/usr/bin/systemctl && chmod 755 /usr/bin/systemctl"
         machine.agent.exec(shell=install, input=SYSTEMCTL.encode(), check=True)
         program = textwrap.dedent(example).replace(started, "contextlib.nullcontext(machine)")

@@ -19,7 +19,7 @@ import anyio
 import pytest
 from agentharness import TOKEN, AgentProcess
 from hostkit import agent_at, answer_pings, serving
-from machinekit import demo_image, wait_until
+from machinekit import wait_until
 
 from host_client import Agent, aio, boot, connect
 from host_client.errors import ConnectionLost
@@ -227,11 +227,8 @@ def test_an_inherited_awaiting_process_is_the_parents(client: Agent, backend: st
     anyio.run(main, backend=backend)
 
 
-def test_an_inherited_machine_is_the_parents(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elf: Path
-) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    with boot(demo_image(), machine="namespaces") as machine:
+def test_an_inherited_machine_is_the_parents(machines_home: Path, image: str) -> None:
+    with boot(image, machine="namespaces") as machine:
 
         def child() -> tuple[list[str], bytes, str]:
             calls = (machine.stop, machine.kill, machine.detach, lambda: machine.wait(1))
@@ -251,8 +248,7 @@ def test_an_inherited_machine_is_the_parents(
     assert not is_alive(machine.name)
 
 
-def test_a_child_keeps_no_name_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+def test_a_child_keeps_no_name_taken(machines_home: Path) -> None:
     folder = claim("forked")
     go_on, tell = os.pipe()
     child = Child(lambda: os.read(go_on, 1))
@@ -340,13 +336,10 @@ def test_a_living_child_keeps_no_process_that_was_closed(
     wait_until("all ended", lambda: label not in [each.label for each in client.processes()])
 
 
-def test_a_living_child_keeps_no_machine_of_a_dead_parent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elf: Path
-) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+def test_a_living_child_keeps_no_machine_of_a_dead_parent(machines_home: Path, image: str) -> None:
     lines = (
         "from host_client import boot",
-        f"machine = boot({demo_image()!r}, machine='namespaces', name='orphan')",
+        f"machine = boot({image!r}, machine='namespaces', name='orphan')",
         FORK,
         "print(child, flush=True); time.sleep(1000)",
     )

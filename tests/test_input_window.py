@@ -19,7 +19,7 @@ import anyio
 import pytest
 from agentharness import TOKEN, AgentProcess, Closed, Host
 from hostkit import Peer, agent_at, serving
-from machinekit import demo_image
+from machinekit import KINDS, demo_image
 from patience import PATIENCE
 
 from guest import frames, limits
@@ -358,7 +358,7 @@ def test_all_input_arrives_whatever_credit_comes(tmp_path: pathlib.Path) -> None
     assert got == text
 
 
-@pytest.mark.parametrize("kind", ["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_cli_passes_signals_on(kind: Literal["namespaces", "qemu"]) -> None:
     """`timeout 2 microguest exec -i M sleep 30 </dev/zero`: TERM arrives."""
     with boot(demo_image(), machine=kind) as machine, open("/dev/zero", "rb") as zero:

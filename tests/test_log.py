@@ -6,7 +6,6 @@ import sys
 import threading
 from pathlib import Path
 
-import machinekit
 import pytest
 from agentharness import TOKEN, AgentProcess
 from hostkit import Peer, agent_at, serving
@@ -19,14 +18,12 @@ from host_client.log import DEBUG, WARNING, note
 
 
 def test_moments_of_a_machine(
-    elf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    image: str, machines_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     caplog.set_level(logging.DEBUG, "microguest")
-    image = machinekit.demo_image()
     secret = "hunter2-in-the-environment"
     with boot(image, machine="namespaces", name="first", env={"PASSWORD": secret}) as machine:
-        token = Path(tmp_path, "state/microguest/machines/first/token").read_text().strip()
+        token = (machines_home / "first" / "token").read_text().strip()
         machine.agent.exec(["sh", "-c", ": said-in-an-argument"], env={"P": secret}, input=b"typed")
         process = machine.agent.start(["sleep", "1000"])
         find("first").kill()
@@ -47,12 +44,12 @@ def test_moments_of_a_machine(
 
 
 def test_what_a_dead_machine_left_is_logged(
-    elf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    machines_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    (tmp_path / "state/microguest/machines/stale/run").mkdir(parents=True, mode=0o700)
-    for path in ("", "/microguest", "/microguest/machines", "/microguest/machines/stale"):
-        Path(f"{tmp_path}/state{path}").chmod(0o700)
+    stale = machines_home / "stale"
+    (stale / "run").mkdir(parents=True, mode=0o700)
+    for path in (stale, *stale.parents[:3]):
+        path.chmod(0o700)
     caplog.set_level(logging.INFO, "microguest")
     assert list_machines() == []
     assert "machine stale: " in caplog.text

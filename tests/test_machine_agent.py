@@ -17,16 +17,10 @@ from host_client.machines.machine import Machine
 ENV = {"COLOUR": "green", "ODD": "a=b \u00e9"}
 
 
-@pytest.fixture(scope="module")
-def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        path = tmp_path_factory.mktemp("state")
-        patch.setenv("XDG_STATE_HOME", str(path))
-        yield path
-
-
-@pytest.fixture(scope="module", params=["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
-def machine(request: pytest.FixtureRequest, state_home: Path, elf: Path) -> Iterator[Machine]:
+@pytest.fixture(scope="module", params=machinekit.KINDS)
+def machine(
+    request: pytest.FixtureRequest, module_machines_home: Path, elf: Path
+) -> Iterator[Machine]:
     with boot(machinekit.demo_image(), machine=request.param, env=ENV, hostname="demo") as machine:
         machine.agent.ping()  # makes the connection that is kept for small requests
         yield machine
@@ -150,8 +144,8 @@ def test_name_is_taken(machine: Machine) -> None:
     machine.agent.ping()
 
 
-def test_secrets_stay_private(machine: Machine, state_home: Path) -> None:
-    folder = state_home / "microguest" / "machines" / machine.name
+def test_secrets_stay_private(machine: Machine, module_machines_home: Path) -> None:
+    folder = module_machines_home / machine.name
     assert folder.stat().st_mode & 0o777 == 0o700
     token_file = folder / "token"
     assert token_file.stat().st_mode & 0o777 == 0o600

@@ -15,10 +15,7 @@ from host_client.machines.capacity import host_memory, least_memory
 from host_client.machines.folder import names
 from host_client.machines.settings import mebibytes
 
-
-@pytest.fixture(autouse=True)
-def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elf: Path) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+pytestmark = pytest.mark.usefixtures("machines_home", "elf")
 
 
 def least(cpus: int) -> int:

@@ -1,6 +1,5 @@
 """Control of a machine depends on nothing that its guest says, nor on what others have left."""
 
-import contextlib
 import fcntl
 import os
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import machinekit
 import pytest
-from test_cli import microguest
+from clikit import microguest
 from test_machine_monitor import booted
 
 from host_client.errors import ImageError, MachineError
@@ -24,24 +23,13 @@ from host_client.machines.holder import monitor_of
 
 OTHER = 1234  # a user's id
 
-
-@pytest.fixture(autouse=True)
-def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    yield tmp_path / "state" / "microguest" / "machines"
-    with contextlib.suppress(MachineError):  # where the test has spoiled the folder
-        machinekit.end_machines()
+pytestmark = pytest.mark.usefixtures("machines_home")
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> str:
     (tmp_path / "root").mkdir()
     return f"dir:{tmp_path}/root"
-
-
-@pytest.fixture
-def image(elf: Path) -> str:
-    return machinekit.demo_image()
 
 
 def start(image: str, name: str, *options: str) -> None:
@@ -182,19 +170,19 @@ def plant(folder: Path, pid: int) -> int:
 
 @pytest.mark.parametrize("command", ["stop", "pause"])
 def test_no_process_is_signalled_that_is_not_the_monitor(
-    state_home: Path, bystander: "subprocess.Popen[bytes]", command: str
+    machines_home: Path, bystander: "subprocess.Popen[bytes]", command: str
 ) -> None:
     """As where its number was given to another process since."""
-    lock = plant(state_home / "web", bystander.pid)
+    lock = plant(machines_home / "web", bystander.pid)
     done = microguest(command, "web")
     os.close(lock)
     assert done.returncode == 1  # one of the names that were given failed
     assert bystander.poll() is None
 
 
-def test_a_process_that_only_looks_like_a_monitor(state_home: Path) -> None:
-    lock = plant(state_home / "web", 0)
-    folder = str(state_home / "web")
+def test_a_process_that_only_looks_like_a_monitor(machines_home: Path) -> None:
+    lock = plant(machines_home / "web", 0)
+    folder = str(machines_home / "web")
     words = (sys.executable, "-c", "import time; time.sleep(1000)")
     with subprocess.Popen(
         [*words, "host_client.machines.monitor", folder, "0", "0"], stdin=subprocess.DEVNULL
@@ -224,7 +212,7 @@ def open_to_a_group(path: Path) -> None:
 @pytest.mark.parametrize("where", ["web", "machines", "microguest", "state"])
 @pytest.mark.parametrize("command", ["stop", "pause", "ls", "exec", "logs"])
 def test_folders_that_others_have_made_are_refused(
-    state_home: Path,
+    machines_home: Path,
     bystander: "subprocess.Popen[bytes]",
     where: str,
     spoil: Callable[[Path], None],
@@ -232,8 +220,8 @@ def test_folders_that_others_have_made_are_refused(
 ) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    lock = plant(state_home / "web", bystander.pid)
-    parts = (state_home / "web", *(state_home / "web").parents)
+    lock = plant(machines_home / "web", bystander.pid)
+    parts = (machines_home / "web", *(machines_home / "web").parents)
     spoil(next(path for path in parts if path.name == where))
     words = {"exec": ("web", "true"), "ls": ()}.get(command, ("web",))
     done = microguest(command, *words)
@@ -245,14 +233,14 @@ def test_folders_that_others_have_made_are_refused(
 
 
 def test_nothing_is_made_below_a_folder_of_others(
-    state_home: Path, image: str, tmp_path: Path
+    machines_home: Path, image: str, tmp_path: Path
 ) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state").chmod(0o777)
     done = microguest("run", "--rm", "--machine", "namespaces", image, "true")
     assert done.returncode == 125
     assert b"can be written by other users" in done.stderr
-    assert not state_home.exists()
+    assert not machines_home.exists()
 
 
 def test_a_link_is_followed_before_anything_is_trusted(
@@ -300,7 +288,7 @@ def killed(name: str) -> None:
     machinekit.wait_until("all is dead", lambda: not any(map(machinekit.runs, pids)))
 
 
-def test_what_a_killed_monitor_knew_stays(image: str, state_home: Path) -> None:
+def test_what_a_killed_monitor_knew_stays(image: str, machines_home: Path) -> None:
     start(image, "victim")
     killed("victim")
     for _ in range(2):  # each of them sweeps
@@ -310,7 +298,7 @@ def test_what_a_killed_monitor_knew_stays(image: str, state_home: Path) -> None:
     assert state is not None
     assert (state.phase, state.status) == ("ended", "crashed")
     assert "the last words" in state.console
-    assert sorted(os.listdir(state_home / "victim")) == [
+    assert sorted(os.listdir(machines_home / "victim")) == [
         "console.log",
         "console.times",
         "state.json",
@@ -320,11 +308,11 @@ def test_what_a_killed_monitor_knew_stays(image: str, state_home: Path) -> None:
     assert stopped.returncode == 0
 
 
-def test_nothing_stays_of_a_killed_monitor_with_rm(image: str, state_home: Path) -> None:
+def test_nothing_stays_of_a_killed_monitor_with_rm(image: str, machines_home: Path) -> None:
     start(image, "victim", "--rm")
     killed("victim")
     microguest("ls")
-    assert not (state_home / "victim").exists()
+    assert not (machines_home / "victim").exists()
 
 
 def test_a_killed_monitor_whose_state_is_garbage(image: str) -> None:
@@ -335,15 +323,15 @@ def test_a_killed_monitor_whose_state_is_garbage(image: str) -> None:
     assert b"the last words" in microguest("logs", "victim").stdout
 
 
-def test_of_ended_machines_only_the_newest_stay(state_home: Path) -> None:
+def test_of_ended_machines_only_the_newest_stay(machines_home: Path) -> None:
     for number in range(KEPT_MACHINES + 3):
         name = f"m{number}"
-        os.close(plant(state_home / name, 1))
-        (state_home / name / "state.json").write_text(
+        os.close(plant(machines_home / name, 1))
+        (machines_home / name / "state.json").write_text(
             f'{{"name": "{name}", "created": {number}, "kept": true}}'
         )
     microguest("ls")
-    left = sorted(os.listdir(state_home), key=lambda name: int(name[1:]))
+    left = sorted(os.listdir(machines_home), key=lambda name: int(name[1:]))
     assert left == [f"m{number}" for number in range(3, KEPT_MACHINES + 3)]
 
 

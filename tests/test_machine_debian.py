@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import imagefactory
+import machinekit
 import pytest
 from patience import PATIENCE
 
@@ -20,17 +21,15 @@ DEBIAN = PROJECT / "dist" / "test-images" / "debian"
 WAIT = PATIENCE  # seconds for one answer of an emulated guest
 
 
-@pytest.fixture(scope="module", params=["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
+@pytest.fixture(scope="module", params=machinekit.KINDS)
 def debian(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, elf: Path
+    request: pytest.FixtureRequest, module_machines_home: Path, elf: Path
 ) -> Iterator[Machine]:
     image = imagefactory.debian_layout(DEBIAN)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        memory = "1G" if request.param == "qemu" else "512M"  # in namespaces it is the host's
-        with boot(image, machine=request.param, memory=memory) as machine:
-            machine.agent.ping()  # makes the connection that is kept for small requests
-            yield machine
+    memory = "1G" if request.param == "qemu" else "512M"  # in namespaces it is the host's
+    with boot(image, machine=request.param, memory=memory) as machine:
+        machine.agent.ping()  # makes the connection that is kept for small requests
+        yield machine
 
 
 @pytest.fixture

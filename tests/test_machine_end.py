@@ -20,7 +20,9 @@ from host_client.errors import BootFailed, ConnectionLost, ImageError, MachineEr
 from host_client.machines import folder
 from host_client.machines.folder import is_alive, machines_root, names, sweep
 
-KIND = pytest.mark.parametrize("kind", ["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
+pytestmark = pytest.mark.usefixtures("machines_home")
+
+KIND = pytest.mark.parametrize("kind", machinekit.KINDS)
 
 BOOTS = """
 import sys
@@ -30,17 +32,6 @@ print("up", flush=True)
 sys.stdin.readline()
 machine.stop()
 """
-
-
-@pytest.fixture(autouse=True)
-def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def image(elf: Path) -> str:
-    return machinekit.demo_image()
 
 
 def started(image: str, kind: str, name: str) -> "subprocess.Popen[bytes]":

@@ -1,8 +1,6 @@
 """Images of every kind: each does what docker does with it."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 import imagefactory
 import machinekit
 import pytest
+from clikit import microguest
 from imagefactory import directory, layer, make_layout, member, symlink
 from patience import PATIENCE
 
@@ -20,13 +19,10 @@ from host_client.machines.find import find
 from host_client.machines.folder import names
 
 BUSYBOX = "/bin/busybox"
-QEMU = pytest.param("qemu", marks=pytest.mark.qemu)
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-@pytest.fixture(autouse=True)
-def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elf: Path) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+pytestmark = pytest.mark.usefixtures("machines_home", "elf")
 
 
 def program(name: str, mode: int = 0o755) -> Any:
@@ -40,22 +36,15 @@ def image(folder: Path, *members: Any, **config: Any) -> str:
 
 def run(*words: str, machine: str = "namespaces", left: Sequence[str] = ()) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `microguest run`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "host_client.cli", "run", "--rm", "--machine", machine, *words],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=120,
-        check=False,
-    )
+    done = microguest("run", "--rm", "--machine", machine, *words)
     assert names() == list(left)
-    return done.returncode, done.stdout, done.stderr
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
 # ── kinds of images ──────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("kind", ["namespaces", QEMU])
+@pytest.mark.parametrize("kind", machinekit.KINDS)
 def test_nothing_but_one_program(tmp_path: Path, kind: str) -> None:
     """FROM scratch: no folder, no passwd, no shell."""
     scratch = image(tmp_path, program("env"), Entrypoint=["/env"], Env=["A=b c"])
@@ -72,7 +61,7 @@ def test_nothing_but_one_program(tmp_path: Path, kind: str) -> None:
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", ["namespaces", QEMU])
+@pytest.mark.parametrize("kind", machinekit.KINDS)
 def test_no_shell_and_an_ordinary_user(tmp_path: Path, kind: str) -> None:
     """As distroless images are."""
     own = image(
@@ -105,7 +94,7 @@ def test_no_shell_and_an_ordinary_user(tmp_path: Path, kind: str) -> None:
         assert machine.agent.exec(["id", "-u"], user="root").stdout == b"0\n"
 
 
-@pytest.mark.parametrize("kind", ["namespaces", QEMU])
+@pytest.mark.parametrize("kind", machinekit.KINDS)
 def test_an_init_of_its_own(tmp_path: Path, kind: str) -> None:
     inittab = b"""\
 ::sysinit:/bin/sh -c 'echo up > /run/up'

@@ -29,6 +29,8 @@ from host_client.machines.plan import AGENT_EXITS_MAX, EVENTS_MAX, cut
 from host_client.machines.qmp import Qmp
 from host_client.vhost_vsock.loop import EventLoop
 
+pytestmark = pytest.mark.usefixtures("machines_home")
+
 GUEST = """#!{python}
 import hashlib, json, os, signal, socket, sys, time
 run = sys.argv[sys.argv.index("--run") + 1]
@@ -49,11 +51,6 @@ def ready(report, **fields):
 
 {script}
 """
-
-
-@pytest.fixture(autouse=True)
-def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
 @pytest.fixture

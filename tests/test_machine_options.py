@@ -5,11 +5,11 @@ import json
 import os
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import machinekit
 import pytest
+from clikit import microguest
 from imagefactory import directory, layer, make_layout, member
 from patience import PATIENCE
 
@@ -23,31 +23,12 @@ from host_client.machines.workload import capabilities_of
 
 ALL_CAPABILITIES = 41
 
-
-@pytest.fixture(scope="module")
-def image(elf: Path) -> str:
-    return machinekit.demo_image()
-
-
-@pytest.fixture(autouse=True)
-def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return tmp_path / "state"
+pytestmark = pytest.mark.usefixtures("machines_home")
 
 
 def said(machine: Machine, line: str, **options: object) -> str:
     """What a shell in it prints, its complaints included."""
     return machine.agent.exec(shell=f"{{ {line}; }} 2>&1", **options).stdout.decode()  # type: ignore[arg-type]
-
-
-def microguest(*words: str) -> "subprocess.CompletedProcess[bytes]":
-    return subprocess.run(
-        [sys.executable, "-m", "host_client.cli", *words],
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        timeout=120,
-        check=False,
-    )
 
 
 # ── one machine with everything ──────────────────────────────────────────────────────────────────
@@ -83,7 +64,7 @@ def everything(tmp_path: Path) -> MachineOptions:
     }
 
 
-@pytest.mark.parametrize("kind", ["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
+@pytest.mark.parametrize("kind", machinekit.KINDS)
 def test_everything_at_once(image: str, tmp_path: Path, kind: str) -> None:
     options = everything(tmp_path)
     if kind == "qemu":

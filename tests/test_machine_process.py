@@ -27,15 +27,10 @@ MIB = 1024 * 1024
 TICKS = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done"
 
 
-@pytest.fixture(scope="module")
-def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        yield
-
-
-@pytest.fixture(scope="module", params=["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
-def machine(request: pytest.FixtureRequest, state_home: None, elf: Path) -> Iterator[Machine]:
+@pytest.fixture(scope="module", params=machinekit.KINDS)
+def machine(
+    request: pytest.FixtureRequest, module_machines_home: Path, elf: Path
+) -> Iterator[Machine]:
     with boot(machinekit.demo_image(), machine=request.param) as machine:
         machine.agent.ping()
         yield machine
@@ -434,8 +429,10 @@ WAITS: list[Callable[[Agent], None]] = [
 
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)])
-def test_a_dead_machine_ends_every_wait(kind: str, how: str, state_home: None, elf: Path) -> None:
+@pytest.mark.parametrize("kind", machinekit.KINDS)
+def test_a_dead_machine_ends_every_wait(
+    kind: str, how: str, module_machines_home: Path, elf: Path
+) -> None:
     """Frozen: stopped by SIGSTOP, which closes no connection."""
     with (
         boot(machinekit.demo_image(), machine=kind) as machine,

@@ -8,12 +8,11 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import anyio
-import machinekit
 import pytest
 from machinekit import family, has_folder, has_vmm, nothing_is_left, state_of, wait_until
 from patience import PATIENCE
@@ -40,18 +39,15 @@ GATED = "echo one; echo two; until test -e /go; do sleep 0.05; done; printf thre
 LEFT: list[int] = []  # monitors of machines that were detached
 
 
-@pytest.fixture(autouse=True)
-def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    yield tmp_path / "state"
-    machinekit.end_machines()
-    while LEFT:
-        os.waitpid(LEFT.pop(), 0)  # a detached machine's monitor, which is our child here
+pytestmark = pytest.mark.usefixtures("reaped", "machines_home")
 
 
 @pytest.fixture
-def image(elf: Path) -> str:
-    return machinekit.demo_image()
+def reaped() -> Iterator[None]:
+    """Monitors of detached machines are our children here; by now `machines_home` has ended all."""
+    yield
+    while LEFT:
+        os.waitpid(LEFT.pop(), 0)  # a detached machine's monitor, which is our child here
 
 
 def detached(image: str, name: str, **options: Any) -> set[int]:
@@ -203,12 +199,12 @@ def test_times_of_logs_in_an_event_loop(image: str, backend: str) -> None:
     anyio.run(main, backend=backend)
 
 
-def test_a_machine_whose_times_are_not_kept(image: str, state_home: Path) -> None:
+def test_a_machine_whose_times_are_not_kept(image: str, machines_home: Path) -> None:
     """As an older version has left it."""
     kept(image, "job", SCRIPT)
     machine = find("job")
     machine.wait(PATIENCE)
-    (state_home / "microguest" / "machines" / "job" / "console.times").unlink()
+    (machines_home / "job" / "console.times").unlink()
     assert len(list(machine.logs())) == 3
     for options in ({"timestamps": True}, {"since": "1h"}, {"until": 0}):
         with pytest.raises(MachineError, match=r"job: no times .* older version"):

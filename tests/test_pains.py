@@ -49,12 +49,10 @@ def agent() -> Iterator[AgentProcess]:
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory, elf: Path) -> Iterator[str]:
-    """A root with busybox and a user `tester`; machines of these tests live in a folder apart."""
+def image(tmp_path_factory: pytest.TempPathFactory, module_machines_home: Path, elf: Path) -> str:
+    """A root with busybox and a user `tester`, for machines of this module's own."""
     init_machine.require_program()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        yield f"dir:{init_machine.make_root(tmp_path_factory.mktemp('image') / 'root')}"
+    return f"dir:{init_machine.make_root(tmp_path_factory.mktemp('image') / 'root')}"
 
 
 @pytest.fixture

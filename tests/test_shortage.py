@@ -4,18 +4,17 @@ import errno
 import os
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import imagefactory
 import machinekit
 import pytest
+from clikit import PROGRAM
 from patience import PATIENCE
 
 from host_client import ImageError, boot
 from host_client.shortage import cannot_start, explain
 
-PROGRAM = str(Path(sys.executable).parent / "microguest")
 LEAST = 5  # open files with which this Python starts and can say anything
 ENOUGH = 64
 

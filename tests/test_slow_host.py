@@ -10,8 +10,8 @@ from pathlib import Path
 
 import machinekit
 import pytest
+from clikit import PROGRAM, microguest
 from init_machine import command_of
-from test_cli import PROGRAM, microguest
 from test_machine_monitor import bundle_of
 
 from guest import limits
@@ -25,17 +25,7 @@ CPU = Path("/sys/fs/cgroup/cpu")
 
 Run = subprocess.Popen[bytes]
 
-
-@pytest.fixture(autouse=True)
-def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    yield tmp_path / "state" / "microguest" / "machines"
-    machinekit.end_machines()
-
-
-@pytest.fixture
-def image(elf: Path) -> str:
-    return machinekit.demo_image()
+pytestmark = pytest.mark.usefixtures("machines_home")
 
 
 @contextmanager

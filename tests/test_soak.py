@@ -68,13 +68,11 @@ SEED = 20_261_120
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory, elf: Path) -> Iterator[Machine]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        with boot(machinekit.demo_image(), machine="namespaces", hostname="soak") as machine:
-            machine.agent.ping()  # makes the connection that is kept for small requests
-            yield machine
-            assert "agent:" not in machine.console()  # nothing was wrong that it did not expect
+def machine(module_machines_home: Path, image: str) -> Iterator[Machine]:
+    with boot(image, machine="namespaces", hostname="soak") as machine:
+        machine.agent.ping()  # makes the connection that is kept for small requests
+        yield machine
+        assert "agent:" not in machine.console()  # nothing was wrong that it did not expect
 
 
 @pytest.fixture

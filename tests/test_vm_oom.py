@@ -31,14 +31,7 @@ done
 
 
 @pytest.fixture(scope="module")
-def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def hungry(state_home: None, elf: pathlib.Path) -> Iterator[Machine]:
+def hungry(module_machines_home: pathlib.Path, elf: pathlib.Path) -> Iterator[Machine]:
     """A machine whose workload has no limit of its own."""
     with eating_machine() as machine:
         yield machine
@@ -157,7 +150,11 @@ def test_workload_has_a_cgroup_that_leaves_memory_free(hungry: Machine) -> None:
     ("limit", "told"), [(32 * MIB, "its own limit"), (1024 * MIB, "the machine's memory")]
 )
 def test_the_workloads_own_limit(
-    state_home: None, elf: pathlib.Path, monkeypatch: pytest.MonkeyPatch, limit: int, told: str
+    module_machines_home: pathlib.Path,
+    elf: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: int,
+    told: str,
 ) -> None:
     """Nothing of the host's asks for one yet; a boot config can."""
     plain = BootConfig.to_json
