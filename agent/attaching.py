@@ -10,7 +10,7 @@ import trio
 
 from agent import processes
 from agent.channel import BUFFER, Channel, ConnectionLost
-from agent.kept import MAIN_ID, KeptProcess, check_room, claimed, keep
+from agent.kept import MAIN_ID, KeptProcess, check_room, claimed, forgotten, keep
 from agent.main_process import find_main
 from agent.state import Agent
 from guest import limits
@@ -73,6 +73,8 @@ async def attach(agent: Agent, channel: Channel, args: Record, early: list[Event
         await trio.sleep(WRITER_LOOK)
     if args.write and process.writer is not None:
         raise OperationError("stdin_taken", f"another connection may write to {process.id}")
+    if process.goes:  # meanwhile
+        raise forgotten(process.id)
     offsets, dropped = starting_points(process, args.offsets or {})
     attachment = Attachment(channel, process, offsets, write=args.write)
     channel.queue(
@@ -186,10 +188,12 @@ class Attachment:
                     await trio.lowlevel.wait_readable(self._epoll)
                     self._work()
             if self._lost is not None:
-                self._hear_the_rest()
+                self._hear_the_rest(acts=True)
         finally:
             self._process.leave(self)
             self._epoll.close()
+        if not self._detached and self._lost is None:
+            await self._wait_for_room()
         if self._detached:
             return False
         if self._lost is not None:
@@ -202,6 +206,22 @@ class Attachment:
             self._channel.queue(self._process.exited)
         await self._channel.flush()
         return self._refusal is None
+
+    async def _wait_for_room(self) -> None:
+        """For the last frame: what the host says after that is dropped, and it may leave till then.
+
+        Raises RemoteProtocolError.
+        """
+        sock, room = self._channel.sock, select.poll()
+        room.register(sock, select.POLLOUT)
+        try:
+            if self._channel.flush_now() and room.poll(0) == [(sock.fileno(), select.POLLOUT)]:
+                return
+            await self._channel.flush()
+            await trio.lowlevel.wait_writable(sock)
+        except ConnectionLost as error:
+            self._lost = error
+        self._hear_the_rest(acts=False)
 
     async def take_leave(self) -> None:
         """After `run`: forget the process where the host asked for that. OperationError."""
@@ -236,9 +256,9 @@ class Attachment:
         if self._leaving():
             self._scope.cancel()
 
-    def refuse(self, code: str, message: str) -> None:
+    def refuse(self, error: OperationError) -> None:
         """End it, with an error as its last frame."""
-        self._refusal = self._refusal or OperationError(code, message)
+        self._refusal = self._refusal or error
         self._scope.cancel()
 
     def _send_some(self) -> bool:
@@ -247,7 +267,8 @@ class Attachment:
         for stream in OUTPUTS:
             ring = self._process.rings.get(stream)
             if ring is not None and self.offsets[stream] < ring.oldest:
-                self.refuse("fell_behind", "output went before it was sent here; attach again")
+                why = "output went before it was sent here; attach again"
+                self.refuse(OperationError("fell_behind", why))
                 return False
             if ring is not None and self.offsets[stream] < ring.written:
                 self._behind = True
@@ -307,8 +328,11 @@ class Attachment:
                 self._lost = ConnectionLost()
         self.push()
 
-    def _hear_the_rest(self) -> None:
-        """What the host had sent before it left, as that may be that the process shall not stay."""
+    def _hear_the_rest(self, *, acts: bool) -> None:
+        """What the host had sent before it left, as that may be that the process shall not stay.
+
+        With `acts` all of it is done, else only that.
+        """
         try:
             for _ in range(ROUNDS):
                 room = 0 if self._detached else self._room()
@@ -317,9 +341,9 @@ class Attachment:
                 events = self._channel.receive_now(room)
                 if events is None:
                     return
-                self._take(events)
-        except (ConnectionLost, RemoteProtocolError):
-            pass  # that was all
+                self._take([event for event in events if acts or isinstance(event, Detach)])
+        except (ConnectionLost, RemoteProtocolError) as error:
+            self._lost = self._lost or error  # that was all
 
     def _room(self) -> int:
         """How much may be read; what waits is of no concern to who cannot write."""

@@ -112,7 +112,7 @@ class Channel:
         credit = self.connection.input_credit
         if credit is None or self._pipe_bytes:
             return
-        taken = self.connection.input_bytes - held
+        taken = self.connection.input_arrived - held
         if taken + self._window // 2 < credit:
             return
         if not held and credit:

@@ -32,7 +32,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.attaching import Attachment
 
-__all__ = ["MAIN_ID", "KeptProcess", "Notes", "check_room", "claimed", "keep", "new_rings"]
+__all__ = [
+    "MAIN_ID",
+    "KeptProcess",
+    "Notes",
+    "check_room",
+    "claimed",
+    "forgotten",
+    "keep",
+    "new_rings",
+]
 
 MAIN_ID = "main"
 IN = select.EPOLLIN
@@ -114,6 +123,11 @@ def claimed(agent: Agent, name: str) -> Iterator[None]:
         agent.claimed.discard(name)
 
 
+def forgotten(process_id: str) -> OperationError:
+    """For those who are attached to it, or would be."""
+    return OperationError("no_such_process", f"process {process_id} was forgotten")
+
+
 def new_rings(child: ChildProcess, notes: Notes) -> dict[int, Ring]:
     """One for each output. Raises OSError, and then there is none."""
     rings: dict[int, Ring] = {}
@@ -177,6 +191,7 @@ class KeptProcess(Process):
             self._unseen_at = self.started + notes.reader_wait
         self._scope = trio.CancelScope()
         self._released = trio.Event()
+        self.goes = False  # for good: nobody may attach any more
         self._gone = False  # its descriptors are closed
         self._alone = trio.Event()  # nobody is attached
         self._alone.set()
@@ -212,7 +227,8 @@ class KeptProcess(Process):
         # Of one that ended under an earlier agent, hosts hear again only now.
         left = max(self.notes.ended, self._served_since) + self.notes.keep.retain - time.monotonic()
         await trio.sleep(max(0.0, left))
-        await self._alone.wait()
+        while self.attachments:
+            await self._alone.wait()
 
     async def _drain(self) -> None:
         """Move its output into the rings until it has ended and they have all of it."""
@@ -273,8 +289,9 @@ class KeptProcess(Process):
 
     async def _release(self) -> None:
         """Nothing of it is retained any more."""
+        self.goes = True
         for attachment in tuple(self.attachments):
-            attachment.refuse("no_such_process", f"process {self.id} was forgotten")
+            attachment.refuse(forgotten(self.id))
         if self.exited is None:
             self.finish(self.notes.exited or await self._status())
         self._gone = True
@@ -311,9 +328,10 @@ class KeptProcess(Process):
 
     def enter(self, attachment: "Attachment", *, write: bool) -> None:
         """It gets the output from now on."""
+        if not self.attachments:
+            self._alone = trio.Event()
         self.attachments.append(attachment)
         self.attached += 1
-        self._alone = trio.Event()
         if write:
             self.writer = attachment
             if self._is_main_terminal:

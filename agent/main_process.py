@@ -12,6 +12,7 @@ import time
 
 import trio
 
+from agent import tree
 from agent.adopted import Adopted
 from agent.kept import MAIN_ID, KeptProcess, Notes, new_rings
 from agent.processes import Channels
@@ -22,6 +23,9 @@ from guest.messages import Keep
 from guest.supervision import MainExited, MainStarted
 
 __all__ = ["ConsoleMain", "find_main", "take_main"]
+
+LOOKS = 100  # at a workload that is about to get its arguments
+LOOK_EVERY = 0.002  # seconds: what PID 1 says next waits meanwhile
 
 
 async def find_main(agent: Agent) -> KeptProcess:
@@ -43,9 +47,10 @@ async def take_main(agent: Agent, message: MainStarted, descriptors: list[int]) 
     """The message: serve the workload, unless an earlier agent's deposit was. Raises OSError."""
     main: Process | None = agent.processes.get(MAIN_ID)
     if message.console:
+        argv = await arguments(message.pid)
         if not isinstance(main, ConsoleMain):
             main = agent.processes[MAIN_ID] = ConsoleMain()
-        main.lives(message.pid)
+        main.lives(message.pid, argv)
     elif main is not None:
         for fd in descriptors:
             os.close(fd)
@@ -54,7 +59,7 @@ async def take_main(agent: Agent, message: MainStarted, descriptors: list[int]) 
             os.set_blocking(fd, False)
         child = Adopted(MAIN_ID, message.pid, exit_descriptor(message.pid), streams(descriptors))
         child.tty = message.terminal
-        argv = listed_argv(command_line(message.pid))
+        argv = await arguments(message.pid)
         notes = Notes(
             keep=Keep(),
             started=time.monotonic(),
@@ -77,12 +82,12 @@ class ConsoleMain(Process):
         super().__init__(MAIN_ID, 0, exit_fd=-1, stdin=-1, outputs={})
         self._life: Adopted | None = None
 
-    def lives(self, pid: int) -> None:
+    def lives(self, pid: int, argv: tuple[str, ...]) -> None:
         """PID 1 has started it, perhaps again. Raises OSError."""
         self._life_over()
         self._life = Adopted(MAIN_ID, pid, exit_descriptor(pid), (-1, {}))
         self.pid, self.exit_fd = pid, self._life.exit_fd
-        self.argv = listed_argv(command_line(pid))
+        self.argv = argv
         self.started = time.monotonic()
 
     def ended(self, message: MainExited) -> None:
@@ -119,6 +124,15 @@ def streams(descriptors: list[int]) -> Channels:
         return descriptors[0], {1: os.dup(descriptors[0])}  # each stream is closed by itself
     stdin, stdout, stderr = descriptors
     return stdin, {1: stdout, 2: stderr}
+
+
+async def arguments(pid: int) -> tuple[str, ...]:
+    """What a list shows, once it has them: who starts it goes on before execve(2) is over."""
+    for _ in range(LOOKS):
+        if not tree.between_programs(str(pid)):
+            break
+        await trio.sleep(LOOK_EVERY)
+    return listed_argv(command_line(pid))
 
 
 def command_line(pid: int) -> tuple[str, ...]:

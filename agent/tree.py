@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
 
-__all__ = ["MARKER", "UNMARKED", "Hunt", "marked", "passes", "run"]
+__all__ = ["MARKER", "UNMARKED", "Hunt", "between_programs", "marked", "passes", "run"]
 
 MARKER = b"MICROGUEST_PROCESS="
 UNMARKED = MARKER + b"none"  # what no process has in its environment
@@ -91,8 +91,10 @@ def passes(hunts: Sequence[Hunt]) -> Iterator[float]:
     members: dict[Hunt, set[int]] = {hunt: set() for hunt in hunts}
     children: dict[int, list[int]] = {}
     own = os.getpid()
-    for name in os.listdir("/proc"):
-        if not name.isdecimal() or int(name) in (1, own):
+    names = listed()
+    hidden = str(own) not in names  # /proc is covered, or not there any more
+    for name in names:
+        if int(name) in (1, own):
             continue
         yield 0.0
         fields = stat_fields(name)
@@ -109,6 +111,8 @@ def passes(hunts: Sequence[Hunt]) -> Iterator[float]:
                 members[owner].add(pid)
     for hunt, direct in members.items():
         yield 0.0
+        if hidden and hunt.pid > 1:
+            direct |= {hunt.pid, -hunt.pid}  # itself and its group, as kill(2) names them
         # Two hunts of one process share its entries here.
         key = by_pid[hunt.pid]
         hunt.found(
@@ -119,11 +123,19 @@ def passes(hunts: Sequence[Hunt]) -> Iterator[float]:
 def marked() -> dict[bytes, int]:
     """Every entry that begins with MARKER, with one process that has it in its environment."""
     found: dict[bytes, int] = {}
-    for name in filter(str.isdecimal, os.listdir("/proc")):
+    for name in listed():
         for entry in read_environment(name):
             if entry.startswith(MARKER):
                 found[entry] = int(name)
     return found
+
+
+def listed() -> list[str]:
+    """The pids in /proc; none where that cannot be read."""
+    try:
+        return [name for name in os.listdir("/proc") if name.isdecimal()]
+    except OSError:
+        return []
 
 
 def descendants(children: dict[int, list[int]], roots: set[int]) -> set[int]:

@@ -118,6 +118,11 @@ class Connection:
         return self._windowed
 
     @property
+    def input_arrived(self) -> int:
+        """For an agent: of `input_bytes`, those that have come."""
+        return self.input_bytes - self._data_left
+
+    @property
     def input_credit(self) -> int | None:
         """Bytes of stdin that may be sent by now, from the connection's first.
 

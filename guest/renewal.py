@@ -100,7 +100,7 @@ def check_reading(realtime: int, boottime: int) -> None:
     if realtime < 0:
         raise RecordError("realtime: must not be negative")
     if not 0 <= boottime < limits.NANOSECONDS_MAX:
-        raise RecordError(f"boottime: must be 0 to {limits.NANOSECONDS_MAX} nanoseconds")
+        raise RecordError(f"boottime: must be 0 to {limits.NANOSECONDS_MAX - 1} nanoseconds")
 
 
 def _is_hostname(name: str) -> bool:

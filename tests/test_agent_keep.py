@@ -35,6 +35,7 @@ from guest.messages import (
 )
 from guest.supervision import (
     MESSAGES,
+    AreYouThere,
     Configure,
     Deposit,
     ExecStarted,
@@ -139,7 +140,8 @@ def input_ended(agent: KeepingAgent, process_id: str) -> bool:
 def written(agent: KeepingAgent, process_id: str) -> int:
     """Bytes of its stdout so far."""
     with Host(agent) as host:
-        return attach(host, process_id, offsets={"stdout": -1}, write=False).offsets["stdout"]
+        started = attach(host, process_id, offsets={"stdout": -1}, write=False)
+    return started.offsets.get("stdout", 0)
 
 
 def listed(agent: KeepingAgent) -> dict[str, ProcessInfo]:
@@ -576,7 +578,69 @@ def test_a_host_that_left_is_heard_to_the_end(agent: KeepingAgent) -> None:
     """What it says last is behind a socket that takes no more output: nobody shall find it."""
     for _ in range(30):
         with Host(agent) as host:
-            process_id = host.start("yes", keep=Keep(on_full="drop"), label="abandoned").id
+            process_id = host.start("yes", keep=Keep(), label="abandoned").id
             host.send(Detach(forget=True))
         eventually(lambda mine=process_id: mine not in listed(agent), "its end")  # type: ignore[misc]
         agent.hear()
+
+
+def test_a_host_is_heard_until_there_is_room_for_its_last_frame(agent: KeepingAgent) -> None:
+    """It fell behind, and often cannot be told, as its socket is full."""
+    for _ in range(20):
+        with Host(agent) as host:
+            process_id = host.start("yes", keep=Keep(buffer=PAGE, on_full="drop")).id
+            eventually(lambda mine=process_id: written(agent, mine) > 1_000_000, "its refusal")  # type: ignore[misc]
+            try:
+                host.send(Detach(forget=True))
+            except (BrokenPipeError, ConnectionResetError):  # it was told, and would do this
+                forget(agent, process_id)
+        eventually(lambda mine=process_id: mine not in listed(agent), "its end")  # type: ignore[misc]
+        agent.hear()
+
+
+def test_the_last_who_reads_takes_along_what_is_retained_no_longer(agent: KeepingAgent) -> None:
+    keep = Keep(buffer=4_000_000, retain=0.2)
+    process_id = start(agent, "head", "-c", "4000000", "/dev/zero", keep=keep)
+    wait(agent, process_id)
+    with Host(agent) as first:
+        attach(first, process_id, write=False)
+        time.sleep(0.5)  # beyond what it is retained for, but that somebody reads
+        with Host(agent) as second:
+            attach(second, process_id, write=False)
+    eventually(lambda: process_id not in listed(agent), "its end")
+
+
+def test_who_comes_to_what_is_being_forgotten_is_told(agent: KeepingAgent) -> None:
+    process_id = start(agent, "sh", "-c", "echo hello; exec sleep 1000")
+    pid = listed(agent)[process_id].pid
+    for number in range(1000):  # so that the agent has to wait before it may reap
+        agent.send(AreYouThere(number=number))
+    with Host(agent) as forgetting, Host(agent) as host:
+        forgetting.ping()  # what comes next is the answer
+        forgetting.send(Request(op="forget", args=Forget(id=process_id)))
+        eventually(lambda: state_of(pid) == "Z", "its end")
+        host.send(Request(op="attach", args=Attach(id=process_id)))
+        while not select.select([forgetting.sock], [], [], 0)[0]:
+            if select.select([agent.pid1], [], [], 0.01)[0]:
+                agent.pid1.recv(65536)
+        assert isinstance(forgetting.receive(), Response)
+        refusal = host.refusal()
+    assert refusal.code == "no_such_process"
+    assert "forgotten" in refusal.message
+
+
+def test_who_waits_for_a_writer_to_leave_is_told_of_the_end(agent: KeepingAgent) -> None:
+    for _ in range(10):
+        with Host(agent) as writer, Host(agent) as host:
+            process_id = writer.start("sh", "-c", "echo hello; exec sleep 1000", keep=Keep()).id
+            writer.read_until(b"hello")
+            host.send(Request(op="attach", args=Attach(id=process_id)))
+            forget(agent, process_id)
+            assert host.refusal().code == "no_such_process"
+        agent.hear()
+
+
+def state_of(pid: int) -> str:
+    """From proc_pid_stat(5)."""
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]

@@ -271,6 +271,19 @@ def test_the_end_of_an_agent_is_one_look_too(sleeper: Sleeper) -> None:
             host.sock.close()
 
 
+def test_a_process_ends_with_its_group_where_proc_is_covered(
+    hidden_agent: AgentProcess, sleeper: Sleeper
+) -> None:
+    with Host(hidden_agent) as host, Host(hidden_agent) as other:
+        script = f"mount -t tmpfs none /proc; sleep {sleeper.argument} & wait"
+        process_id = host.start("sh", "-c", script).id
+        sleeper.wait_for(1)
+        args = SignalProcess(id=process_id, signal=signal.SIGKILL, target="tree")
+        assert other.request("signal", args) == SignalResult(delivered=True)
+        assert host.collect().exited.signal == signal.SIGKILL
+        sleeper.wait_until_gone()
+
+
 def test_every_kill_is_said_to_have_been_delivered_or_not(hidden_agent: AgentProcess) -> None:
     with Host(hidden_agent) as host, Host(hidden_agent) as other:
         started = host.start("sh", "-c", "trap '' USR1; sleep 1000 & wait")

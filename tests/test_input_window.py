@@ -271,6 +271,21 @@ def test_beyond_its_credit_a_host_is_refused(agent: AgentProcess) -> None:
             host.receive()
 
 
+def test_what_is_only_announced_is_on_its_way_and_has_not_been_taken(agent: AgentProcess) -> None:
+    with Host(agent, hello=False) as host:
+        host.send(Hello(token=TOKEN, features=HOST_FEATURES))
+        host.start(*NEVER_READS, stdin=True)
+        host.send_raw(frames.header(limits.INPUT_WINDOW, Kind.DATA, 0))
+        for _ in range(3):  # the agent has seen it by then
+            with Host(agent) as other:
+                other.ping()
+        assert not select.select([host.sock], [], [], 0)[0]
+        host.send_raw(bytes(limits.INPUT_WINDOW))  # which the pipe takes
+        credit = host.receive()
+        assert isinstance(credit, Credit)
+        assert credit.stdin > limits.INPUT_WINDOW
+
+
 def pair(op: str = "start", agent_features: tuple[str, ...] = FEATURES) -> list[Connection]:
     """Host and agent of a process that has been started, or attached to."""
     host, agent = Connection(Role.HOST), Connection(Role.AGENT)
