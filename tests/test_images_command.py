@@ -9,6 +9,7 @@ from typing import IO
 import pytest
 from machinekit import runs, wait_until
 from patience import SLACK
+from sleepers import Sleeper
 
 from host_client.errors import ImageError
 from host_client.images.command import run_command
@@ -87,3 +88,22 @@ def test_command_ends_also_where_its_caller_was_killed(tmp_path: Path) -> None:
         caller.kill()
     pid = int((tmp_path / "pid").read_text())
     wait_until("it has ended", lambda: not runs(pid))
+
+
+@pytest.mark.parametrize("start", ["", "setsid "])
+def test_what_a_command_has_started_holds_nobody_up(start: str, sleeper: Sleeper) -> None:
+    """A wrapper's own command has its pipes, in its group or, as a daemon, in none of ours."""
+    begin = time.monotonic()
+    script = f"{start}sleep {sleeper.argument} & echo said >&2"
+    assert run_command(["sh", "-c", script]) == "said\n"
+    assert time.monotonic() - begin < 2 * SLACK
+
+
+def test_deadline_ends_also_what_a_wrapper_has_started() -> None:
+    def feed(pipe: IO[bytes]) -> None:
+        pipe.write(bytes(1 << 20))
+
+    begin = time.monotonic()
+    with pytest.raises(ImageError, match="not done after"):
+        run_command(["sh", "-c", "sleep 61 <&0; true"], feed=feed, seconds=0.2)
+    assert time.monotonic() - begin < 2 * SLACK

@@ -7,10 +7,13 @@ import contextlib
 import math
 import os
 import resource
+import select
 import shlex
 import shutil
+import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import IO, BinaryIO
 
@@ -19,6 +22,7 @@ from host_client.images import limits
 from host_client.shortage import cannot_start
 
 _TOLD_EVERY = 0.2  # seconds
+_WORDS_SECONDS = 1.0  # from its end, for what it said last
 
 _SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -77,17 +81,18 @@ def run_command(
         )
     except OSError as error:
         raise ImageError(cannot_start(argv[0], error)) from error
-    limit_processor_time(process.pid, seconds)
     late = threading.Event()
 
     def expire() -> None:
         late.set()
-        process.kill()
+        _kill(process)
 
     words = _LastWords(process.stderr)
     timer = threading.Timer(seconds, expire)
-    timer.start()
     try:
+        limit_processor_time(process.pid, seconds)
+        words.start()
+        timer.start()
         fed = not feed
         with contextlib.suppress(BrokenPipeError):  # its exit status says why it stopped reading
             if feed and process.stdin:
@@ -99,10 +104,11 @@ def run_command(
                 drain(process.stdout)
         _wait(process, told)
     finally:
-        process.kill()
-        process.wait()
+        _kill(process)
         timer.cancel()
-        timer.join()
+        if timer.ident is not None:
+            timer.join()
+        process.wait()  # last: its number was its group's so far
         said = words.end()
     if late.is_set():
         raise ImageError(f"command was not done after {seconds:g} s and was killed: {_line(argv)}")
@@ -124,14 +130,22 @@ def limit_processor_time(pid: int, seconds: float) -> None:
 
 
 def _wait(process: "subprocess.Popen[bytes]", told: Callable[[], None] | None) -> None:
-    while True:
-        try:
-            process.wait(_TOLD_EVERY if told else None)
-        except subprocess.TimeoutExpired:
+    """Until it has ended; it is not reaped, so that its number stays its group's."""
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        while not poll.poll(_TOLD_EVERY * 1000 if told else None):
             if told:
                 told()
-        else:
-            return
+    finally:
+        os.close(pidfd)
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """And all that it has started, as a wrapper does, which would hold our pipes open."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 # How tar and the makers of file systems say that there is no room.
@@ -177,14 +191,26 @@ class _LastWords:
         self._pipe = pipe
         self._tail = b""
         self._thread = threading.Thread(target=self._read, daemon=True)
+        self._until = math.inf  # time.monotonic()
+
+    def start(self) -> None:
         self._thread.start()
 
     def _read(self) -> None:
-        while chunk := os.read(self._pipe.fileno(), 4096):
-            self._tail = (self._tail + chunk)[-limits.COMMAND_OUTPUT_BYTES :]
+        poll = select.poll()
+        poll.register(self._pipe, select.POLLIN)
+        while time.monotonic() < self._until:
+            if poll.poll(_TOLD_EVERY * 1000):
+                chunk = os.read(self._pipe.fileno(), 4096)
+                if not chunk:
+                    return
+                self._tail = (self._tail + chunk)[-limits.COMMAND_OUTPUT_BYTES :]
 
     def end(self) -> str:
-        self._thread.join()
+        """After the command's end. A process that has left its group may hold the pipe on."""
+        self._until = time.monotonic() + _WORDS_SECONDS
+        if self._thread.ident is not None:
+            self._thread.join()
         self._pipe.close()
         text = self._tail.decode("utf-8", "replace")
         # It may quote file names of the image: no terminal codes from there.
