@@ -75,6 +75,26 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert found.code == 1
 
 
+@pytest.mark.parametrize(
+    ("what", "variable"), [("state", "XDG_STATE_HOME"), ("image cache", "XDG_CACHE_HOME")]
+)
+def test_folder_that_others_could_have_made(tmp_path: Path, what: str, variable: str) -> None:
+    """`run` refuses it, so it is a finding: neither an error that ends the list, nor "ok"."""
+    factory.require(root=True)
+    os.chown(tmp_path, 1234, 1234)
+    found = doctor(env={variable: str(tmp_path)})
+    line = found.of(what)
+    assert line.startswith("no ")
+    assert f"{tmp_path} belongs to user 1234" in line
+    assert f"set {variable}" in line
+    assert found.code == 1
+    os.chown(tmp_path, 0, 0)
+    tmp_path.chmod(0o777)
+    assert "can be written by other users" in doctor(env={variable: str(tmp_path)}).of(what)
+    tmp_path.chmod(0o700)
+    assert doctor(env={variable: str(tmp_path)}).of(what).startswith("ok ")
+
+
 def test_shares_as_the_user_that_runs_it() -> None:
     """QEMU's own virtiofsd (7.2) needs root, its successor does not."""
     factory.require("setpriv", root=True)

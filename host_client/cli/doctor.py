@@ -14,6 +14,7 @@ from host_client.machines import host
 from host_client.machines.bundle import find_bundle
 from host_client.machines.folder import machines_root
 from host_client.machines.shares import is_successor, share_command, virtiofsd
+from host_client.ownership import own_folder_problem
 
 __all__ = ["main"]
 
@@ -120,7 +121,10 @@ def namespaces() -> Finding:
 
 def state() -> Finding:
     """Where machines keep what belongs to them."""
-    return _place("state", machines_root(), STATE_MIN, "XDG_STATE_HOME")
+    try:
+        return _place("state", machines_root(), STATE_MIN, "XDG_STATE_HOME")
+    except MicroguestError as error:  # another user's, or open to others
+        return Finding(False, "state", str(error), needed=True)
 
 
 def cache() -> Finding:
@@ -136,12 +140,15 @@ INODES_MIN: Final = 64  # for one machine
 
 
 def _place(what: str, folder: str, least: int, variable: str) -> Finding:
-    """Whether the folder can be written to, and has room for one machine."""
+    """Whether the folder can be written to by us alone, and has room for one machine."""
     place = folder
     while not os.path.exists(place):
         place = os.path.dirname(place)
     if not os.access(place, os.W_OK | os.X_OK):
         return Finding(False, what, f"{folder} cannot be written: set {variable}", needed=True)
+    if problem := own_folder_problem(folder):
+        detail = f"{folder} cannot be trusted: {problem}: set {variable}"
+        return Finding(False, what, detail, needed=True)
     room = os.statvfs(place)
     free = room.f_bavail * room.f_frsize
     detail = f"{folder} ({free >> 20} MiB free)"
