@@ -8,7 +8,7 @@ import time
 
 import trio
 
-from agent.cgroups import Leaf
+from agent.leaf import Leaf
 from agent.processes import Channels, ChildProcess
 from agent.tree import UNMARKED
 from guest.messages import Exited

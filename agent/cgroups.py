@@ -10,20 +10,23 @@ it, and `agent.tree` looks after their trees.
     …/microguest/SOME-NAME/      of one agent, locked while that agent lives
         agent/                   the agent itself
         processes/               with less memory than there is, so that the agent never waits for
-            1/ 2/ 3/ …           the kernel to find some; in it the leaves
+            1/ 2/ 3/ …           the kernel to find some, and fewer processes; in it the leaves
+        reserve/                 room for a few leaves more, once `processes` is nearly full
+            4/ 5/ …
 """
 
 import errno
 import fcntl
 import os
-import signal
 import time
 
+from agent.leaf import Leaf, read_number, read_words, write, write_if_possible
 from guest import limits
 from guest.errors import OperationError, operation_error
 from guest.messages import Limits
+from guest.process import share_of_processes
 
-__all__ = ["REFUSALS", "Cgroups", "Leaf", "open_cgroups", "workload_memory"]
+__all__ = ["REFUSALS", "Cgroups", "open_cgroups", "workload_memory"]
 
 # Where systems mount it; the second one beside a hierarchy of version 1.
 MOUNTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
@@ -31,8 +34,6 @@ OURS = "microguest"
 WORKLOAD = "workload"  # in it, what PID 1 has started; not ours to look at
 WANTED = ("memory", "cpu", "pids")
 ENDED = 0o700  # mode of a leaf that only has what its ended process has left behind
-CPU_PERIOD = 100_000  # microseconds, the kernel's default
-FREEZE_WAIT = 0.2  # seconds, for a kernel without cgroup.kill
 CLOSE_WAIT = 0.1  # seconds, for what was killed to be gone
 # What a start in a cgroup fails with when the hierarchy is read-only, removed, or used otherwise.
 REFUSALS = (
@@ -43,6 +44,8 @@ REFUSALS = (
     errno.ENODEV,
     errno.EOPNOTSUPP,
 )
+NEARLY = 4  # processes are nearly as many as may be where less than this part is free
+LATE_LEAVES = 4  # that start then and may each fill their own part, before there is no room at all
 LINGERING_LOOKS = 8  # leaves that are looked at again for each one that is taken
 
 
@@ -62,140 +65,9 @@ def open_cgroups(memory: int | None = None) -> "Cgroups | None":
 def workload_memory() -> int:
     """Bytes that the process of the machine uses now; 0 where there is none, or no telling."""
     try:
-        return int(*read_words(f"{MOUNTS[0]}/{OURS}/{WORKLOAD}/memory.current"))
+        return read_number(f"{MOUNTS[0]}/{OURS}/{WORKLOAD}/memory.current")
     except (OSError, ValueError):
         return 0
-
-
-class Leaf:
-    """One process's cgroup. `fd`: its directory, for clone3(2). `limited`: it has limits.
-
-    `name`: its path below the mount, by which a later agent can `adopt` it.
-    """
-
-    def __init__(self, owner: "Cgroups", name: str, *, limited: bool) -> None:
-        self._owner = owner
-        self.name = name
-        self.path = path = f"{owner.mount}/{name}"
-        self.limited = limited
-        self.spent = False  # not used again
-        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._events = self._open("cgroup.events")
-        self._memory = self._open("memory.events") if "memory" in owner.controllers else -1
-        self._oom_before = self._oom_kills()
-
-    def kill(self) -> bool:
-        """SIGKILL to everything in it and below; nothing of it can start anything any more.
-
-        Linux 6.18 also kills what is cloned into it at any later time, so it is not used again.
-        False where the hierarchy was taken away from outside, and something may live on.
-        """
-        self.spent = True
-        try:
-            self._write("cgroup.kill", "1")
-        except FileNotFoundError:  # before Linux 5.14, or removed from outside
-            self.kill_each()
-        except OSError:
-            return False
-        return True
-
-    def kill_each(self) -> None:
-        """As `kill`, process by process, while none of them can run."""
-        try:
-            self._write("cgroup.freeze", "1")
-            deadline = time.monotonic() + FREEZE_WAIT
-            while not self._says(b"frozen 1") and time.monotonic() < deadline:
-                time.sleep(0.001)
-            self.signal(signal.SIGKILL)  # which also ends what is frozen
-            self._write("cgroup.freeze", "0")
-        except OSError:
-            self.signal(signal.SIGKILL)
-
-    def signal(self, number: int) -> bool:
-        """To each process in it and below; whether there was one."""
-        delivered = False
-        for pid in self.members():
-            try:
-                os.kill(pid, number)
-                delivered = True
-            except (ProcessLookupError, PermissionError):
-                continue
-        return delivered
-
-    def members(self) -> list[int]:
-        """The processes in it and below, those that wait to be reaped left out."""
-        found: list[int] = []
-        for _, _, _, folder in os.fwalk(".", dir_fd=self.fd):  # whatever is mounted over its path
-            try:
-                procs = os.open("cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
-                with open(procs, "rb") as file:
-                    found += map(int, file.read().split())
-            except (OSError, ValueError):  # removed meanwhile; threaded ones list no processes
-                continue
-        return found
-
-    def populated(self) -> bool:
-        """Whether anything in it or below still runs."""
-        return not self._says(b"populated 0")
-
-    def divided(self) -> bool:
-        """Whether it was given cgroups below it, so that it cannot be used again."""
-        return os.fstat(self.fd).st_nlink > 2
-
-    def oom_killed(self) -> bool:
-        """Whether the kernel has killed in it for want of memory since it was taken."""
-        return self._oom_kills() > self._oom_before
-
-    def give_back(self) -> None:
-        """The process has ended; what it left behind may live on in the leaf."""
-        self._owner.give_back(self)
-
-    def close(self) -> None:
-        """Let go of the descriptors, not of the cgroup."""
-        for fd in (self.fd, self._events, self._memory):
-            if fd >= 0:
-                os.close(fd)
-
-    def taken_again(self) -> "Leaf":
-        """It is for another process from now on."""
-        self._oom_before = self._oom_kills()
-        return self
-
-    def limit(self, wanted: Limits) -> None:
-        """Set what is limited. Raises OSError."""
-        if wanted.memory is not None:
-            self._write("memory.max", str(wanted.memory))
-            try:
-                self._write("memory.swap.max", "0")
-            except FileNotFoundError:
-                pass  # a kernel without swap
-        if wanted.cpu is not None:
-            self._write("cpu.max", f"{int(wanted.cpu * CPU_PERIOD)} {CPU_PERIOD}")
-        if wanted.processes is not None:
-            self._write("pids.max", str(wanted.processes))
-
-    def _oom_kills(self) -> int:
-        if self._memory < 0:
-            return 0
-        for line in read_lines(self._memory):
-            name, _, count = line.partition(b" ")
-            if name == b"oom_kill":
-                return int(count)
-        return 0
-
-    def _says(self, line: bytes) -> bool:
-        lines = read_lines(self._events)
-        return line in lines or not lines
-
-    def _open(self, file: str) -> int:
-        try:
-            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-            return os.open(file, flags, dir_fd=self.fd)
-        except OSError:
-            return -1
-
-    def _write(self, file: str, text: str) -> None:
-        write(file, text, dir_fd=self.fd)
 
 
 class Cgroups:
@@ -210,7 +82,7 @@ class Cgroups:
         self.mount = mount
         parent = f"{mount}/{OURS}"
         make_directory(parent)
-        remove_abandoned(parent)
+        abandoned = remove_abandoned(parent)
         self.path = f"{parent}/{os.urandom(6).hex()}"
         os.mkdir(self.path, 0o755)
         try:
@@ -220,14 +92,14 @@ class Cgroups:
             raise
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._leaves = f"{self.path}/processes"
         for folder in (mount, parent, self.path):
             enable_controllers(folder)
-        os.mkdir(self._leaves, 0o755)
-        enable_controllers(self._leaves)
-        if memory is not None:
-            write_if_possible(f"{self._leaves}/memory.max", str(memory))
+        self._leaves = self._make_group("processes", memory)
+        self._reserve = self._make_group("reserve", memory)
         self.controllers = frozenset(read_words(f"{self._leaves}/cgroup.subtree_control"))
+        self._counter = -1  # pids.current of `_leaves`, where that may become full
+        self._full_at = 0  # with how many processes it nearly is
+        self._limit_processes(abandoned)
         self._count = 0
         self._warm: Leaf | None = None  # the empty leaf that was given back last, still open
         self._idle: list[str] = []  # names of other empty leaves without limits
@@ -243,16 +115,23 @@ class Cgroups:
             raise unavailable(
                 f"the guest's cgroups have no {', '.join(sorted(missing))} controller"
             )
-        limited = bool(needed_controllers(wanted))
+        asked = bool(needed_controllers(wanted))
+        late = self._nearly_full()
+        if late:
+            wanted = limited_to(limits.LATE_PROCESSES // LATE_LEAVES, wanted)
+        limited = asked or late
         if not limited and self._warm is not None:
             warm, self._warm = self._warm, None
             return warm.taken_again()
         if not limited and not self._idle:
             self._look_at_lingering()
         try:
-            leaf = self._take_idle() if self._idle and not limited else self._make(limited=limited)
+            if self._idle and not limited:
+                leaf = self._take_idle()
+            else:
+                leaf = self._make(self._reserve if late else self._leaves, limited=limited)
         except OSError as error:
-            if not limited:
+            if not asked:
                 return None
             raise unavailable(f"a cgroup cannot be made: {error.strerror}") from None
         if wanted is not None and limited:
@@ -299,14 +178,9 @@ class Cgroups:
     def left_by(self, path: str) -> list[Leaf]:
         """The leaves of an earlier agent's directory whose own process has not ended by itself."""
         leaves = []
-        try:
-            names = os.listdir(f"{path}/processes")
-        except OSError:
-            return []
-        for name in names:
-            leaf = f"{path}/processes/{name}"
+        for leaf in (*folders_in(f"{path}/processes"), *folders_in(f"{path}/reserve")):
             try:
-                if os.path.isdir(leaf) and os.stat(leaf).st_mode & 0o777 != ENDED:
+                if os.stat(leaf).st_mode & 0o777 != ENDED:
                     leaves.append(self.adopt(os.path.relpath(leaf, self.mount)))
             except OSError:  # removed
                 continue
@@ -321,14 +195,52 @@ class Cgroups:
         deadline = time.monotonic() + CLOSE_WAIT
         while not remove(self.path) and time.monotonic() < deadline:
             time.sleep(0.002)
-        os.close(self._lock)
+        for fd in (self._lock, self._counter):
+            if fd >= 0:
+                os.close(fd)
+
+    def _make_group(self, name: str, memory: int | None) -> str:
+        """A cgroup for leaves; its path. Raises OSError."""
+        path = f"{self.path}/{name}"
+        os.mkdir(path, 0o755)
+        enable_controllers(path)
+        if memory is not None:
+            write_if_possible(f"{path}/memory.max", str(memory))
+        return path
+
+    def _limit_processes(self, abandoned: list[str]) -> None:
+        """Leave the kernel, PID 1 and the agent enough of what all can have together."""
+        most = processes_for_hosts(os.path.dirname(self.path))
+        for path in abandoned:
+            most = halve_for(path, most)
+        if most is None or "pids" not in self.controllers:
+            return
+        try:
+            write(f"{self._leaves}/pids.max", str(most))
+            write(f"{self._reserve}/pids.max", str(limits.LATE_PROCESSES))
+            self._counter = os.open(f"{self._leaves}/pids.current", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return
+        self._full_at = most - most // NEARLY
+
+    def _nearly_full(self) -> bool:
+        """Whether what starts now had better not depend on what `_leaves` has left.
+
+        Whoever fills it dies and is born again all the time, so that a little is always free.
+        """
+        if self._counter < 0:
+            return False
+        try:
+            return int(os.pread(self._counter, 32, 0)) >= self._full_at
+        except (OSError, ValueError):
+            return False  # removed from outside
 
     def _take_idle(self) -> Leaf:
         return Leaf(self, self._idle.pop(), limited=False)
 
-    def _make(self, *, limited: bool) -> Leaf:
+    def _make(self, group: str, *, limited: bool) -> Leaf:
         self._count += 1
-        path = f"{self._leaves}/{self._count}"
+        path = f"{group}/{self._count}"
         os.mkdir(path, 0o755)
         return Leaf(self, os.path.relpath(path, self.mount), limited=limited)
 
@@ -361,16 +273,6 @@ def unavailable(reason: str) -> OperationError:
     return operation_error("cgroup_unavailable", f"limits: {reason}", {"step": "cgroup"})
 
 
-def read_lines(fd: int) -> list[bytes]:
-    """A short file of a cgroup as it is now; [] where that was removed."""
-    try:
-        return os.pread(fd, 512, 0).split(b"\n")
-    except OSError as error:
-        if error.errno not in (errno.ENODEV, errno.EBADF):
-            raise
-        return []
-
-
 def make_directory(path: str) -> None:
     """Unless it is there. Raises OSError."""
     try:
@@ -385,8 +287,55 @@ def enable_controllers(folder: str) -> None:
         write_if_possible(f"{folder}/cgroup.subtree_control", f"+{name}")
 
 
-def remove_abandoned(parent: str) -> None:
-    """Clear away what agents left that do not live any more, as far as it is empty."""
+def processes_for_hosts(parent: str) -> int | None:
+    """How many processes and threads those of hosts may be; None for any number."""
+    try:
+        threads_max = read_number("/proc/sys/kernel/threads-max")
+        pid_max = read_number("/proc/sys/kernel/pid_max")
+        all_there_are = int(read_words("/proc/loadavg")[3].partition("/")[2])
+        return share_of_processes(
+            threads_max, pid_max, all_there_are - read_number(f"{parent}/pids.current")
+        )
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def halve_for(path: str, most: int | None) -> int | None:
+    """What of `most` is left beside the processes of an agent that died: half, or what they leave.
+
+    They get no more than the other half from now on, whatever they could have before.
+    """
+    if most is None:
+        return None
+    try:
+        theirs = max(most // 2, read_number(f"{path}/processes/pids.current"))
+        write(f"{path}/processes/pids.max", str(theirs))
+    except (OSError, ValueError):
+        return most
+    return max(most - theirs, limits.LATE_PROCESSES)
+
+
+def limited_to(processes: int, wanted: Limits | None) -> Limits:
+    """The same limits, with at most so many processes."""
+    if wanted is None:
+        return Limits(processes=processes)
+    if wanted.processes is None or wanted.processes > processes:
+        return wanted.replace(processes=processes)
+    return wanted
+
+
+def folders_in(path: str) -> list[str]:
+    """Paths of the cgroups in one; [] where it is not there."""
+    try:
+        return [entry.path for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+
+
+def remove_abandoned(parent: str) -> list[str]:
+    """Clear away what agents left that do not live any more; returns the paths of what is not
+    empty."""
+    left = []
     for name in os.listdir(parent):
         if name == WORKLOAD:
             continue
@@ -397,11 +346,13 @@ def remove_abandoned(parent: str) -> None:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove(path)
+            if not remove(path):
+                left.append(path)
         except OSError:
             pass  # its agent lives
         finally:
             os.close(fd)
+    return left
 
 
 def remove(path: str) -> bool:
@@ -412,26 +363,3 @@ def remove(path: str) -> bool:
         except OSError:
             continue
     return not os.path.exists(path)
-
-
-def read_words(path: str) -> list[str]:
-    """The words of a short file. Raises OSError."""
-    with open(path, encoding="ascii") as file:
-        return file.read(4096).split()
-
-
-def write(path: str, text: str, *, dir_fd: int | None = None) -> None:
-    """One value into one file; one write, as the kernel wants it. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
-    try:
-        os.write(fd, text.encode())
-    finally:
-        os.close(fd)
-
-
-def write_if_possible(path: str, text: str) -> None:
-    """As `write`; without it things work as well, only less protected."""
-    try:
-        write(path, text)
-    except OSError:
-        pass

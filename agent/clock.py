@@ -19,6 +19,7 @@ from agent import generation
 from agent.channel import Channel
 from agent.entropy import reseed, seed_from_hardware
 from agent.state import Agent, log
+from agent.threads import in_thread
 from guest.connection import Event
 from guest.errors import OperationError
 from guest.record import Record
@@ -100,8 +101,7 @@ async def watch(agent: Agent) -> None:
         if now is not None and before is not None and lost >= PAUSE_MIN:
             await mend(agent, lost, agrees=now.agrees, others=now.ahead(before))
             now = Look.now()
-        elif is_copy:
-            await trio.to_thread.run_sync(renew_random_numbers, abandon_on_cancel=True)
+        elif is_copy and await renewed_random_numbers():
             log("the machine was restored: reseeded the random numbers")
         before = now
 
@@ -165,14 +165,31 @@ async def mend(agent: Agent, lost: float, *, agrees: bool, others: float) -> Non
             done.append(f"added {rest:.0f} s to the clock")
         except OperationError as error:
             log(error.message)
-    if await trio.to_thread.run_sync(renew_random_numbers, abandon_on_cancel=True):
+    if await renewed_random_numbers():
         done.append("reseeded the random numbers")
     log(f"the machine stood still for {lost:.0f} s: {' and '.join(done) or 'nothing was done'}")
 
 
+async def renewed_random_numbers() -> bool:
+    """Also where the pause was a restore: a copy must not share them with its original.
+
+    Without a thread only what cannot wait for the machine's own source.
+    """
+    try:
+        return await in_thread(renew_random_numbers, abandon_on_cancel=True)
+    except OperationError as error:
+        log(f"random numbers get none of the machine's source: {error.message}")
+        return reseeded()
+
+
 def renew_random_numbers() -> bool:
-    """Also where the pause was a restore: a copy must not share them with its original."""
+    """May block. Whether the kernel took it."""
     seed_from_hardware()
+    return reseeded()
+
+
+def reseeded() -> bool:
+    """Whether the kernel has made itself a new key."""
     try:
         reseed()
     except OSError as error:

@@ -15,10 +15,11 @@ import _guestsys
 import trio
 
 from agent import terminals, tree
-from agent.cgroups import REFUSALS, Leaf, needed_controllers, unavailable
+from agent.cgroups import REFUSALS, needed_controllers, unavailable
 from agent.channel import Channel
 from agent.exchange import Exchange
 from agent.hunting import Hunters, Quarry
+from agent.leaf import Leaf
 from agent.staging import stage
 from agent.state import Agent, Process
 from guest.connection import Event, Response

@@ -7,12 +7,11 @@ random numbers. A part that fails is named in the answer, and the others are don
 from collections.abc import Callable
 from typing import Any
 
-import trio
-
 from agent import entropy, identity
 from agent.channel import Channel
 from agent.clock import has_own_kernel, step
 from agent.state import Agent
+from agent.threads import in_thread
 from guest.connection import Event
 from guest.errors import OperationError
 from guest.record import Record
@@ -27,18 +26,30 @@ async def renew(agent: Agent, _channel: Channel, args: Record, _early: list[Even
     await agent.wait_root()
     renewal = Renewal(agent, args)
     renewal.set_clock()
-    # In a thread, as a file system of the image may hang.
-    await trio.to_thread.run_sync(renewal.in_thread, abandon_on_cancel=True)
+    if renewal.for_thread:
+        try:
+            await in_thread(renewal.in_thread, abandon_on_cancel=True)
+        except OperationError as error:
+            renewal.failed |= dict.fromkeys(renewal.for_thread, error.message)
     await renewal.readdress()
     return Renewed(**renewal.done, failed=renewal.failed)
 
 
 class Renewal:
-    """One request. `done`: fields of `Renewed`; `failed`: why others are missing."""
+    """One request. `done`: fields of `Renewed`; `failed`: why others are missing, by part.
+
+    `for_thread`: the parts that `in_thread` is for.
+    """
 
     def __init__(self, agent: Agent, asked: Renew) -> None:
         self.agent = agent
         self.asked = asked
+        given = {
+            "random": bool(asked.seed),
+            "hostname": asked.hostname is not None,
+            "machine_id": asked.machine_id is not None,
+        }
+        self.for_thread = [part for part, is_asked in given.items() if is_asked]
         self.done: dict[str, Any] = {}
         self.failed: dict[str, str] = {}
 

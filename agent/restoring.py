@@ -5,9 +5,9 @@ import signal
 
 from agent import tree
 from agent.adopted import Adopted
-from agent.cgroups import Leaf
 from agent.hunting import Hunters
 from agent.kept import KeptProcess, Notes
+from agent.leaf import Leaf
 from agent.ring import OPEN, Ring
 from agent.state import AGENT_ID, Agent, log
 from guest.messages import STREAMS

@@ -16,6 +16,8 @@ import _guestsys
 import trio
 
 from agent.rights import acting_as
+from agent.state import log
+from agent.threads import in_thread
 from guest import limits
 from guest.errors import OperationError, operation_error
 from guest.messages import StagedFile
@@ -30,12 +32,13 @@ PREFIX = ".microguest-"
 async def stage(
     files: tuple[StagedFile, ...], cwd: bytes, owner: Identity, capabilities: int = -1
 ) -> "Staged":
-    """Put them in place, as `agent.rights.acting_as` says. Raises OperationError bad_file.
+    """Put them in place, as `agent.rights.acting_as` says. Raises OperationError bad_file, or
+    resource_limit where there is no thread to be had.
 
     Then nothing has changed, as far as a rename that failed after another one allows.
     """
     staged = Staged(owner, capabilities)
-    await trio.to_thread.run_sync(staged.write_all, files, cwd, abandon_on_cancel=False)
+    await in_thread(lambda: staged.write_all(files, cwd))
     return staged
 
 
@@ -77,7 +80,10 @@ class Staged:
     async def take_back(self) -> None:
         """Remove what is new; what took an older file's place cannot be undone and stays."""
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self._take_back)
+            try:
+                await in_thread(self._take_back)
+            except OperationError as error:  # the thread that wrote them is another's by now
+                log(f"files of a process that did not start stay: {error.message}")
 
     def _take_back(self) -> None:
         with acting_as(self._owner, self._capabilities):

@@ -12,13 +12,13 @@ import trio
 from agent.accounts import Accounts
 from agent.cgroups import (
     Cgroups,
-    Leaf,
     needed_controllers,
     open_cgroups,
     unavailable,
     workload_memory,
 )
 from agent.hunting import Hunters
+from agent.leaf import Leaf
 from guest import limits
 from guest.errors import OperationError
 from guest.messages import Exited, Limits, ProcessInfo

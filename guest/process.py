@@ -14,7 +14,15 @@ from guest.record import Record
 from guest.users import Identity
 from guest.workload import ImageDefaults
 
-__all__ = ["DEFAULT_PATH", "DEFAULT_TERM", "Plan", "plan", "shell_argv", "start_failure"]
+__all__ = [
+    "DEFAULT_PATH",
+    "DEFAULT_TERM",
+    "Plan",
+    "plan",
+    "share_of_processes",
+    "shell_argv",
+    "start_failure",
+]
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_TERM = "xterm"  # of a process with a terminal
@@ -112,6 +120,23 @@ def _encoded(text: str, field: str) -> bytes:
     return data
 
 
+# ── how many there may be ────────────────────────────────────────────────────────────────────────
+
+RESERVED_PIDS = 300  # kernel/pid.c: smaller ones are given once only
+LEAST_SHARE = 32  # of fewer processes nobody can make two shares
+
+
+def share_of_processes(threads_max: int, pid_max: int, others: int) -> int | None:
+    """How many processes and threads the workload may be at most, and hosts' processes together.
+
+    Each half of what the kernel allows, less the `others` that there are (the kernel's threads,
+    PID 1, the agent) and PIDS_RESERVE, so that neither can take the other's, nor the reserve. None
+    where the kernel allows too few to divide.
+    """
+    left = min(threads_max, pid_max - RESERVED_PIDS) - max(others, 0) - limits.PIDS_RESERVE
+    return left // 2 if left >= 2 * LEAST_SHARE else None
+
+
 # ── why it was not started ───────────────────────────────────────────────────────────────────────
 
 _EXEC_CODES = {
@@ -156,6 +181,15 @@ _ADVICE = {
     "setup_failed": "the process could not be prepared",
 }
 
+# Which limit it is, where that is known.
+_LIMIT_ADVICE = {
+    errno.EAGAIN: "there are as many processes and threads as there may be: a cgroup's pids.max,"
+    " kernel.threads-max or the user's nproc; end other processes or raise it",
+    errno.EMFILE: "too many files are open for one process (nofile); end other processes",
+    errno.ENFILE: "too many files are open in the guest (fs.file-max); end other processes or raise"
+    " it",
+}
+
 
 def start_failure(
     step: str, error: int, argv0: str, cwd: str, *, program_exists: bool = False
@@ -173,7 +207,10 @@ def start_failure(
     if code == "not_found" and program_exists:
         code = "bad_interpreter"
     subject = cwd if step in ("chdir", "mkdir") else argv0
-    message = f"{subject!r:.200}: {_ADVICE[code]} ({step}: {os.strerror(error)})"
+    advice = _ADVICE[code]
+    if code == "resource_limit":
+        advice = _LIMIT_ADVICE.get(error, advice)
+    message = f"{subject!r:.200}: {advice} ({step}: {os.strerror(error)})"
     fields: dict[str, str | int | None] = {
         "step": step,
         "errno": error,

@@ -30,6 +30,7 @@ from init_shim.signals import Signals
 from init_shim.supervisor import Supervisor
 from init_shim.timeline import Timeline
 from init_shim.workload import WorkloadNotStarted, start_workload
+from init_shim.workload_cgroup import Most
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
@@ -205,7 +206,8 @@ def start_main(config: BootConfig, supervisor: Supervisor) -> WorkloadNotStarted
         return None
     try:
         memory = protection.memory_for_workload(supervisor.agent.pid if supervisor.agent else 0)
-        main = MainProcess(workload, lambda: start_workload(workload, config.image, memory))
+        most = Most(memory, protection.processes_for_workload())
+        main = MainProcess(workload, lambda: start_workload(workload, config.image, most))
         supervisor.begin(main)
     except WorkloadNotStarted as error:
         return error

@@ -1,4 +1,5 @@
-"""Memory: PID 1 and the agent go on when a workload uses all of it; the host hears who was killed.
+"""Memory and processes: PID 1 and the agent go on when a workload uses all of them; the host hears
+who was killed for memory.
 
 PID 1 stays in the hierarchy's root cgroup: it has no limit there, no swap takes it away, and its
 program is in memory that is never written back, so that there is nothing to reserve for it.
@@ -8,14 +9,16 @@ import os
 
 from guest import limits
 from guest.bootconfig import BootConfig
+from guest.process import share_of_processes
 from init_shim import power
 from init_shim.reporter import Reporter
 from init_shim.supervisor import Supervisor
 
-__all__ = ["memory_for_workload", "unkillable", "watch_oom"]
+__all__ = ["memory_for_workload", "processes_for_workload", "unkillable", "watch_oom"]
 
 WORKLOAD_CGROUP = "/microguest/workload"
-HOSTS_PROCESSES = "/processes"  # the end of the path under which an agent starts all of its own
+# The ends of the paths under which an agent starts all of its own.
+HOSTS_PROCESSES = ("/processes", "/reserve")
 
 
 def unkillable() -> None:
@@ -41,11 +44,34 @@ def memory_for_workload(agent_pid: int) -> int | None:
     return left if left > limits.MEMORY_RESERVE else None
 
 
+def processes_for_workload() -> int | None:
+    """How many processes and threads the workload may be, asked before it starts; None for any.
+
+    Where all are used, nobody can start another one to end them.
+    """
+    try:
+        threads_max = int(first_line("/proc/sys/kernel/threads-max"))
+        pid_max = int(first_line("/proc/sys/kernel/pid_max"))
+        all_there_are = int(first_line("/proc/loadavg").split()[3].partition("/")[2])
+    except (OSError, ValueError, IndexError):
+        return None
+    try:
+        of_hosts = int(first_line("/sys/fs/cgroup/microguest/pids.current"))
+    except (OSError, ValueError):
+        of_hosts = 0  # none yet
+    return share_of_processes(threads_max, pid_max, all_there_are - of_hosts)
+
+
+def first_line(path: str) -> str:
+    """Of a short file of the kernel's. Raises OSError."""
+    with open(path, encoding="ascii") as file:
+        return file.readline()
+
+
 def resident_pages(pid: int) -> int:
     """Of a process; 0 where there is none."""
     try:
-        with open(f"/proc/{pid}/statm", encoding="ascii") as file:
-            return int(file.read().split()[1])
+        return int(first_line(f"/proc/{pid}/statm").split()[1])
     except (OSError, IndexError):
         return 0
 
@@ -53,8 +79,8 @@ def resident_pages(pid: int) -> int:
 def is_below(cgroup: str, limit: int) -> bool:
     """Whether a cgroup has less than this limit, which was more than there is."""
     try:
-        with open(f"/sys/fs/cgroup{cgroup}/memory.max", encoding="ascii") as file:
-            return int(file.read()) + os.sysconf("SC_PAGE_SIZE") <= limit  # whole pages count
+        most = int(first_line(f"/sys/fs/cgroup{cgroup}/memory.max"))
+        return most + os.sysconf("SC_PAGE_SIZE") <= limit  # whole pages count
     except (OSError, ValueError):
         return False
 

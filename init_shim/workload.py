@@ -18,7 +18,7 @@ from guest.status import exit_fields
 from guest.workload import ImageDefaults, Workload
 from init_shim.confined import RootFolder
 from init_shim.failure import call
-from init_shim.workload_cgroup import LimitsUnavailable, WorkloadCgroup, open_cgroup
+from init_shim.workload_cgroup import LimitsUnavailable, Most, WorkloadCgroup, open_cgroup
 
 __all__ = ["RunningWorkload", "WorkloadNotStarted", "start_workload"]
 
@@ -34,18 +34,16 @@ class WorkloadNotStarted(Exception):
         self.errno = errno
 
 
-def start_workload(
-    workload: Workload, image: ImageDefaults, memory: int | None
-) -> "RunningWorkload":
+def start_workload(workload: Workload, image: ImageDefaults, most: Most) -> "RunningWorkload":
     """Start it in the root that PID 1 is in. Raises WorkloadNotStarted, or Failure.
 
-    Then nothing of it is left. The image's files are read anew each time. `memory`: bytes that it
-    may use, whatever its own limit is; None for as many as there are.
+    Then nothing of it is left. The image's files are read anew each time. `most`: what it may use,
+    whatever its own limits are.
     """
     plan = make_plan(workload, image)
     privileges = Privileges(workload)
     make_directory(plan)
-    cgroup = own_cgroup(workload, memory)
+    cgroup = own_cgroup(workload, most)
     try:
         streams = Streams(workload, plan.identity.uid)
         try:
@@ -177,7 +175,7 @@ def make_directory(plan: process.Plan) -> None:
         raise not_started(plan, "mkdir", error.errno or 0) from None
 
 
-def own_cgroup(workload: Workload, most: int | None) -> WorkloadCgroup | None:
+def own_cgroup(workload: Workload, most: Most) -> WorkloadCgroup | None:
     """Where there can be one. Raises WorkloadNotStarted where its limits need it."""
     try:
         return open_cgroup(workload, most)

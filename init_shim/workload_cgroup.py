@@ -11,7 +11,7 @@ import time
 
 from guest.workload import Workload
 
-__all__ = ["LimitsUnavailable", "WorkloadCgroup", "open_cgroup"]
+__all__ = ["LimitsUnavailable", "Most", "WorkloadCgroup", "open_cgroup"]
 
 HIERARCHY = "/sys/fs/cgroup"
 PARENT = f"{HIERARCHY}/microguest"
@@ -27,12 +27,22 @@ class LimitsUnavailable(Exception):
     """The workload's limits cannot be set; the text is a sentence."""
 
 
-def open_cgroup(workload: Workload, most: int | None) -> "WorkloadCgroup | None":
+class Most:
+    """What a workload may use in any case, where the kernel can limit it; None for any amount.
+
+    `memory`: bytes. `processes`: threads included.
+    """
+
+    def __init__(self, memory: int | None, processes: int | None) -> None:
+        self.memory = memory
+        self.processes = processes
+
+
+def open_cgroup(workload: Workload, most: Most) -> "WorkloadCgroup | None":
     """A new one with the workload's limits. Raises LimitsUnavailable.
 
-    `most`: bytes that it may use in any case, where the kernel can limit it. None where there is no
-    hierarchy to write to and no limit asked for. What an earlier start has left running there is
-    killed, as it would be with a container.
+    None where there is no hierarchy to write to and no limit asked for. What an earlier start has
+    left running there is killed, as it would be with a container.
     """
     settings = limit_files(workload)
     if not os.path.exists(f"{HIERARCHY}/cgroup.controllers"):
@@ -66,7 +76,7 @@ class WorkloadCgroup:
     Raises OSError with the file's name.
     """
 
-    def __init__(self, settings: dict[str, str], most: int | None) -> None:
+    def __init__(self, settings: dict[str, str], most: Most) -> None:
         make_parent()
         make_empty()
         os.stat(f"{PATH}/cgroup.procs")  # the kernel's; what a workload mounted over it has none
@@ -75,8 +85,9 @@ class WorkloadCgroup:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name, text in settings.items():
                 write(f"{PATH}/{name}", text)
-            if most is not None and int(settings.get("memory.max", most)) >= most:
-                write_if_there(f"{PATH}/memory.max", str(most))
+            for name, bound in (("memory.max", most.memory), ("pids.max", most.processes)):
+                if bound is not None and int(settings.get(name, bound)) >= bound:
+                    write_if_there(f"{PATH}/{name}", str(bound))
             write_if_there(f"{PATH}/cgroup.max.descendants", str(BELOW))
             if "memory.max" in settings:
                 write_if_there(f"{PATH}/memory.swap.max", "0")

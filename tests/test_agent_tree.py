@@ -16,7 +16,8 @@ from agentharness import AgentProcess, Host, execute
 from patience import PATIENCE
 from sleepers import Sleeper
 
-from agent.cgroups import MOUNTS, Cgroups, Leaf, open_cgroups
+from agent.cgroups import MOUNTS, Cgroups, open_cgroups
+from agent.leaf import Leaf
 from guest.messages import Signal, SignalProcess, SignalResult
 
 STORM = 500  # processes that each of four loops starts, at most

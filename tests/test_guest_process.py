@@ -5,8 +5,9 @@ import os
 
 import pytest
 
+from guest import limits
 from guest.errors import START_CODES, OperationError
-from guest.process import DEFAULT_PATH, plan, start_failure
+from guest.process import DEFAULT_PATH, plan, share_of_processes, start_failure
 from guest.users import Identity
 from guest.workload import ImageDefaults
 
@@ -117,3 +118,22 @@ def test_missing_interpreter_is_not_a_missing_program() -> None:
     assert start_failure("exec", errno.ENOENT, "x", "/", program_exists=True)[0] == (
         "bad_interpreter"
     )
+
+
+@pytest.mark.parametrize(
+    ("threads_max", "pid_max", "others", "share"),
+    [
+        (1592, 32768, 50, (1592 - 50 - limits.PIDS_RESERVE) // 2),
+        (127_000, 32768, 200, (32768 - 300 - 200 - limits.PIDS_RESERVE) // 2),
+        (1592, 32768, -5, (1592 - limits.PIDS_RESERVE) // 2),  # counted while they end
+        (limits.PIDS_RESERVE + 100, 32768, 40, None),
+        (20, 301, 500, None),
+    ],
+)
+def test_neither_share_of_processes_can_take_the_other_or_the_reserve(
+    threads_max: int, pid_max: int, others: int, share: int | None
+) -> None:
+    assert share_of_processes(threads_max, pid_max, others) == share
+    if share is not None:
+        assert 2 * share + max(others, 0) + limits.PIDS_RESERVE <= min(threads_max, pid_max - 300)
+    assert limits.LATE_PROCESSES < limits.PIDS_RESERVE

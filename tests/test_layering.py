@@ -184,6 +184,20 @@ def _type_checking_lines(path: Path) -> set[int]:
     return lines
 
 
+def test_the_agent_has_one_way_to_a_thread() -> None:
+    """It says `resource_limit` where there is none to be had; any other way would not."""
+    ways = {"to_thread", "start_thread_soon", "start_new_thread", "Thread", "ThreadPoolExecutor"}
+    found = [
+        path.name
+        for path in sources("agent")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Attribute) and node.attr in ways)
+        or (isinstance(node, ast.Name) and node.id in ways)
+        or (isinstance(node, ast.alias) and not ways.isdisjoint(node.name.split(".")))
+    ]
+    assert found == ["threads.py"]
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_names_are_pinned(name: str) -> None:
     module = importlib.import_module(name)
