@@ -105,7 +105,7 @@ def test_a_process_that_is_a_fork_bomb_keeps_nobody_from_starting_others(
         wait_until("it is refused more", lambda: refused(machine, "*/processes/*") > 0)
         everything_works(machine)
         process.signal("KILL", "tree")
-        wait_until("it is gone", lambda: number(machine, "*/processes/pids.current") < 10)
+        wait_until("it is reaped", lambda: number(machine, "*/processes/pids.current") < 10, 180)
     script = "cat /proc/self/cgroup"
     assert b"/processes/" in machine.agent.exec(shell=script).stdout
     after = machine.agent.info()
