@@ -19,6 +19,7 @@ from imagefactory import directory, for_platform, layer, member, tagged
 
 from host_client import images
 from host_client.errors import ImageError
+from host_client.images import manifest
 
 SMALL = layer([directory("etc"), member("etc/name", b"guest\n")])
 
@@ -227,6 +228,26 @@ def test_docker_archive_of_several_images(tmp_path: Path) -> None:
         images.open_image(f"docker-archive:{archive}")
     assert command_of(f"docker-archive:{archive}:a") == ("one",)
     assert command_of(f"docker-archive:{archive}@sha256:{ident[:8]}") == ("other",)
+
+
+def test_docker_archive_that_somebody_writes_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another's layers would be kept in the cache as those of the image that was named."""
+    archive = tmp_path / "a.tar"
+    items = [{"Config": "one.json", "RepoTags": ["a:1"], "Layers": ["x/layer.tar"]}]
+    docker_save(archive, items, {"one.json": docker_config("good"), "x/layer.tar": SMALL})
+    digest = f"sha256:{hashlib.sha256(docker_config('good')).hexdigest()}"
+    choose = manifest.choose
+
+    def choose_and_write(*arguments: Any) -> Any:
+        chosen = choose(*arguments)
+        archive.write_bytes(archive.read_bytes().replace(b'"good"', b'"evil"'))
+        return chosen
+
+    monkeypatch.setattr(manifest, "choose", choose_and_write)
+    with pytest.raises(ImageError, match="somebody writes to it"):
+        images.open_image(f"docker-archive:{archive}@{digest}")
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])

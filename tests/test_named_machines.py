@@ -128,6 +128,35 @@ def test_what_has_ended_is_found_while_it_is_kept(image: str) -> None:
         _ = machine.agent
 
 
+def test_a_detached_machine_outlives_its_with_block(image: str) -> None:
+    with boot(image, machine="namespaces", name="gone-on") as machine:
+        LEFT.append(machine.state.monitor)
+        machine.detach()
+    assert [each.name for each in list_machines()] == ["gone-on"]
+    for change in (machine.stop, machine.kill, machine.wait, machine.detach):
+        with pytest.raises(MachineError, match="gone-on was detached"):
+            change()
+    assert machine.state.phase == "running"
+    find("gone-on").stop()
+    assert machine.state.phase == "ended"
+    assert "gone-on" in repr(machine)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_detached_machine_outlives_its_async_with_block(image: str, backend: str) -> None:
+    async def main() -> None:
+        async with await aio.boot(image, machine="namespaces", name="gone-on") as machine:
+            LEFT.append(machine.state.monitor)
+            machine.detach()
+        async with await aio.find("gone-on") as found:
+            await found.agent.ping()
+            with pytest.raises(MachineError, match="was detached"):
+                await machine.stop()
+            await found.stop()
+
+    anyio.run(main, backend=backend)
+
+
 def test_logs_are_followed_until_the_end(image: str) -> None:
     kept(image, "job", GATED)
     with find("job") as machine:

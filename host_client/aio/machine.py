@@ -138,6 +138,8 @@ class Machine(Held[blocking_machine.Machine]):
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
+        if not self._machine.held:
+            return
         with anyio.CancelScope(shield=True):
             await (self.stop() if kind is None or issubclass(kind, Exception) else self.kill())
 
@@ -160,7 +162,7 @@ class Machine(Held[blocking_machine.Machine]):
         return self._machine.console()
 
     def detach(self) -> None:
-        """Let it outlive this program. Find it again by its name."""
+        """Let it outlive this program and its `async with` block; see `Machine.detach`."""
         self._machine.detach()
 
 

@@ -118,6 +118,8 @@ def _resolve_docker(layout: Layout, reference: ImageReference, platform: Platfor
     chosen = choose(layout, list(found), reference, platform)
     item = found[chosen]
     data = read_small(layout, _docker_path(layout, "Config", item.get("Config")))
+    if _digest(data) != chosen.digest:  # else the image would be kept as another's
+        raise ImageError(f"{layout.name}: somebody writes to it while it is read: try once more")
     config = read_object(layout, "the image's config", data)
     _check_platform(layout, config, platform)
     paths = [
@@ -135,10 +137,14 @@ def _docker_descriptor(layout: Layout, item: dict[str, Any]) -> Descriptor:
     names = listed(layout, _DOCKER_LIST, "RepoTags", item.get("RepoTags") or [])
     return Descriptor(
         media_type="application/vnd.docker.container.image.v1+json",
-        digest=f"sha256:{hashlib.sha256(data).hexdigest()}",
+        digest=_digest(data),
         size=len(data),
         names=tuple(name for name in names if isinstance(name, str) and name),
     )
+
+
+def _digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def _docker_path(layout: Layout, field: str, value: object) -> str:

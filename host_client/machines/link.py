@@ -48,6 +48,7 @@ class Link:
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._closed_by_monitor = False
+        self._detached = False
         try:
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
@@ -75,8 +76,18 @@ class Link:
         """Whether this is a forked child's copy."""
         return os.getpid() != self._owner
 
+    @property
+    def held(self) -> bool:
+        """Whether the machine is ours to end: neither a forked child's copy nor detached."""
+        return not (self.foreign or self._detached)
+
     def check_owner(self) -> None:
-        """MachineError in a forked child."""
+        """MachineError in a forked child, and where the machine was detached."""
+        if self._detached:
+            raise MachineError(
+                f"machine {self.name} was detached and goes on without this object: use "
+                f"find({self.name!r}), or microguest stop {self.name}"
+            )
         if self.foreign:
             raise MachineError(
                 f"machine {self.name} belongs to process {self._owner}, from which this one was "
@@ -93,7 +104,7 @@ class Link:
 
     def listen(self, seconds: float) -> MachineState:
         """The newest state, waiting so long for another one than the last."""
-        if self.foreign:
+        if not self.held:
             return self._look(seconds)
         deadline = time.monotonic() + seconds
         before = self.state
@@ -113,6 +124,8 @@ class Link:
         time.sleep(min(seconds, LOOK_EVERY))
         self.state = read_state(self.name) or self.state
         self._closed_by_monitor = not is_alive(self.name)
+        if self._closed_by_monitor:
+            self.state = self.state.replace(phase="ended")  # a machine of that name is another one
         return self.state
 
     def console(self) -> str:
@@ -153,6 +166,7 @@ class Link:
     def abandon(self) -> None:
         """Stop listening: a detached machine goes on without us."""
         self.check_owner()
+        self._detached = True
         self._socket.close()
         self._process.returncode = 0  # not ours to reap any more: init inherits it
 

@@ -44,8 +44,8 @@ class Machine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._link.foreign:
-            return  # a forked child leaves its copy of the block
+        if not self.held:
+            return  # a forked child leaves its copy of the block; or it is detached
         if kind is not None and not issubclass(kind, Exception):
             self.kill()  # Ctrl-C: no time for a clean end
         else:
@@ -53,6 +53,11 @@ class Machine:
 
     def __repr__(self) -> str:
         return f"Machine({self.name!r}, {self.state.phase})"
+
+    @property
+    def held(self) -> bool:
+        """Whether it ends with its `with` block: not where detached, nor in a forked child."""
+        return self._link.held
 
     @property
     def name(self) -> str:
@@ -134,7 +139,10 @@ class Machine:
         return self.kill()
 
     def detach(self) -> None:
-        """Let it outlive this program. Find it again by its name."""
+        """Let it outlive this program and its `with` block. `find` and `connect` take its name.
+
+        This object only looks on from here: what would change the machine raises MachineError.
+        """
         self._link.check_owner()
         self.agent.close()
         self._link.send(Detach())
