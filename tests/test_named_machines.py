@@ -29,7 +29,9 @@ from host_client import (
     find,
     list_machines,
 )
+from host_client.machines.console import Piece
 from host_client.machines.folder import names
+from host_client.machines.logs import LINE_MAX, Splitter
 
 BACKENDS = ["asyncio", "trio"]
 SCRIPT = "echo one; echo two; sleep 0.2; echo three; exit 3"
@@ -165,6 +167,43 @@ def test_logs_are_followed_until_the_end(image: str) -> None:
         with machine.agent.start(["touch", "/go"]):  # which the machine's end may overtake
             assert list(lines) == [b"three"]
         assert machine.wait(PATIENCE).workload_exited is not None
+
+
+LONG = """
+head -c 1048576 /dev/zero | tr '\\0' x
+printf 'microguest: not a line of PID 1'
+until test -e /go; do sleep 0.05; done
+head -c 2000000 /dev/zero | tr '\\0' y
+echo; echo last
+"""
+
+
+def test_a_line_without_end_does_not_wait_for_it(image: str) -> None:
+    """It comes in pieces, so that whoever follows a log needs no more memory than for one."""
+    text = b"x" * LINE_MAX + b"microguest: not a line of PID 1"
+    kept(image, "job", LONG)
+    with find("job") as machine:
+        wait_until("it is logged", lambda: b"".join(machine.logs()) == text, PATIENCE)
+        lines = machine.logs(follow=True)
+        assert next(lines) == text[:LINE_MAX]
+        machine.agent.exec(["touch", "/go"])
+        rest = list(lines)
+        text += b"y" * 2_000_000 + b"\n"
+        assert rest[-1] == b"last\n"
+        assert b"".join(rest[:-1]) == text[LINE_MAX:]
+        assert max(map(len, rest)) <= LINE_MAX
+        assert b"".join(machine.logs(tail=2)) == text + b"last\n"
+        assert b"".join(machine.logs(tail=1)) == b"last\n"
+        (first, *others) = machine.logs(timestamps=True)
+        assert stamped(first)[1] + b"".join(others[:-1]) == text
+        assert stamped(others[-1])[1] == b"last\n"
+
+
+def test_a_line_is_not_cut_within_its_end() -> None:
+    """The console of a virtual machine writes two bytes for a newline."""
+    split = Splitter("job", timed=False)
+    data = b"x" * (LINE_MAX - 1) + b"\r\n"
+    assert [line.text for line in split.feed(Piece(data, 0, None))] == [data[:-2], b"\r\n"]
 
 
 def stamped(line: bytes) -> tuple[float, bytes]:

@@ -16,9 +16,12 @@ from host_client.machines.folder import check_name, is_alive, machines_root, rea
 from host_client.machines.when import Moment, moment, stamp
 from host_client.values import check_count, check_flag
 
-__all__ = ["console_looks"]
+__all__ = ["LINE_MAX", "console_looks"]
 
 FOLLOW_EVERY: Final = 0.1  # seconds between looks at a console that is followed
+# Bytes of a line that wait for its end; a longer one comes in pieces of so many.
+LINE_MAX: Final = 1024 * 1024
+CARRIAGE_RETURN: Final = ord("\r")
 # What PID 1 says, and the kernel's last words, which `quiet` does not silence.
 NOT_THE_WORKLOADS: Final = re.compile(
     rb"microguest: |" + re.escape(CONSOLE_MARK.encode()) + rb"|\[ *[0-9]+\.[0-9]+\] reboot: "
@@ -92,13 +95,10 @@ def _looks(
             lines = [line for piece in log.pieces() for line in split.feed(piece)]
             if not on:
                 lines += split.rest()
-            found = [
-                (stamp(line.when) + b" " if span.timestamps else b"")
-                + line.text.replace(end, b"\n")
-                for line in lines
-                if not NOT_THE_WORKLOADS.match(line.text) and span.has(line.when)
-            ]
-            yield found if tail is None else list(deque(found, maxlen=tail))
+            found = [line for line in lines if line.workloads and span.has(line.when)]
+            if tail is not None:
+                found = last_lines(found, tail)
+            yield [shown(line, end, timed=span.timestamps) for line in found]
             if not on:
                 return
             tail = None
@@ -106,36 +106,65 @@ def _looks(
 
 
 class Line(NamedTuple):
-    """One line of the console."""
+    """One line of the console, or at most LINE_MAX bytes of one."""
 
     text: bytes
     when: int  # it began, nanoseconds since the epoch; 0: not asked for
+    begins: bool  # False: it goes on with what the one before has begun
+    workloads: bool  # False: PID 1 has said it, or the kernel
+
+
+def last_lines(found: list[Line], count: int) -> list[Line]:
+    """So many at the end, each with all of its pieces."""
+    beginnings = deque((at for at, line in enumerate(found) if line.begins), maxlen=count)
+    return found[beginnings[0] :] if beginnings else []
+
+
+def shown(line: Line, end: bytes, *, timed: bool) -> bytes:
+    """As the program wrote it, and before its beginning when that was."""
+    before = stamp(line.when) + b" " if timed and line.begins else b""
+    return before + line.text.replace(end, b"\n")
 
 
 class Splitter:
-    """Makes lines of pieces."""
+    """Makes lines of pieces, and pieces of LINE_MAX bytes of a line that is longer."""
 
     def __init__(self, name: str, *, timed: bool) -> None:
         self._name = name
         self._timed = timed
         self._text = b""
         self._when = 0
+        self._begins = True
+        self._workloads = True
 
     def feed(self, piece: Piece) -> Iterator[Line]:
-        """The lines that end in it."""
+        """The lines that end in it, and what is too long to wait for its end."""
         at = piece.offset
         for part in io.BytesIO(piece.data):
-            if not self._text:
+            if self._begins and not self._text:
                 self._when = self._moment(piece, at)
             at += len(part)
             self._text += part
+            while len(self._text) > LINE_MAX:
+                yield self._cut(LINE_MAX)
             if part.endswith(b"\n"):
                 yield from self.rest()
+                self._begins = True
 
     def rest(self) -> list[Line]:
         """What has no end yet."""
-        text, self._text = self._text, b""
-        return [Line(text, self._when)] if text else []
+        return [self._cut(len(self._text))] if self._text else []
+
+    def _cut(self, size: int) -> Line:
+        """The first bytes of what waits."""
+        if size < len(self._text) and self._text[size - 1] == CARRIAGE_RETURN:
+            size -= 1  # the newline that it may belong to is behind it
+        text, self._text = self._text[:size], self._text[size:]
+        if self._begins:
+            self._workloads = not NOT_THE_WORKLOADS.match(text)
+        line = Line(text, self._when, self._begins, self._workloads)
+        self._begins = False
+        return line
 
     def _moment(self, piece: Piece, at: int) -> int:
         if not self._timed:
