@@ -7,7 +7,7 @@ line on stderr and exit code 125.
 import os
 import signal
 import sys
-from typing import Final
+from typing import Any, Final
 
 __all__ = ["Killed", "main"]
 
@@ -15,6 +15,7 @@ OURS: Final = 125  # exit code for what went wrong on our side
 NOT_EXECUTABLE: Final = 126
 NOT_FOUND: Final = 127
 INTERRUPTED: Final = 130  # 128 + SIGINT
+AGAIN: Final = 0.01  # seconds until an interrupt is raised once more
 
 
 class Killed(Exception):
@@ -25,16 +26,57 @@ class Killed(Exception):
         self.number = number
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
-    from host_client.descriptors import take_standard
+class Interrupt:
+    """The handler of SIGINT: a KeyboardInterrupt until the exit code is known, then nothing."""
 
-    take_standard()
-    # Who started us may ignore it; then the kernel would reap our children, and their exit codes
-    # with them.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    def __init__(self) -> None:
+        self.too_late = False
+
+    def __call__(self, _number: int, _frame: object) -> None:
+        """Python's own raises until the process is gone, which then dies of the signal."""
+        if not self.too_late:
+            raise KeyboardInterrupt
+
+    def take(self) -> None:
+        """Be the handler, unless who has started us ignores it."""
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGALRM, self)
+            sys.unraisablehook = come_again
+            signal.signal(signal.SIGINT, self)
+
+    def leave(self) -> None:
+        """From now on nothing comes, the interpreter's end included, which takes handlers away."""
+        self.too_late = True
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+
+
+def come_again(unraisable: Any) -> None:
+    """An interrupt in a finaliser, of which the import of a module has many, would only be printed:
+    it is raised again a moment later, where it ends what is done."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+interrupt: Final = Interrupt()  # made before `main`, none of whose lines is outside of its `try`
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code, with which the process has to end then.
+
+    A SIGINT that comes before that code is known makes it INTERRUPTED; a later one changes nothing.
+    """
     try:
-        return execute(sys.argv[1:] if argv is None else argv)
+        try:
+            interrupt.take()
+            return execute(sys.argv[1:] if argv is None else argv)
+        finally:
+            interrupt.too_late = True  # no handler runs between an exception and this
+            interrupt.leave()
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except Killed as killed:
         signal.signal(killed.number, signal.SIG_DFL)
         os.kill(os.getpid(), killed.number)
@@ -42,7 +84,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def execute(argv: list[str]) -> int:
-    """The same, but Killed where a signal shall end this program."""
+    """The same, but KeyboardInterrupt, and Killed where another signal shall end this program."""
+    from host_client.descriptors import take_standard
+
+    take_standard()
+    # Who started us may ignore it; then the kernel would reap our children, and their exit codes
+    # with them.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
     from guest.errors import MicroguestError, StartError
     from host_client.cli.arguments import parse
     from host_client.cli.tell import complain
@@ -60,6 +109,4 @@ def execute(argv: list[str]) -> int:
     except OSError as error:
         complain(explain(error))
         return OURS
-    except KeyboardInterrupt:
-        return INTERRUPTED
     return code
