@@ -184,8 +184,7 @@ def test_interrupted_boot(image: str, machines_home: Path, number: int, code: in
     """
     for moment in machinekit.MOMENTS:
         with subprocess.Popen(
-            [PROGRAM, "run", "--rm", "--machine", "qemu", "--name", "early", image]
-            + ["sleep", "600"],
+            [PROGRAM, "run", "--rm", "--machine", "qemu", "--name", "early", image, "sleep", "600"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         ) as program:

@@ -84,6 +84,22 @@ def test_kill(box: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        *(["stop", "nobody"], ["rm", "nobody"], ["pause", "nobody"], ["unpause", "nobody"]),
+        *(["wait", "nobody"], ["wait", "nobody", "p1"], ["kill", "nobody", "p1"]),
+        *(["kill", "BOX", "p999"], ["wait", "BOX", "p999"]),
+    ],
+)
+def test_a_name_that_there_is_not_is_one_line_and_1(box: str, words: list[str]) -> None:
+    """Of all commands that take several, as docker's."""
+    done = microguest(*(box if word == "BOX" else word for word in words))
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.startswith(b"microguest: ")
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["attach", "BOX", "p999"], "p999"),

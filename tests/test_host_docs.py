@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PAGE = Path(__file__).parent.parent / "docs" / "host.md"
-IMAGE = '"oci:images/demo:busybox", memory="512M"'
+IMAGE = '"oci:dist/demo:busybox", memory="512M"'
 
 
 def test_examples(image: str, machines_home: Path, capsys: pytest.CaptureFixture[str]) -> None:

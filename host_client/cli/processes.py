@@ -121,15 +121,21 @@ def kill(options: argparse.Namespace) -> int:
     """Print each id that received the signal; KILL takes all that descends from the process."""
     number = signal_number(int(options.signal) if options.signal.isdecimal() else options.signal)
     target = "tree" if number == signal.SIGKILL else "group"
-    with agent_of(options.target) as agent:
 
-        def send(name: str) -> str:
-            find(agent, options.target, name)
-            if not agent.signal(name, number, target):
-                raise MachineError(f"process {name} of machine {options.target} has ended already")
-            return name
+    def of_machine(machine: str) -> None:
+        nonlocal failed
+        with agent_of(machine) as agent:
 
-        return with_each(options.processes, send)
+            def send(name: str) -> str:
+                find(agent, machine, name)
+                if not agent.signal(name, number, target):
+                    raise MachineError(f"process {name} of machine {machine} has ended already")
+                return name
+
+            failed = with_each(options.processes, send)
+
+    failed = 0
+    return with_each([options.target], of_machine) or failed  # 1 also where there is no machine
 
 
 def wait(options: argparse.Namespace) -> int:
