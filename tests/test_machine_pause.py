@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import machinekit
 import pytest
+from clikit import microguest
 
 import host_client
 from guest.messages import Keep
 from host_client import Machine
-from host_client.cli import main
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded, MachineError
 from host_client.machines.find import find
 from host_client.machines.plan import Resume
@@ -88,26 +88,28 @@ def test_new_connection_sets_a_clock_that_is_out(machine: Machine) -> None:
 
 
 @pytest.mark.qemu
-def test_command_line(machine: Machine, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["pause", machine.name]) == 0
-    assert capfd.readouterr().out == f"{machine.name}\n"
-    assert main(["ls"]) == 0
-    assert "(paused)" in capfd.readouterr().out
+def test_command_line(machine: Machine) -> None:
+    name = f"{machine.name}\n".encode()
+    done = microguest("pause", machine.name)
+    assert (done.returncode, done.stdout) == (0, name)
+    assert b"(paused)" in microguest("ls").stdout
     time.sleep(0.5)
-    assert main(["unpause", machine.name]) == 0
-    assert capfd.readouterr().out == f"{machine.name}\n"
-    assert main(["ls"]) == 0
-    assert "(paused)" not in capfd.readouterr().out
+    done = microguest("unpause", machine.name)
+    assert (done.returncode, done.stdout) == (0, name)
+    done = microguest("ls")
+    assert done.returncode == 0
+    assert b"(paused)" not in done.stdout
     clock = machine.agent.clock()
     assert abs(clock.offset) <= clock.error + 0.02
 
 
-def test_namespaces_cannot_be_paused(capfd: pytest.CaptureFixture[str]) -> None:
+def test_namespaces_cannot_be_paused() -> None:
     with host_client.boot(machinekit.demo_image(), machine="namespaces") as machine:
         with pytest.raises(MachineError, match="no processors of its own"):
             machine.pause()
-        assert main(["pause", machine.name]) == 1
-        assert "no processors of its own" in capfd.readouterr().err
+        done = microguest("pause", machine.name)
+        assert done.returncode == 1
+        assert b"no processors of its own" in done.stderr
         renewed = machine.agent.renew(
             clock=True, random=True, machine_id="random", hostname="other"
         )

@@ -6,7 +6,7 @@ import signal
 import time
 from typing import Final
 
-from guest.errors import OperationError
+from guest.errors import MicroguestError, OperationError
 from guest.messages import ProcessInfo
 from host_client.agent import Agent
 from host_client.cli import INTERRUPTED
@@ -121,9 +121,8 @@ def kill(options: argparse.Namespace) -> int:
     """Print each id that received the signal; KILL takes all that descends from the process."""
     number = signal_number(int(options.signal) if options.signal.isdecimal() else options.signal)
     target = "tree" if number == signal.SIGKILL else "group"
-
-    def of_machine(machine: str) -> None:
-        nonlocal failed
+    machine = options.target
+    try:
         with agent_of(machine) as agent:
 
             def send(name: str) -> str:
@@ -132,10 +131,10 @@ def kill(options: argparse.Namespace) -> int:
                     raise MachineError(f"process {name} of machine {machine} has ended already")
                 return name
 
-            failed = with_each(options.processes, send)
-
-    failed = 0
-    return with_each([options.target], of_machine) or failed  # 1 also where there is no machine
+            return with_each(options.processes, send)
+    except MicroguestError as error:
+        complain(str(error))
+        return 1
 
 
 def wait(options: argparse.Namespace) -> int:
