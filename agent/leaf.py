@@ -82,7 +82,9 @@ class Leaf:
             try:
                 procs = os.open("cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
                 with open(procs, "rb") as file:
-                    found += map(int, file.read().split())
+                    # 0 is one that was moved here from outside of our namespace of processes: to
+                    # kill(2) it means its caller's own group.
+                    found += filter(None, map(int, file.read().split()))
             except (OSError, ValueError):  # removed meanwhile; threaded ones list no processes
                 continue
         return found

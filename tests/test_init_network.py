@@ -378,12 +378,15 @@ def test_a_full_root_boots_with_the_right_names(root: Path, *, there: bool) -> N
     ]
 
 
-def test_resolv_conf_of_a_read_only_root_is_not_written_through_a_users_link(root: Path) -> None:
-    """Root's own may lead to where a user has made another one."""
+@pytest.mark.parametrize("link", ["home", "etc"])
+def test_resolv_conf_of_a_read_only_root_is_not_written_through_a_users_link(
+    root: Path, link: str
+) -> None:
+    """Root's own may lead to where a user has made another one, or be a user's itself."""
     (root / "home").mkdir()
     (root / "etc" / "resolv.conf").symlink_to("/home/resolv.conf")
     (root / "home" / "resolv.conf").symlink_to("/var/secret")
-    os.lchown(root / "home" / "resolv.conf", 1000, 1000)
+    os.lchown(root / link / "resolv.conf", 1000, 1000)
     for folder in ("proc", "sys", "dev", "run", "var"):
         (root / folder).mkdir()
     script = "cat /var/secret 2>/dev/null || echo untouched"
@@ -395,7 +398,7 @@ def test_resolv_conf_of_a_read_only_root_is_not_written_through_a_users_link(roo
         assert machine.wait() == 0
         said, told = machine.console.splitlines()
     assert "/etc/resolv.conf is not as the machine was told" in said
-    assert "/home/resolv.conf, a symbolic link of user 1000" in said
+    assert f"/{link}/resolv.conf, a symbolic link of user 1000" in said
     assert told == "untouched"
 
 
