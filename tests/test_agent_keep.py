@@ -458,13 +458,13 @@ def test_attaching_to_what_cannot_be(agent: KeepingAgent, request_: Attach, code
 
 
 def test_retention_ends(agent: KeepingAgent) -> None:
+    before = agent.open_descriptors()
     process_id = start(agent, "echo", "x", keep=Keep(retain=0.3))
     wait(agent, process_id)
-    before = agent.open_descriptors()
     eventually(lambda: process_id not in listed(agent), "its end")
     agent.hear()
     assert process_id not in agent.deposits
-    assert agent.open_descriptors() < before
+    eventually(lambda: agent.open_descriptors() <= before, "the end of its pipes")
     with Host(agent) as host:
         host.send(Request(op="attach", args=Attach(id=process_id)))
         assert host.refusal().code == "no_such_process"

@@ -303,3 +303,13 @@ def test_environment(tmp_path: Path) -> None:
         assert run(*words)[:2] == (0, "here\n")
     finally:
         del os.environ["MICROGUEST_TEST_HERE"]
+
+
+@pytest.mark.parametrize("kind", machinekit.KINDS)
+def test_braces_in_a_path_are_a_users_own(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "{monitor}{vsock}{listener}"
+    (folder / "rootfs").mkdir(parents=True)
+    (folder / "rootfs" / "env").write_bytes(Path(BUSYBOX).read_bytes())
+    (folder / "rootfs" / "env").chmod(0o755)
+    code, out, error = run("--entrypoint", "/env", f"dir:{folder}/rootfs", machine=kind)
+    assert (code, "PATH=" in out) == (0, True), error

@@ -12,7 +12,7 @@ from host_client import images
 from host_client.address import SUN_PATH_MAX, UnixAddress
 from host_client.errors import MachineError
 from host_client.machines.mounts import Mount
-from host_client.machines.plan import Plan
+from host_client.machines.plan import Plan, blank
 from host_client.machines.prepare import Preparation, directory, lease_of
 from host_client.machines.settings import MEMORY, Settings
 
@@ -73,7 +73,7 @@ class NamespacesBackend:
             labels=dict(settings.labels),
             stdio=settings.stdio,
             url=str(UnixAddress(os.path.join(host, AGENT_SOCKET))),
-            argv=(*argv, *bound, "--run", folder.run, "--parent", "{monitor}"),
+            argv=(*argv, *bound, "--run", folder.run, "--parent", blank("monitor")),
             console="stdout",
             report_socket=f"host/{REPORT_SOCKET}",
             lease=lease_of(preparation.image, root),

@@ -29,8 +29,10 @@ __all__ = [
     "PowerOff",
     "Resume",
     "Share",
+    "blank",
     "clipped",
     "cut",
+    "filled",
 ]
 
 HYBRID_SOCKET: Final = "vsock.sock"  # in the run folder; host programs dial the guest there
@@ -49,7 +51,7 @@ class Share(Record):
     """A directory of the host that a program beside the VMM serves as virtiofs."""
 
     source: str  # absolute path
-    argv: tuple[str, ...]  # {listener} becomes the descriptor that it accepts the VMM on
+    argv: tuple[str, ...]  # blank("listener"): the descriptor that it accepts the VMM on
     socket: str  # where that listens, below `run`
     seccomp: str = ""  # the filter that it runs under, as base64
 
@@ -64,8 +66,8 @@ class Plan(Record):
     labels: dict[str, str] = {}  # noqa: RUF012  its caller's words for it
     stdio: str = "console"  # of the workload, as the boot config has it
     url: str  # where the agent will be
-    # The VMM's words. {vsock}, {console} and {qmp}, QEMU's control connection, become numbers of
-    # inherited descriptors, {monitor} the monitor's process id.
+    # The VMM's words. blank() of "vsock", "console" and "qmp", QEMU's control connection: numbers
+    # of inherited descriptors; of "monitor": the monitor's process id.
     argv: tuple[str, ...]
     console: str  # "socket": an inherited one; "stdout": the VMM's own output
     vsock: str = ""  # "built-in", "daemon", "kernel"; "" where the machine has none
@@ -194,6 +196,21 @@ class MachineState(Record):
             "lost": "the program that started it is gone",
         }.get(self.status, self.status)
         return f"machine {self.name} has ended: {self.error or reason}"
+
+
+def blank(name: str) -> str:
+    """What stands in a word of a program for a number that only the monitor knows.
+
+    No word of a user's has a NUL in it, and so none of these.
+    """
+    return f"\0{name}\0"
+
+
+def filled(word: str, numbers: dict[str, str]) -> str:
+    """`word` with the blanks of these names filled in."""
+    for name, number in numbers.items():
+        word = word.replace(blank(name), number)
+    return word
 
 
 def clipped(report: Record) -> Record:

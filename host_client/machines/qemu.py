@@ -22,7 +22,7 @@ from host_client.machines.disks import GuestDisk, image_disk
 from host_client.machines.host import VsockChoice, accelerator, qemu_command, vsock_choice
 from host_client.machines.mounts import Mount
 from host_client.machines.networking import MAC
-from host_client.machines.plan import HYBRID_SOCKET, Plan, Share
+from host_client.machines.plan import HYBRID_SOCKET, Plan, Share, blank
 from host_client.machines.prepare import Preparation, directory, lease_of
 from host_client.machines.settings import UPPER_SIZE, Settings, mebibytes
 from host_client.machines.shares import share_command, virtiofsd
@@ -186,7 +186,7 @@ def command_line(
     vsock: VsockChoice,
     cid: int,
 ) -> tuple[str, ...]:
-    """QEMU's words; {vsock}, {console} and {qmp} are descriptors that the monitor passes on."""
+    """QEMU's words, with blanks for the descriptors that the monitor passes on."""
     qemu, size = qemu_command(), mebibytes(settings.memory)
     return (
         *(qemu, *board.options, *accelerator(qemu).options),
@@ -196,8 +196,8 @@ def command_line(
         *("-machine", "memory-backend=mem"),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-name", f"microguest-{name}"),
-        *("-chardev", "socket,id=console,fd={console}", "-serial", "chardev:console"),
-        *("-chardev", "socket,id=qmp,fd={qmp}", "-mon", "chardev=qmp,mode=control"),
+        *("-chardev", f"socket,id=console,fd={blank('console')}", "-serial", "chardev:console"),
+        *("-chardev", f"socket,id=qmp,fd={blank('qmp')}", "-mon", "chardev=qmp,mode=control"),
         *vsock_options(board, vsock, cid),
         # Without it getrandom(2) blocks for seconds: an emulated CPU has no RDRAND.
         *("-device", f"virtio-rng-{board.suffix}"),
@@ -212,7 +212,7 @@ def vsock_options(board: Board, vsock: VsockChoice, cid: int) -> tuple[str, ...]
     """The device by which the guest has vsock."""
     if vsock.kind == "kernel":
         return ("-device", f"vhost-vsock-{board.suffix},guest-cid={cid}")
-    where = f"path={DAEMON_SOCKET}" if vsock.kind == "daemon" else "fd={vsock}"
+    where = f"path={DAEMON_SOCKET}" if vsock.kind == "daemon" else f"fd={blank('vsock')}"
     return (
         *("-chardev", f"socket,id=vs,{where}"),
         *("-device", f"vhost-user-vsock-{board.suffix},chardev=vs"),

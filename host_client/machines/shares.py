@@ -16,7 +16,7 @@ from typing import Final
 
 from host_client.errors import MachineError
 from host_client.machines.deputy import ATTRIBUTE_RULES, capability_changes
-from host_client.machines.plan import Share
+from host_client.machines.plan import Share, blank, filled
 from host_client.machines.vmm import spawn
 from host_client.vhost_vsock.loop import EventLoop
 
@@ -52,7 +52,7 @@ def virtiofsd() -> str:
 def share_command(
     program: str, source: str, *, read_only: bool, suid: bool = False, dev: bool = False
 ) -> tuple[str, ...]:
-    """virtiofsd's words; {listener} stands for the descriptor of its socket. MachineError.
+    """virtiofsd's words; with a blank for the descriptor of its socket. MachineError.
 
     suid, dev: as root it may make files with set-user-id bits or capabilities, and device nodes;
     suid: it serves all extended attributes, not `user.*` only. The one in Rust serves none.
@@ -63,7 +63,7 @@ def share_command(
     changes = capability_changes(suid=suid, dev=dev) if root else ""
     if is_successor(program):
         return (
-            *(program, "--fd={listener}", f"--shared-dir={source}", "--cache=auto"),
+            *(program, f"--fd={blank('listener')}", f"--shared-dir={source}", "--cache=auto"),
             f"--sandbox={'chroot' if root else 'namespace'}",
             *(("--readonly",) if read_only else ()),
             *((f"--modcaps={changes}",) if changes else ()),
@@ -75,7 +75,7 @@ def share_command(
     escaped = source.replace("\\", "\\\\").replace(",", "\\,")  # fuse_opt_parse
     return (
         *((*READ_ONLY, source) if read_only else ()),
-        *(program, "--fd={listener}", "-o", f"source={escaped}", "-o", "sandbox=chroot"),
+        *(program, f"--fd={blank('listener')}", "-o", f"source={escaped}", "-o", "sandbox=chroot"),
         *("-o", "cache=auto", "-o", "xattr", "--rlimit-nofile=0"),
         *(() if suid else ("-o", f"xattrmap={ATTRIBUTE_RULES}")),
         *(("-o", f"modcaps={changes}") if changes else ()),
@@ -144,7 +144,7 @@ class Shares:
         self._close_output()
 
     def _start(self, share: Share, listener: int, output: int) -> None:
-        argv = [word.replace("{listener}", str(listener)) for word in share.argv]
+        argv = [filled(word, {"listener": str(listener)}) for word in share.argv]
         process = spawn(
             argv, stdout=output, stderr=output, keep=(listener,), filtered=share.seccomp
         )

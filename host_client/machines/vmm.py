@@ -11,7 +11,7 @@ from select import EPOLLIN
 from typing import Final
 
 from guest import limits
-from host_client.machines.plan import HYBRID_SOCKET, Plan
+from host_client.machines.plan import HYBRID_SOCKET, Plan, blank, filled
 from host_client.machines.reports import ReportReader
 from host_client.vhost_vsock.loop import EventLoop
 
@@ -192,7 +192,7 @@ class Vmm:
             names["console"] = str(console_end)
         self.qmp: socket.socket | None = None  # QEMU's control connection
         qmp_end = -1
-        if any("{qmp}" in word for word in plan.argv):
+        if any(blank("qmp") in word for word in plan.argv):
             self.qmp, qemus = socket.socketpair()
             qmp_end = qemus.detach()
             keep.append(qmp_end)
@@ -281,13 +281,6 @@ class Vmm:
         self._process.wait()
         assert self._on_exit is not None
         self._on_exit()
-
-
-def filled(word: str, names: dict[str, str]) -> str:
-    """`word` with {name} replaced; other braces stay as they are, also in a user's path."""
-    for name, value in names.items():
-        word = word.replace(f"{{{name}}}", value)
-    return word
 
 
 TYPE_CHECKING = False
