@@ -458,12 +458,17 @@ def test_attaching_to_what_cannot_be(agent: KeepingAgent, request_: Attach, code
 
 
 def test_retention_ends(agent: KeepingAgent) -> None:
+    def retained() -> str:
+        process_id = start(agent, "echo", "x", keep=Keep(retain=0.3))
+        wait(agent, process_id)
+        eventually(lambda: process_id not in listed(agent), "its end")
+        agent.hear()
+        assert process_id not in agent.deposits
+        return process_id
+
+    retained()  # what an agent opens with its first process stays open
     before = agent.open_descriptors()
-    process_id = start(agent, "echo", "x", keep=Keep(retain=0.3))
-    wait(agent, process_id)
-    eventually(lambda: process_id not in listed(agent), "its end")
-    agent.hear()
-    assert process_id not in agent.deposits
+    process_id = retained()
     eventually(lambda: agent.open_descriptors() <= before, "the end of its pipes")
     with Host(agent) as host:
         host.send(Request(op="attach", args=Attach(id=process_id)))
