@@ -14,6 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
+from clikit import microguest
 from machinekit import family, has_folder, has_vmm, nothing_is_left, state_of, wait_until
 from patience import PATIENCE
 
@@ -157,6 +158,21 @@ def test_a_detached_machine_outlives_its_async_with_block(image: str, backend: s
             await found.stop()
 
     anyio.run(main, backend=backend)
+
+
+@pytest.mark.parametrize("words", [["nosuch"], ["-u", "nope"]])
+@pytest.mark.parametrize("detach", [[], ["-d"]])
+def test_a_machine_whose_command_cannot_start_keeps_the_reason(
+    image: str, words: list[str], detach: list[str]
+) -> None:
+    user = words if words[0] == "-u" else []
+    command = ["true"] if user else words
+    run = ["run", *detach, "--name", "job", "--machine", "namespaces", *user, image, *command]
+    assert microguest(*run).returncode == (125 if user else 127)
+    (left,) = list_machines(all=True)
+    assert left.status == "workload-failed"
+    with pytest.raises(MachineError, match=rf"could not be started: .*'{words[-1]}'"):
+        _ = find("job").agent
 
 
 def test_logs_are_followed_until_the_end(image: str) -> None:

@@ -191,6 +191,9 @@ def await_workload(machine: Machine) -> None:
     state = machine.state
     while state.workload_pid is None and not state.handed_off:
         if state.workload_failed is not None:
+            if state.workload_failed.restart_in is None:  # it ends by itself, and says why
+                with contextlib.suppress(DeadlineExceeded):
+                    machine.wait(POWER_OFF_WAIT)
             raise start_error(state.workload_failed)
         if state.ended:
             raise ConnectionLost(state.describe_end())

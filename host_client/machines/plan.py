@@ -195,6 +195,8 @@ class MachineState(Record):
             "killed": "it was killed",
             "lost": "the program that started it is gone",
         }.get(self.status, self.status)
+        if self.status == "workload-failed" and self.workload_failed is not None:
+            reason = f"its command could not be started: {self.workload_failed.message}"
         return f"machine {self.name} has ended: {self.error or reason}"
 
 
