@@ -2,10 +2,14 @@
 
 import ctypes
 import errno
+import os
 import pathlib
+import shutil
+import signal
 import struct
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from agentharness import AgentProcess, Host, Refused, execute
@@ -80,6 +84,7 @@ STANDARD_LIBRARY = {"_json", "resource", "termios"}  # all of them C
 
 COUNT = """
 import sys
+import tempfile
 import _guestsys, trio, msgpack
 before = set(sys.modules)
 import agent.main
@@ -94,3 +99,41 @@ def test_agent_imports_next_to_nothing() -> None:
     )
     foreign = {name for name in done.stdout.split() if name.split(".")[0] not in OWN}
     assert foreign == STANDARD_LIBRARY
+
+
+LEASE = """
+import fcntl, os, signal, sys, time
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+os.setgid(1234)
+os.setuid(1234)
+fd = os.open(sys.argv[1], os.O_RDWR)
+fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("taken", flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_user_who_holds_up_a_start_is_waited_for_so_long_and_no_longer() -> None:
+    """A lease makes exec wait, where the agent stands still: 45 s if nobody ends that."""
+    with tempfile.TemporaryDirectory(prefix="lease-") as name, AgentProcess() as agent:
+        program = pathlib.Path(name, "program")
+        shutil.copy("/bin/true", program)
+        for path in (program, program.parent):
+            path.chmod(0o755)
+            os.chown(path, 1234, 1234)
+        command = [sys.executable, "-c", LEASE, str(program)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+            try:
+                assert holder.stdout is not None
+                assert holder.stdout.readline() == b"taken\n"
+                exited = execute(agent, str(program), user="1234").exited
+                assert exited.signal == signal.SIGKILL
+            finally:
+                holder.kill()
+        assert execute(agent, str(program), user="1234").exited.code == 0
+
+
+def test_a_program_may_run_longer_than_its_start() -> None:
+    with AgentProcess() as agent:
+        assert execute(agent, "sleep", "5.5").exited.code == 0

@@ -229,6 +229,7 @@ sys_openat2(PyObject *module, PyObject *args)
  */
 
 enum { STACK_SIZE = 32 * 1024, SIGNAL_SET_SIZE = 8, LAST_SIGNAL = 64, FIRST_OWN_FD = 3 };
+enum { START_SECONDS = 5 }; /* from clone to exec */
 
 struct limit {
     int resource;
@@ -507,10 +508,24 @@ prepare_and_execute(struct plan *plan)
     return execute(plan);
 }
 
+/* The parent stands still until the child has exec'ed or ended. A user may stop the child as soon as
+ * it is the user's, or make exec wait, as a lease on the program does (fcntl(2)): so a timer ends the
+ * child. It is the kernel that kills, and exec takes the timer away. */
+static void
+limit_time(void)
+{
+    struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGKILL};
+    const struct itimerspec time = {.it_value = {.tv_sec = START_SECONDS}};
+    int timer;
+    if (syscall(SYS_timer_create, CLOCK_MONOTONIC, &event, &timer) == 0)
+        syscall(SYS_timer_settime, timer, 0, &time, NULL);
+}
+
 static int
 child_main(void *argument)
 {
     struct plan *plan = argument;
+    limit_time();
     plan->error = prepare_and_execute(plan);
     syscall(SYS_exit_group, 127);
     __builtin_trap(); /* the filter refused it; this needs no system call */
