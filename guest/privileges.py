@@ -92,7 +92,7 @@ def resource_limits(wanted: dict[str, tuple[int, ...]]) -> tuple[tuple[int, int,
     found = []
     for name, pair in wanted.items():
         if name not in RESOURCES:
-            raise _bad_limit(f"no resource limit is called {name!r:.100}; they are as nofile")
+            raise _bad_limit(f"no resource limit is called {name!r:.100}, as nofile and nproc are")
         if any(not -1 <= value <= UNLIMITED for value in pair):
             raise _bad_limit(f"{name}: must be -1 to 2**64 - 1")
         soft, hard = (UNLIMITED if value == -1 else value for value in pair)

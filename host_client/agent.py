@@ -71,9 +71,10 @@ class Agent:
             from host_client.machines.find import find
 
             return find(url).agent(timeout=timeout)
+        address = parse(url)
         if token is None:
             raise ConnectError(f"{url} needs a token; only a machine's name goes without", url=url)
-        return cls(parse(url), token, timeout=timeout)
+        return cls(address, token, timeout=timeout)
 
     def __enter__(self) -> Self:
         return self

@@ -93,6 +93,9 @@ def test_command_line(machine: Machine) -> None:
     done = microguest("pause", machine.name)
     assert (done.returncode, done.stdout) == (0, name)
     assert b"(paused)" in microguest("ls").stdout
+    done = microguest("exec", machine.name, "true")
+    assert done.returncode == 125
+    assert f"microguest unpause {machine.name}".encode() in done.stderr
     time.sleep(0.5)
     done = microguest("unpause", machine.name)
     assert (done.returncode, done.stdout) == (0, name)

@@ -190,7 +190,11 @@ def _add_logs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_switch(parser, "-f", "--follow", help="until the machine ends")
     add("-n", "--tail", metavar="LINES", default="all", help="so many at the end (default all)")
-    add("--since", metavar="TIME", help="no lines from before: 10m ago, a date or unix seconds")
+    add(
+        "--since",
+        metavar="TIME",
+        help="no lines from before: 10m for so long ago, a date, or seconds since 1970",
+    )
     add("--until", metavar="TIME", help="no lines from after it")
     add_switch(parser, "-t", "--timestamps", help="before each line when it began")
     add("name", metavar="NAME")

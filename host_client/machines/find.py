@@ -31,8 +31,12 @@ LOOK_EVERY: Final = 0.01  # seconds between looks at the state of a machine that
 
 
 def agent_of(name: str, *, timeout: float = 10.0) -> Agent:
-    """The agent of a running machine of this user. MachineError where there is none."""
+    """The agent of a running machine of this user. MachineError where none is, or it is paused."""
     machine = find(name)
+    if machine.state.paused:
+        raise MachineError(
+            f"machine {name} is paused, and answers nothing: microguest unpause {name}"
+        )
     agent = machine.agent(timeout=timeout)
     try:
         agent.ping()

@@ -108,7 +108,7 @@ def find(name: str) -> "NamedMachine":
     """The machine of that name of this user, running or ended and kept. MachineError: none such."""
     check_name(text(name, "name"))
     if read_state(name) is None and not is_alive(name):
-        raise MachineError(f"no machine named {name}: see list_machines, or microguest ls -a")
+        raise MachineError(f"no machine named {name}: microguest ls -a lists all")
     return NamedMachine(name)
 
 

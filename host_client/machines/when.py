@@ -35,7 +35,9 @@ DATE: Final = re.compile(
     r"(?:T([0-9]{2})(?::([0-9]{2})(?::([0-9]{2})(?:\.([0-9]{1,9}))?)?)?)?"
     r"(Z|z|[-+][0-9]{2}:[0-9]{2})?"
 )
-FORMS: Final = "10m or 1h30m ago, 2026-01-31, 2026-01-31T12:00:00Z, or seconds since 1970"
+FORMS: Final = (
+    "10m or 1h30m for so long ago, 2026-01-31, 2026-01-31T12:00:00Z, or seconds since 1970"
+)
 
 
 def moment(value: Moment | None, name: str) -> int | None:
