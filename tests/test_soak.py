@@ -110,6 +110,9 @@ class Holding:
         return cls(len(os.listdir(f"/proc/{pid}/task")), kinds)
 
 
+NAMELESS = b"(zombie, gone, or not beyond its execve yet)"
+
+
 class Inside:
     """PID 1, its agent, and everybody else in a machine, numbered as the host numbers them."""
 
@@ -125,7 +128,7 @@ class Inside:
     def others(self) -> dict[int, bytes]:
         """Everything in the machine but PID 1 and the agent, zombies included, with its name."""
         family = machinekit.family(self.init) - {self.init, self.agent}
-        return {pid: command_line(pid) or b"(zombie or gone)" for pid in family}
+        return {pid: command_line(pid) or NAMELESS for pid in family}
 
     def wait_quiet(self) -> None:
         """Until only PID 1 and the agent are there, and no connection is."""
@@ -610,6 +613,7 @@ def test_refused_requests_start_nothing_and_leave_nothing(
         ids = {"OWNED": owner.start("sleep", "1000").id}
         ids["KEPT"] = writer.start("sleep", "1000", stdin=True, keep=Keep()).id
         stack.callback(forget, inside, ids["KEPT"])
+        wait_until("each has its name", lambda: NAMELESS not in inside.others().values())
         there, known = inside.others(), listed(inside)
         assert len(there) == len(known) == 2
         for turn in range(rounds):

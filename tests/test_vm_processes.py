@@ -58,8 +58,9 @@ def refused(machine: Machine, group: str) -> int:
 
 
 def bomb(machine: Machine, user: str, script: str = BOMB) -> Process:
-    """Started as `exec -d` does."""
+    """Started as `exec -d` does. Its first process makes none: a shell whose fork fails ends."""
     keep = Keep(buffer=limits.KEEP_BUFFER_MIN, on_full="drop")
+    script = f"{{ {script}; }} & exec sleep 100000"
     return machine.agent.start(["sh", "-c", script], user=user, keep=keep)
 
 
