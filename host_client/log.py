@@ -21,8 +21,7 @@ WARNING = 30
 NAME = "microguest"
 SHOWN = 300  # characters of a message
 
-
-_found: "list[Logger]" = []
+_found: "list[Logger]" = []  # the one, once it was looked up
 
 
 def note(level: int, message: str, *values: object) -> None:

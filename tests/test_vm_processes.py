@@ -25,15 +25,8 @@ WORKLOAD = f"until [ -e /tmp/go ]; do sleep 0.1; done; {{ {BOMB}; }} & exec slee
 CGROUPS = "/sys/fs/cgroup/microguest"
 
 
-@pytest.fixture(scope="module")
-def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        yield
-
-
 @pytest.fixture
-def machine(state_home: None, elf: pathlib.Path) -> Iterator[Machine]:
+def machine(machines_home: pathlib.Path, elf: pathlib.Path) -> Iterator[Machine]:
     """One whose workload is an unprivileged user's, and a fork bomb once there is /tmp/go."""
     command = ["sh", "-c", WORKLOAD]
     with boot(machinekit.demo_image(), memory="192M", command=command, user=USER) as machine:
@@ -163,7 +156,7 @@ def test_a_limit_of_its_own_does_not_lift_what_all_may_have(machine: Machine, ow
 
 @pytest.mark.parametrize(("own", "is_share"), [(30, False), (10**6, True)])
 def test_a_workloads_limit_of_its_own(
-    state_home: None, elf: pathlib.Path, own: int, *, is_share: bool
+    machines_home: pathlib.Path, elf: pathlib.Path, own: int, *, is_share: bool
 ) -> None:
     command = ["sleep", "1000"]
     with boot(machinekit.demo_image(), memory="256M", command=command, processes=own) as machine:

@@ -46,7 +46,6 @@ class Interrupt:
 
     def leave(self) -> None:
         """From now on nothing comes, the interpreter's end included, which takes handlers away."""
-        self.too_late = True
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
