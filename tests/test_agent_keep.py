@@ -131,6 +131,12 @@ def wait(agent: KeepingAgent, process_id: str) -> Exited:
     return exited
 
 
+def withdrawn(agent: KeepingAgent, process_id: str) -> bool:
+    """Whether PID 1 has nothing of it any more."""
+    agent.hear()
+    return process_id not in agent.deposits
+
+
 def input_ended(agent: KeepingAgent, process_id: str) -> bool:
     """Whether PID 1 is not to hold its stdin open any more."""
     agent.hear()
@@ -462,8 +468,7 @@ def test_retention_ends(agent: KeepingAgent) -> None:
         process_id = start(agent, "echo", "x", keep=Keep(retain=0.3))
         wait(agent, process_id)
         eventually(lambda: process_id not in listed(agent), "its end")
-        agent.hear()
-        assert process_id not in agent.deposits
+        eventually(lambda: withdrawn(agent, process_id), "PID 1's hearing of it")
         return process_id
 
     retained()  # what an agent opens with its first process stays open
