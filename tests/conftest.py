@@ -2,7 +2,8 @@
 
 Each test is surrounded by a check that it leaves no file descriptor, thread or child process.
 Fixtures of a wider scope are set up before it and may keep theirs. `--require-all` turns a skip
-into a failure, for machines that are meant to have everything. Hypothesis runs a small repeatable
+into a failure, for machines that are meant to have everything; `--most-reruns=N` fails a run of
+which more tests than that were run a second time (`--reruns`). Hypothesis runs a small repeatable
 profile; `--hypothesis-profile=deep` looks for new examples.
 """
 
@@ -152,6 +153,26 @@ def module_machines_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-all", action="store_true", help="a skipped test is a failure")
+    parser.addoption("--most-reruns", type=int, help="reruns that do not fail the whole run")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    most = session.config.option.most_reruns
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if most is not None and len(reporter.stats.get("rerun", ())) > most:
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What failed at the first try is shown as a failure is: the reason is to be found."""
+    reruns = terminalreporter.stats.get("rerun", ())
+    most = terminalreporter.config.option.most_reruns
+    if not reruns:
+        return
+    terminalreporter.section(f"run again: {len(reruns)}, borne: {most}")
+    for report in reruns:
+        terminalreporter.section(report.nodeid, sep="_")
+        terminalreporter.write_line(report.longreprtext)
 
 
 @pytest.hookimpl(wrapper=True)
