@@ -367,3 +367,18 @@ def execute(agent: AgentProcess, *argv: str, **options: Any) -> Result:
     with Host(agent) as host:
         host.start(*argv, **options)
         return host.collect()
+
+
+TIMEOUTS = (0.3, 3.0, 30.0)  # seconds; the next one where a script was not ready by then
+
+
+def run_into_timeout(agent: AgentProcess, script: str, **options: Any) -> tuple[Result, float]:
+    """A shell's script that says "up" when its traps are set, and the timeout that ended it then.
+
+    On a busy machine a short timeout is over before that.
+    """
+    for timeout in TIMEOUTS:
+        result = execute(agent, "sh", "-c", script, timeout=timeout, **options)
+        if result.stdout.startswith(b"up\n"):
+            return result, timeout
+    raise AssertionError(f"not ready within {timeout} s: {script}")

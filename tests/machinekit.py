@@ -142,8 +142,12 @@ def nothing_is_left(name: str, pids: set[int], *, within: float) -> None:
     folder = os.path.join(machines_root(), name)
     wait_until("its processes end", lambda: not any(map(runs, pids)), within)
     wait_until("its folder goes", lambda: not os.path.exists(folder), within)
-    assert folder not in Path("/proc/self/mountinfo").read_text()
-    assert folder not in Path("/proc/net/unix").read_text()
+    for listing in ("/proc/self/mountinfo", "/proc/net/unix"):
+        wait_until(
+            f"{listing} names it no more",
+            lambda at=listing: folder not in Path(at).read_text(),
+            within,
+        )  # type: ignore[misc]
 
 
 def python(program: str, *arguments: str) -> "subprocess.Popen[bytes]":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from agentharness import WAIT, AgentProcess, Host, Refused
+from agentharness import TIMEOUTS, WAIT, AgentProcess, Host, Refused
 from sleepers import Sleeper
 
 from guest import limits
@@ -137,10 +137,15 @@ def withdrawn(agent: KeepingAgent, process_id: str) -> bool:
     return process_id not in agent.deposits
 
 
+def deposited(agent: KeepingAgent, process_id: str) -> tuple[str, ...]:
+    """The names of the descriptors that PID 1 is to hold open."""
+    agent.hear()
+    return agent.deposits[process_id].names
+
+
 def input_ended(agent: KeepingAgent, process_id: str) -> bool:
     """Whether PID 1 is not to hold its stdin open any more."""
-    agent.hear()
-    return "stdin" not in agent.deposits[process_id].names
+    return "stdin" not in deposited(agent, process_id)
 
 
 def written(agent: KeepingAgent, process_id: str) -> int:
@@ -441,8 +446,9 @@ def test_exit_before_anybody_attaches(agent: KeepingAgent) -> None:
     with Host(agent) as host:
         signalled = host.request("signal", SignalProcess(id=process_id, signal=9))
         assert not signalled.delivered  # type: ignore[attr-defined]
-    meta = agent.deposits[process_id]
-    assert meta.names == ("stdout-ring", "stderr-ring")
+    eventually(
+        lambda: deposited(agent, process_id) == ("stdout-ring", "stderr-ring"), "its last deposit"
+    )
 
 
 @pytest.mark.parametrize(
@@ -466,7 +472,6 @@ def test_attaching_to_what_cannot_be(agent: KeepingAgent, request_: Attach, code
 def test_retention_ends(agent: KeepingAgent) -> None:
     def retained() -> str:
         process_id = start(agent, "echo", "x", keep=Keep(retain=0.3))
-        wait(agent, process_id)
         eventually(lambda: process_id not in listed(agent), "its end")
         eventually(lambda: withdrawn(agent, process_id), "PID 1's hearing of it")
         return process_id
@@ -491,18 +496,22 @@ def test_forgetting_what_runs_kills_everything_of_it(agent: KeepingAgent, sleepe
         assert watcher.refusal().code == "no_such_process"
     sleeper.wait_until_gone()
     assert process_id not in listed(agent)
-    assert process_id not in agent.deposits
-    assert agent.children() == []
+    eventually(lambda: withdrawn(agent, process_id), "PID 1's hearing of it")
+    eventually(lambda: agent.children() == [], "its end")
 
 
 def test_timeout_goes_on_without_anybody(agent: KeepingAgent) -> None:
-    script = "trap 'echo term' TERM; while :; do sleep 0.05; done"
-    process_id = start(agent, "sh", "-c", script, timeout=0.3, grace=0.3)
-    exited = wait(agent, process_id)
+    script = "trap 'echo term' TERM; echo up; while :; do sleep 0.05; done"
+    for timeout in TIMEOUTS:
+        process_id = start(agent, "sh", "-c", script, timeout=timeout, grace=timeout)
+        exited = wait(agent, process_id)
+        with Host(agent) as host:
+            attach(host, process_id)
+            output = host.collect().stdout
+        if output.startswith(b"up\n"):
+            break
+    assert output == b"up\nterm\n"
     assert (exited.signal, exited.timed_out) == (signal.SIGKILL, True)
-    with Host(agent) as host:
-        attach(host, process_id)
-        assert host.collect().stdout == b"term\n"
 
 
 def test_a_terminal_is_kept_as_well(agent: KeepingAgent) -> None:
@@ -558,8 +567,13 @@ def test_nothing_is_left_of_many(agent: KeepingAgent) -> None:
     for _ in range(20):
         forget(agent, start(agent, "cat", stdin=True))
     eventually(lambda: agent.open_descriptors() <= before, "descriptors to be closed")
-    assert agent.deposits.keys() <= {"agent"}  # the agent's own
-    assert agent.children() == []
+    eventually(lambda: only_itself_deposited(agent), "PID 1's hearing of it")
+    eventually(lambda: agent.children() == [], "their end")
+
+
+def only_itself_deposited(agent: KeepingAgent) -> bool:
+    agent.hear()
+    return agent.deposits.keys() <= {"agent"}
 
 
 def test_the_next_agent_ends_what_was_not_kept(sleeper: Sleeper) -> None:
@@ -610,10 +624,14 @@ def test_a_host_is_heard_until_there_is_room_for_its_last_frame(agent: KeepingAg
 
 def test_the_last_who_reads_takes_along_what_is_retained_no_longer(agent: KeepingAgent) -> None:
     keep = Keep(buffer=4_000_000, retain=0.2)
-    process_id = start(agent, "head", "-c", "4000000", "/dev/zero", keep=keep)
-    wait(agent, process_id)
+    script = "head -c 4000000 /dev/zero; read line"
+    process_id = start(agent, "sh", "-c", script, stdin=True, keep=keep)
     with Host(agent) as first:
         attach(first, process_id, write=False)
+        host, _ = attach_writer(agent, process_id)
+        with host:
+            host.write(b"", end=True)
+        wait(agent, process_id)
         time.sleep(0.5)  # beyond what it is retained for, but that somebody reads
         with Host(agent) as second:
             attach(second, process_id, write=False)

@@ -24,7 +24,8 @@ from host_client import boot
 from host_client.errors import DeadlineExceeded
 from host_client.machines.machine import Machine
 
-ANSWER = 1.0  # seconds within which the agent answers ping, whatever goes on
+LOAD = 8.0  # seconds that the agent is in trouble
+ANSWER = LOAD / 2  # within which it answers ping meanwhile; emulated, on a busy machine
 MIB = 1024 * 1024
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give privileges up")
@@ -186,7 +187,7 @@ def test_fork_bomb_stays_in_its_cgroup(emulated: Machine) -> None:
     bomb = "f() { f | f & }; f; sleep 60"
     with Pings(emulated, ANSWER), pytest.raises(DeadlineExceeded):
         emulated.agent.exec(
-            shell=bomb, limits=Limits(processes=100, memory=64 * MIB), timeout=3, grace=0.2
+            shell=bomb, limits=Limits(processes=100, memory=64 * MIB), timeout=LOAD, grace=0.2
         )
     wait_until("the bomb is gone", lambda: count_processes(emulated) < 20)
 
@@ -221,7 +222,7 @@ def test_agent_survives_when_all_memory_is_used(emulated: Machine) -> None:
 
 @pytest.mark.qemu
 def test_agent_answers_during_a_flood_of_starts(emulated: Machine) -> None:
-    until = time.monotonic() + 3
+    until = time.monotonic() + LOAD
     counts = [0] * 16
 
     def flood(number: int) -> None:

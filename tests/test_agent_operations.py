@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 from agentharness import AgentProcess, Host, Refused, execute
+from machinekit import wait_until
 from patience import PATIENCE, SLACK
 
 from guest import limits
-from guest.connection import Request
+from guest.connection import Request, Response
 from guest.messages import (
     Exited,
     Forget,
@@ -80,7 +81,7 @@ def test_list_of_many_fits_into_an_answer(agent: AgentProcess) -> None:
     hosts = [Host(agent) for _ in range(300)]
     try:
         for host in hosts:
-            host.start("sh", "-c", "sleep 60", "\u2603" * 5000, label="\u2603" * limits.LABEL)
+            host.start("sh", "-c", "sleep 1000", "\u2603" * 5000, label="\u2603" * limits.LABEL)
         infos = listed(agent)
         assert len(infos) == 300
         assert all(info.argv[0] == "sh" for info in infos)
@@ -92,10 +93,15 @@ def test_list_of_many_fits_into_an_answer(agent: AgentProcess) -> None:
 
 def test_wait_is_answered_at_the_end(agent: AgentProcess) -> None:
     with Host(agent) as owner, Host(agent) as other:
-        started = owner.start("sh", "-c", "sleep 0.2; exit 9")
-        exited = other.request("wait", Wait(id=started.id, timeout=20))
-        assert isinstance(exited, Exited)
-        assert exited.code == 9
+        started = owner.start("sh", "-c", "read line; exit 9", stdin=True)
+        other.send(Request(op="wait", args=Wait(id=started.id, timeout=PATIENCE)))
+        for _ in range(3):  # the agent has seen it by then
+            listed(agent)
+        owner.write(b"go on\n")
+        response = other.receive()
+        assert isinstance(response, Response)
+        assert isinstance(response.result, Exited)
+        assert response.result.code == 9
         assert other.ping().root_ready  # the connection is free again
         assert owner.collect().exited.code == 9
 
@@ -111,20 +117,13 @@ def test_wait_ends_when_it_has_waited_long_enough(agent: AgentProcess) -> None:
 
 def test_wait_is_given_up_with_its_connection(agent: AgentProcess) -> None:
     with Host(agent) as owner:
-        started = owner.start("sleep", "60")
-        connections = owner_connections(agent)
-        with Host(agent) as waiting:
-            waiting.send(Request(op="wait", args=Wait(id=started.id, timeout=600)))
-            deadline = time.monotonic() + PATIENCE
-            while owner_connections(agent) == connections:
-                assert time.monotonic() < deadline
-        while owner_connections(agent) > connections:
-            assert time.monotonic() < deadline
-
-
-def owner_connections(agent: AgentProcess) -> int:
-    with Host(agent) as host:
-        return host.info().connections
+        started = owner.start("sleep", "1000")
+        with Host(agent) as asking:
+            wait_until("only these two", lambda: asking.info().connections == 2)
+            with Host(agent) as waiting:
+                waiting.send(Request(op="wait", args=Wait(id=started.id, timeout=600)))
+                wait_until("a third one", lambda: asking.info().connections == 3)
+            wait_until("it is given up", lambda: asking.info().connections == 2)
 
 
 def test_signal_reaches_any_process(agent: AgentProcess) -> None:

@@ -90,11 +90,11 @@ def test_a_workload_on_the_console_is_signalled_and_waited_for_through_its_lives
     hup = SignalProcess(id="main", signal=signal.SIGHUP)
     with AgentProcess() as agent, Host(agent) as host:
         for last in (False, True):
-            with subprocess.Popen(["sleep", "20"], start_new_session=True) as workload:
+            with subprocess.Popen(["sleep", "1000"], start_new_session=True) as workload:
                 agent.send(MainStarted(pid=workload.pid, console=True))
                 while main_of_or_none(host) != workload.pid:
                     pass
-                assert main_of(host).argv == ("sleep", "20")
+                assert main_of(host).argv == ("sleep", "1000")
                 for op, args in (("attach", Attach()), ("forget", Forget(id="main"))):
                     with (
                         Host(agent) as asking,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from agentharness import AgentProcess, Host, Refused, Result
+from machinekit import wait_until
 from patience import PATIENCE, SLACK
 
 from guest.connection import Data, End
@@ -98,7 +99,7 @@ def test_root_without_terminals_is_a_typed_error(tmp_path: pathlib.Path) -> None
         assert "/dev/ptmx" in str(caught.value.failure)
         with Host(agent) as host:
             assert host.info().processes == 0
-        assert agent.open_descriptors() <= before + 1
+        wait_until("descriptors closed", lambda: agent.open_descriptors() <= before)
 
 
 # ── size ─────────────────────────────────────────────────────────────────────────────────────────
@@ -134,19 +135,31 @@ def test_resize_of_an_ended_terminal_is_ignored(agent: AgentProcess) -> None:
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+def job_in_foreground(shell: int) -> str:
+    """The name of the program that has the shell's terminal; fields 5 and 8 of proc_pid_stat(5)."""
+    fields = pathlib.Path(f"/proc/{shell}/stat").read_text().rpartition(")")[2].split()
+    if fields[5] == fields[2]:
+        return ""
+    try:
+        return pathlib.Path(f"/proc/{fields[5]}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def test_keys_signal_jobs_of_an_interactive_shell(agent: AgentProcess) -> None:
     with Host(agent) as host:
-        host.start("sh", "-i", tty=SIZE, stdin=True, env={"PS1": "ready> ", "ENV": ""})
+        environment = {"PS1": "ready> ", "ENV": ""}
+        shell = host.start("sh", "-i", tty=SIZE, stdin=True, env=environment).pid
         host.read_until(b"ready> ")
         for key, status in ((INTERRUPT, 130), (QUIT, 131)):
-            host.write(b"sleep 100\n")
-            time.sleep(0.2)
+            host.write(b"sleep 1000\n")
+            wait_until("it sleeps", lambda: job_in_foreground(shell) == "sleep")
             host.write(key)
             host.read_until(b"ready> ")
             host.write(b"echo status=$?\n")
             host.read_until(b"status=%d" % status)
-        host.write(b"sleep 100\n")
-        time.sleep(0.2)
+        host.write(b"sleep 1000\n")
+        wait_until("it sleeps", lambda: job_in_foreground(shell) == "sleep")
         host.write(SUSPEND)
         host.read_until(b"ready> ")
         host.write(b"jobs\n")

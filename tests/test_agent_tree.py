@@ -92,7 +92,7 @@ def test_lost_connection_kills_daemons(agent: AgentProcess, sleeper: Sleeper) ->
 
 def test_timeout_kills_daemons(agent: AgentProcess, sleeper: Sleeper) -> None:
     with Host(agent) as host:
-        start_daemon(host, sleeper, timeout=0.3, grace=0.2)
+        start_daemon(host, sleeper, timeout=3.0, grace=0.2)  # by when it has started all of them
         assert host.collect().exited.timed_out
     sleeper.wait_until_gone()
 
@@ -255,9 +255,13 @@ def test_one_look_at_all_processes_serves_all_kills(
 
 def test_the_agent_answers_while_it_looks(hidden_agent: AgentProcess, sleeper: Sleeper) -> None:
     """One ping waits for a step, not for a look at everybody, let alone for one each."""
-    begun = time.monotonic()
-    _, longest = closing_costs(hidden_agent, sleeper, MANY)
-    assert longest < (time.monotonic() - begun) / 4
+    for _ in range(5):  # a busy machine may hold up one ping, or two
+        begun = time.monotonic()
+        _, longest = closing_costs(hidden_agent, sleeper, MANY)
+        took = time.monotonic() - begun
+        if longest < took / 4:
+            return
+    pytest.fail(f"a ping took {longest} s of {took} s, as in all tries before")
 
 
 def test_the_end_of_an_agent_is_one_look_too(sleeper: Sleeper) -> None:
@@ -267,7 +271,7 @@ def test_the_end_of_an_agent_is_one_look_too(sleeper: Sleeper) -> None:
             host.start("sleep", sleeper.argument)
         sleeper.wait_for(MANY)
         agent.close()
-        assert sleeper.pids() == []
+        sleeper.wait_until_gone()
         for host in hosts:
             host.sock.close()
 
@@ -287,7 +291,8 @@ def test_a_process_ends_with_its_group_where_proc_is_covered(
 
 def test_every_kill_is_said_to_have_been_delivered_or_not(hidden_agent: AgentProcess) -> None:
     with Host(hidden_agent) as host, Host(hidden_agent) as other:
-        started = host.start("sh", "-c", "trap '' USR1; sleep 1000 & wait")
+        started = host.start("sh", "-c", "trap '' USR1; sleep 1000 & echo up; wait")
+        host.read_until(b"up\n")
         for number in (signal.SIGUSR1, signal.SIGKILL):
             args = SignalProcess(id=started.id, signal=number, target="tree")
             assert other.request("signal", args) == SignalResult(delivered=True)

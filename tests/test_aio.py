@@ -41,7 +41,7 @@ def play(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
 
     def run(scene: Scene, *scripts: Script, **options: object) -> None:
         async def main() -> None:
-            with anyio.fail_after(20):
+            with anyio.fail_after(2 * PATIENCE):
                 async with aio.Agent.of(agent_at(path, **options)) as agent:
                     await scene(agent)
 

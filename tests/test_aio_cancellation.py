@@ -169,7 +169,7 @@ WAYS = [pytest.param(*way, id=f"{way[0]}-{way[1].__name__}") for way in ASYNCIO 
 
 def run(backend: str, main: Callable[[], Awaitable[None]]) -> None:
     async def within() -> None:
-        with anyio.fail_after(50):
+        with anyio.fail_after(2 * PATIENCE):
             await main()
 
     anyio.run(within, backend=backend)
@@ -333,7 +333,7 @@ def ours(client: Agent, label: str) -> list[str]:
 
 
 def expect_none(client: Agent, label: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while ours(client, label):
         assert time.monotonic() < deadline, client.processes()
         time.sleep(0.01)

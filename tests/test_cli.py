@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -92,7 +91,8 @@ def test_command_whose_machine_is_stopped(image: str, at_term: str, code: int) -
     with subprocess.Popen([PROGRAM, *words], stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == b"up\n"
-        with subprocess.Popen([PROGRAM, "stop", "-t", "0.5", "goes"], stdout=subprocess.DEVNULL):
+        grace = str(PATIENCE) if at_term else "0.5"
+        with subprocess.Popen([PROGRAM, "stop", "-t", grace, "goes"], stdout=subprocess.DEVNULL):
             rest = running.stdout.read()
     assert (running.returncode, len(rest)) == (code, 3000000 if at_term else 0)
 
@@ -164,10 +164,11 @@ def test_signals_are_passed_on(image: str, machines_home: Path) -> None:
 
 
 def test_second_interrupt_kills_the_machine(image: str, machines_home: Path) -> None:
-    script = "trap '' INT TERM; echo up; while :; do sleep 0.1; done"
+    script = "trap '' TERM; trap 'echo heard' INT; echo up; while :; do sleep 0.1; done"
     with foreground(image, script) as program:
         program.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"heard\n"
         assert program.poll() is None
         program.send_signal(signal.SIGINT)
         program.communicate(timeout=PATIENCE)
@@ -282,11 +283,11 @@ def test_detached_machine(image: str, kind: str) -> None:
     with subprocess.Popen(
         [PROGRAM, "logs", "-f", name], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as follower:
-        stopped = microguest("stop", "-t", "2", name)
+        stopped = microguest("stop", "-t", "30", name)
         assert (stopped.returncode, stopped.stdout) == (0, f"{name}\n".encode())
         followed, errors = follower.communicate(timeout=PATIENCE)
     assert (followed.splitlines()[0], followed.splitlines()[-1], errors) == (b"hello", b"bye", b"")
-    assert not any(map(machinekit.runs, pids))
+    wait_until("its processes end", lambda: not any(map(machinekit.runs, pids)))
 
     assert microguest("ls", "-q").stdout == b""
     assert microguest("ls", "-a", "-q").stdout == f"{name}\n".encode()

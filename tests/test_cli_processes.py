@@ -32,13 +32,15 @@ def start(box: str, *words: str) -> str:
 
 
 def test_detached_from_the_start(box: str) -> None:
-    name = start(box, "--label", "night shift", "echo out; echo err >&2; sleep 1.5; exit 7")
+    waits = "until test -e /tmp/morning; do sleep 0.05; done"
+    name = start(box, "--label", "night shift", f"echo out; echo err >&2; {waits}; exit 7")
     heads, *rows = microguest("ps", box).stdout.decode().splitlines()
     assert heads.split() == ["ID", "PID", "STATUS", "LABEL", "COMMAND"]
     (row,) = (row for row in rows if row.startswith(f"{name} "))
     assert "up " in row
     assert "(kept)" in row
     assert "night shift" in row
+    assert microguest("exec", box, "touch", "/tmp/morning").returncode == 0
     assert microguest("wait", box, name).stdout == b"7\n"
     assert name not in microguest("ps", "-q", box).stdout.decode().split()
     assert "exited (7) after " in microguest("ps", "-a", box).stdout.decode()
@@ -68,7 +70,10 @@ def test_watching(box: str) -> None:
 
 
 def test_kill(box: str) -> None:
-    name = start(box, "trap 'exit 5' USR1; sleep 3000 & while :; do sleep 0.05; done")
+    armed = "touch /tmp/armed; while :; do sleep 0.05; done"
+    name = start(box, f"trap 'exit 5' USR1; sleep 3000 & {armed}")
+    exists = ("exec", box, "test", "-e", "/tmp/armed")
+    wait_until("its trap is set", lambda: microguest(*exists).returncode == 0)
     assert microguest("kill", "-s", "USR1", box, name).returncode == 0
     assert microguest("wait", box, name).stdout == b"5\n"
     late = microguest("kill", box, name)
@@ -170,5 +175,6 @@ def test_signals_of_the_machines_own_command(web: str) -> None:
     wait_until(
         "the list knows", lambda: main_row(web)[1:2] not in ([], first[1:2], ["0"]), PATIENCE
     )
+    wait_until("its traps are set", lambda: microguest("logs", web).stdout.count(b"ready") == 2)
     assert microguest("kill", "-s", "HUP", web, "main").returncode == 0
     wait_until("it has heard again", lambda: content(web, "/heard") == b"hup\n" * 2, PATIENCE)

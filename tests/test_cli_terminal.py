@@ -17,7 +17,6 @@ from machinekit import wait_until
 from patience import PATIENCE
 from terminalkit import Person, root_of_programs
 
-from guest import limits
 from host_client.cli.detachkeys import DetachKeys, parse
 from host_client.cli.terminal import ScreenModes
 
@@ -111,11 +110,11 @@ def test_interrupt_quit_and_suspend_are_keys(box: str) -> None:
         person.see("Stopped")
         person.type("fg\r")
         person.see("fg\nsleep 1002")
-        time.sleep(0.2)
-        person.type("\x03")
-        person.wait_until("the shell is back", lambda: last_line(person) == PROMPT)
-        person.type("cat\r")
-        time.sleep(0.2)  # until the shell has given the terminal its usual modes back
+        while last_line(person) != PROMPT:  # the shell may not have let it have the terminal yet
+            person.type("\x03")
+            person.look(0.5)
+        person.type("cat -\r")
+        wait_until("it reads", lambda: runs_in(box, "cat -"))  # and the modes are the usual ones
         person.type("abc\r")
         person.type("\x04")
         person.type("echo end=$?\r")
@@ -131,11 +130,12 @@ def test_much_is_typed_and_shown(box: str) -> None:
         person.see("ready")
         person.type("0123456789" * 10000)
         person.see(md5(b"0123456789" * 10000))
-        person.type("stty sane\r")
-        person.see(PROMPT)
+        person.type("stty sane; echo us''ual\r")
+        person.see("usual")
+        person.wait_until("the shell is back", lambda: last_line(person) == PROMPT)
         before = len(person.raw)
         person.type("seq 1 50000; echo all; exit\n")
-        person.end(30)
+        person.end()
         lines = bytes(person.raw[before:]).replace(b"\r\n", b"\n").partition(b"exit\n")[2]
         assert lines == b"".join(b"%d\n" % number for number in range(1, 50001)) + b"all\n"
 
@@ -311,9 +311,7 @@ def test_detach_and_attach(any_box: str) -> None:
         assert b"\x1b[?2004l" in person.raw
         command = person.screen.rpartition("microguest attach ")[2].split()
     assert command[0] == any_box
-    listed = microguest("ps", any_box).stdout.decode()
-    assert f"{command[1]} " in listed
-    assert "(terminal, kept)" in listed
+    wait_until("it is left alone", lambda: "(terminal, kept)" in row_of(*command))
     with at_terminal("attach", *command, rows=33, columns=90) as person:
         person.wait_until("it is attached", lambda: person.is_raw)
         person.type("\recho $kept; stty size\r")
@@ -330,6 +328,12 @@ def test_detach_and_attach(any_box: str) -> None:
         person.type("\x03exit 9\r")
         assert person.end() == 9
         assert person.is_as_before
+
+
+def row_of(box: str, process_id: str) -> str:
+    """What `ps` says of it; "" for nothing."""
+    rows = microguest("ps", box).stdout.decode().splitlines()
+    return next((row for row in rows if row.startswith(f"{process_id} ")), "")
 
 
 def test_attach_that_is_killed_ends_nothing(box: str) -> None:
@@ -365,10 +369,15 @@ def test_other_detach_keys_and_none(box: str) -> None:
 
 
 def test_nothing_is_retained_of_what_has_ended(box: str) -> None:
-    before = microguest("ps", "-a", "-q", box).stdout
+    before = all_of(box)
     with at_terminal("exec", "-it", box, "true") as person:
         assert person.end() == 0
-    assert microguest("ps", "-a", "-q", box).stdout == before
+    wait_until("nothing new is listed", lambda: all_of(box) <= before)
+
+
+def all_of(box: str) -> set[bytes]:
+    """The ids of what runs and of what is retained."""
+    return set(microguest("ps", "-a", "-q", box).stdout.split())
 
 
 # ── shell, run ───────────────────────────────────────────────────────────────────────────────────
@@ -391,10 +400,10 @@ def test_run_in_a_terminal(image: str, kind: str) -> None:
         person.see(PROMPT)
         pids = machinekit.family(machinekit.state_of("term").monitor)
         person.type("echo $A $(hostname); stty size; exit 8\r")
-        assert person.end(30) == 8
+        assert person.end() == 8
         assert person.is_as_before
         assert "\nb term\n24 80\n" in person.screen
-    machinekit.nothing_is_left("term", pids, within=2)
+    machinekit.nothing_is_left("term", pids, within=PATIENCE)
 
 
 def test_run_in_a_terminal_that_is_ended(image: str) -> None:
@@ -406,7 +415,7 @@ def test_run_in_a_terminal_that_is_ended(image: str) -> None:
         person.send(signal.SIGTERM)
         assert person.end() == -signal.SIGTERM
         assert person.is_as_before
-    machinekit.nothing_is_left("ended", pids, within=2)
+    machinekit.nothing_is_left("ended", pids, within=PATIENCE)
 
 
 def test_leave_a_machine_and_come_back(image: str) -> None:
@@ -425,7 +434,7 @@ def test_leave_a_machine_and_come_back(image: str) -> None:
         person.see("yes\n33 90")
         person.type("exit 9\r")
         assert person.end() == 9
-    machinekit.nothing_is_left("left", pids, within=15)
+    machinekit.nothing_is_left("left", pids, within=PATIENCE)
 
 
 def test_run_detached_with_a_terminal(image: str) -> None:
@@ -437,7 +446,7 @@ def test_run_detached_with_a_terminal(image: str) -> None:
         person.see(PROMPT)
         person.type("exit 4\r")
         assert person.end() == 4
-    machinekit.nothing_is_left("apart", pids, within=5)
+    machinekit.nothing_is_left("apart", pids, within=PATIENCE)
 
 
 def test_a_terminal_without_a_reader_holds_nobody_up(image: str) -> None:
@@ -450,11 +459,9 @@ def test_a_terminal_without_a_reader_holds_nobody_up(image: str) -> None:
         person.wait_until("it is attached", lambda: person.is_raw)
         person.type("\r\x10\x11")
         assert person.end() == 0
-    for name, seconds in (("seen", 5), ("unseen", limits.OUTPUT_GRACE + 5)):
+    for name in ("seen", "unseen"):
         done = ("exec", name, "test", "-e", "/done")
-        machinekit.wait_until(
-            f"{name} goes on", lambda d=done: microguest(*d).returncode == 0, seconds
-        )
+        wait_until(f"{name} goes on", lambda d=done: microguest(*d).returncode == 0)
         logs = microguest("logs", name)
         assert b"a terminal" in logs.stderr
         assert f"microguest attach -a {name}".encode() in logs.stderr
@@ -483,7 +490,8 @@ def test_vi(box: str) -> None:
         person.see("~")
         person.type("iHello, world")
         person.see("Hello, world")
-        escape(person)
+        person.type("\x1b")
+        person.see("- /tmp/letter [Modified]")
         person.type(":wq\r")
         person.wait_until("the shell is back", lambda: last_line(person) == PROMPT)
         person.type("exit\r")
@@ -501,20 +509,16 @@ def workbench(tmp_path_factory: pytest.TempPathFactory, elf: Path) -> Iterator[s
     shutil.rmtree(root)
 
 
-def escape(person: Person) -> None:
-    """Alone: editors wait whether a longer sequence follows."""
-    person.type("\x1b")
-    time.sleep(0.3)
-
-
 Story = Callable[[Person], None]
 
 
 def vim(person: Person) -> None:
-    person.type("vim -u NONE letter\r")
+    person.type("vim -u NONE -c 'set showmode' letter\r")
     person.see('"letter" [New')
     person.type("iHello")
-    escape(person)
+    person.see("-- INSERT --")
+    person.type("\x1b")  # alone: editors wait whether a longer sequence follows
+    person.wait_until("it is over", lambda: "-- INSERT --" not in person.screen)
     person.type(":r !stty size </dev/tty\r")
     person.see("24 80")
     person.resize(30, 60)

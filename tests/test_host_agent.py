@@ -271,7 +271,8 @@ def test_timeout_carries_the_output(path: Path) -> None:
 
 
 def test_agent_that_forgets_the_timeout(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("host_client.driver.KILL_ALLOWANCE", 0.1)
+    monkeypatch.setattr("host_client.driver.KILL_ALLOWANCE", 1.0)
+    monkeypatch.setattr("host_client.channel.PROBE_AFTER", PATIENCE)
 
     def script(peer: Peer) -> None:
         peer.start()
@@ -280,10 +281,10 @@ def test_agent_that_forgets_the_timeout(path: Path, monkeypatch: pytest.MonkeyPa
 
     with (
         serving(path, script),
-        agent_at(path, timeout=0.2) as agent,
+        agent_at(path) as agent,
         pytest.raises(DeadlineExceeded, match="did not report") as caught,
     ):
-        agent.exec(["x"], timeout=0.1)
+        agent.exec(["x"], timeout=1.0)
     assert caught.value.stdout == b"half"
 
 
@@ -600,7 +601,7 @@ def test_hybrid_guest_never_comes(path: Path) -> None:
     thread = threading.Thread(target=refuse)
     thread.start()
     with pytest.raises(ConnectError, match="does not accept"):
-        connect(f"hybrid://{path}?port=77", token=TOKEN, timeout=0.3)
+        connect(f"hybrid://{path}?port=77", token=TOKEN, timeout=3.0)
     stop.set()
     thread.join()
     listener.close()

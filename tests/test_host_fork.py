@@ -99,7 +99,7 @@ def test_parent_and_children_get_their_own_answers(client: Agent) -> None:
     ids = []
     for code in range(4):
         with client.start(["sh", "-c", f"exit {code}"], keep=True) as process:
-            process.wait(20)
+            process.wait(PATIENCE)
             ids.append(process.id)
 
     def ask(mine: int) -> set[int]:

@@ -325,9 +325,10 @@ def test_communicate_until_its_time_is_over(path: Path) -> None:
         peer.finish(code=0)
 
     with serving(path, script), agent_at(path) as agent, agent.start(["x"], stdin=True) as process:
+        assert process.stdout.read(1) == b"h"  # by now all of it is there
         with pytest.raises(DeadlineExceeded) as caught:
             process.communicate(timeout=0.2)
-        assert caught.value.stdout == b"half"
+        assert caught.value.stdout == b"alf"
         assert process.communicate(b"x").stdout == b"rest"
 
 
@@ -650,18 +651,16 @@ def test_a_frozen_guest_is_an_error_within_seconds(
     monkeypatch.setattr("host_client.channel.CHECK_EVERY", 0.1)
     monkeypatch.setattr("host_client.session.CHECK_EVERY", 0.1)
 
+    noticed = threading.Event()
+
     def script(peer: Peer) -> None:
         peer.start()
-        time.sleep(1.5)  # nobody accepts the probe's connection either
-        peer.sock.close()
+        noticed.wait(PATIENCE)  # nobody accepts the probe's connection either
 
-    with (
-        serving(path, script),
-        agent_at(path, timeout=0.3) as agent,
-        agent.start(["x"]) as process,
-        pytest.raises(ConnectionLost, match="not alive"),
-    ):
-        process.wait()
+    with serving(path, script), agent_at(path) as agent, agent.start(["x"]) as process:
+        with pytest.raises(ConnectionLost, match="not alive"):
+            process.wait()
+        noticed.set()
 
 
 def test_a_silent_process_of_a_guest_that_lives(
@@ -692,7 +691,7 @@ def test_a_silent_process_of_a_guest_that_lives(
         peer.send(Response(result=answer))
         peer.next()
 
-    with serving(path, silent, pings), agent_at(path, timeout=1) as agent:
+    with serving(path, silent, pings), agent_at(path, timeout=PATIENCE) as agent:
         assert agent.exec(["sleep"]).returncode == 0
     assert done.is_set()
 

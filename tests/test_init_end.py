@@ -77,20 +77,30 @@ def test_a_workload_that_ignores_everything_is_killed_after_its_grace(root: Path
 
 
 def test_no_grace_is_no_wait(root: Path) -> None:
-    with Machine(root, boot_config(shell(STUBBORN))) as machine:
-        machine.report("ready")
-        wait_for(lambda: "ready" in machine.console, "the traps")
-        ask(machine, Shutdown(grace=0.0))
-        assert machine.wait(limits.KILL_WAIT) == 0
-        assert rest(machine)[-1][1]["status"] == "shutdown"
+    quickest = PATIENCE
+    for _ in range(3):  # a busy machine may need longer than the grace that there is else
+        with Machine(root, boot_config(shell(STUBBORN))) as machine:
+            machine.report("ready")
+            wait_for(lambda machine=machine: "ready" in machine.console, "the traps")  # type: ignore[misc]
+            began = time.monotonic()
+            ask(machine, Shutdown(grace=0.0))
+            assert machine.wait() == 0
+            quickest = min(quickest, time.monotonic() - began)
+            assert rest(machine)[-1][1]["status"] == "shutdown"
+        if quickest < limits.STOP_GRACE:
+            break
+    assert quickest < limits.STOP_GRACE
 
 
 def test_the_workload_is_asked_first_and_by_its_own_signal(root: Path) -> None:
     """What it has started may not be told before it: it still waits for their last answers."""
-    worker = "trap 'echo worker TERM; exit' TERM; trap 'echo worker USR2' USR2; echo up; "
+    heard = "until test -e /tmp/heard; do sleep 0.05; done"
+    worker = (
+        "trap 'echo worker TERM; exit' TERM; trap 'echo worker USR2; : >/tmp/heard' USR2; echo up; "
+    )
     script = f"""
         trap 'echo main TERM' TERM
-        trap 'echo main QUIT; sleep 0.3; kill -USR2 $!; sleep 0.3; echo main ends; exit 6' QUIT
+        trap 'echo main QUIT; sleep 0.3; kill -USR2 $!; {heard}; echo main ends; exit 6' QUIT
         sh -c "{worker} while :; do sleep 0.05; done" 2> /dev/null &
         while :; do sleep 0.05; done
     """
@@ -98,7 +108,7 @@ def test_the_workload_is_asked_first_and_by_its_own_signal(root: Path) -> None:
     with Machine(root, config) as machine:
         machine.report("ready")
         wait_for(lambda: "up" in machine.console, "the worker")
-        machine.process.terminate()
+        ask(machine, Shutdown(grace=PATIENCE))
         assert machine.wait() == 0
         told = rest(machine)
         assert machine.console.split("\n")[1:] == [
@@ -109,14 +119,16 @@ def test_the_workload_is_asked_first_and_by_its_own_signal(root: Path) -> None:
 
 
 def test_the_agent_is_there_until_the_workload_has_ended(root: Path) -> None:
-    script = "trap 'sleep 1; echo last words; exit 0' TERM; echo up; while :; do sleep 0.05; done"
+    at_term = "echo asked; until test -e /tmp/heard; do sleep 0.05; done; echo last words; exit 0"
+    script = f"trap '{at_term}' TERM; echo up; while :; do sleep 0.05; done"
     with Machine(root, boot_config(shell(script))) as machine:
         machine.report("ready")
         wait_for(lambda: "up" in machine.console, "the workload")
         with Agent(UnixAddress(str(machine.host / "agent.sock")), TOKEN) as agent:
-            machine.process.terminate()
-            time.sleep(0.2)
-            assert agent.exec(["echo", "still here"]).stdout == b"still here\n"
+            ask(machine, Shutdown(grace=PATIENCE))
+            wait_for(lambda: "asked" in machine.console, "the signal")
+            said = agent.exec(["sh", "-c", ": >/tmp/heard; echo still here"]).stdout
+            assert said == b"still here\n"
         assert machine.wait() == 0
         assert "last words" in machine.console
 

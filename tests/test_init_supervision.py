@@ -94,9 +94,9 @@ def later(machine: Machine, name: str) -> dict[str, object]:
 
 
 def test_a_shutdown_does_not_wait_for_a_restart(root: Path) -> None:
-    restart = {"policy": "always", "delay": 30.0}
+    restart = {"policy": "always", "delay": 3600.0, "delay_max": 3600.0}
     with Machine(root, boot_config(shell("exit 0"), restart=restart)) as machine:
-        assert later(machine, "workload_exited")["restart_in"] == 30.0
+        assert later(machine, "workload_exited")["restart_in"] == 3600.0
         machine.process.terminate()
         assert machine.wait() == 0
 
@@ -165,10 +165,11 @@ def test_every_real_time_signal_is_counted(root: Path) -> None:
 
     The queue is counted by user, so that it has one of its own.
     """
-    with Machine(root, boot_config(["sleep", "1000"], user="54321")) as machine:
+    user = str(100_000 + os.getpid())  # no other test's, also of another run
+    with Machine(root, boot_config(["sleep", "1000"], user=user)) as machine:
         machine.report("ready")
         init = machine.init_pid()
-        workload = next(pid for pid in children(init) if command_of(pid)[0] == "sleep")
+        workload = wait_for(lambda: sleeper_of(init), "the workload")
         os.kill(workload, signal.SIGSTOP)
         wait_for(lambda: state_of(workload) == "T", "the stop")
         for _ in range(100):
@@ -176,6 +177,11 @@ def test_every_real_time_signal_is_counted(root: Path) -> None:
             os.kill(init, signal.SIGUSR2)
         wait_for(lambda: queued(workload) > 100, "the signals")
         assert queued(workload) == 100 + 1  # ordinary signals coalesce
+
+
+def sleeper_of(init: int) -> int:
+    """The workload, once it is what was asked for; 0 before."""
+    return next((pid for pid in children(init) if command_of(pid)[:1] == ["sleep"]), 0)
 
 
 def queued(pid: int) -> int:
@@ -192,8 +198,8 @@ def test_a_fault_signal_from_outside_is_nobodys(root: Path) -> None:
             inside = f"kill -{name} 1"
             with agent(machine) as caller:
                 assert caller.exec(["sh", "-c", inside]).returncode == 0
-        assert state_of(init) == "S"
-        assert any(command_of(pid)[0] == "sleep" for pid in children(init))
+        wait_for(lambda: state_of(init) == "S", "PID 1 to wait for what comes next")
+        wait_for(lambda: sleeper_of(init), "the workload")
 
 
 def agent(machine: Machine) -> Agent:
@@ -203,8 +209,8 @@ def agent(machine: Machine) -> Agent:
 
 def test_signals_reach_the_group_if_asked(root: Path) -> None:
     script = """
-        sh -c 'trap "echo child got it" USR1; echo ready; while :; do sleep 0.05; done' &
         trap 'echo parent got it' USR1
+        sh -c 'trap "echo child got it" USR1; echo ready; while :; do sleep 0.05; done' &
         while :; do wait; done
     """
     for group, expected in ((True, 1), (False, 0)):

@@ -12,6 +12,7 @@ from pathlib import Path
 import machinekit
 import pytest
 from clikit import microguest
+from patience import PATIENCE
 from test_machine_monitor import booted
 
 from host_client.errors import ImageError, MachineError
@@ -141,7 +142,7 @@ def test_a_machine_whose_state_cannot_be_read_can_be_stopped(
     assert refused.returncode == 125
     assert b"microguest stop ctl" in refused.stderr
     assert microguest("stop", "ctl").stdout == b"ctl\n"
-    machinekit.nothing_is_left("ctl", pids, within=20)
+    machinekit.nothing_is_left("ctl", pids, within=PATIENCE)
 
 
 # ── who is signalled ─────────────────────────────────────────────────────────────────────────────

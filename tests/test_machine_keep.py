@@ -196,10 +196,13 @@ def read_until(host: Host, have: bytearray, until: int) -> Exited | None:
 
 
 def test_an_end_that_no_agent_saw(machine: Machine) -> None:
-    process_id = start(machine, "sh", "-c", "sleep 0.3; echo last; exit 9").id
+    script = "until test -e /tmp/end; do sleep 0.05; done; echo last; exit 9"
+    process_id = start(machine, "sh", "-c", script).id
     agent = machine.agent_pid()
-    pid = next(iter(children(agent)))
+    (pid,) = children(agent)
     os.kill(agent, signal.SIGSTOP)
+    time.sleep(0.3)
+    Path(f"/proc/{pid}/root/tmp/end").touch()
     wait_for(lambda: state_of(pid) == "Z", "its end")
     kill_agent(machine)
     exited = wait(machine, process_id)
@@ -208,7 +211,7 @@ def test_an_end_that_no_agent_saw(machine: Machine) -> None:
     host, _ = attach(machine, process_id)
     with host:
         assert host.collect().stdout == b"last\n"
-    assert not state_of(pid)
+    wait_for(lambda: not state_of(pid), "it to be reaped")
 
 
 def test_an_end_that_an_agent_saw_is_still_known(machine: Machine) -> None:
@@ -257,15 +260,16 @@ def test_a_terminal_goes_on_with_the_next_agent(machine: Machine) -> None:
 
 
 def test_an_ended_input_stays_ended(machine: Machine) -> None:
-    process_id = start(machine, "sh", "-c", "cat; sleep 0.5; echo over", stdin=True).id
+    script = "cat; echo ended; sleep 0.5; cat; echo over"
+    process_id = start(machine, "sh", "-c", script, stdin=True).id
     host, _ = attach(machine, process_id)
     with host:
         host.write(b"line\n", end=True)
-        host.receive()
+        host.read_until(b"ended\n")
     kill_agent(machine)
     host, _ = attach(machine, process_id)
     with host:
-        assert host.collect().stdout == b"line\nover\n"
+        assert host.collect().stdout == b"line\nended\nover\n"
 
 
 def test_the_next_agent_kills_and_times_out_as_the_first(machine: Machine) -> None:
@@ -309,7 +313,7 @@ def test_a_full_house_survives_a_restart(machine: Machine) -> None:
     assert sorted(listed(machine)) == sorted(ids)
     for process_id in ids:
         ask(machine, "forget", Forget(id=process_id))
-    assert sleepers(machine) == []
+    wait_for(lambda: not sleepers(machine), "their end")
 
 
 def test_processes_get_the_limits_of_pid_1(machine: Machine) -> None:

@@ -411,7 +411,7 @@ def test_whatever_a_vmm_answers_the_monitor_lives(answer: bytes, said: str) -> N
     qmp.execute("stop", answered)
     theirs.sendall(b'{"return": {}}\n')
     with theirs:
-        loop.call_later(5, loop.stop)
+        loop.call_later(PATIENCE, loop.stop)
         loop.defer(lambda: theirs.sendall(answer + b"\n"))
         loop.run()
     qmp.close()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import machinekit
 import pytest
 from clikit import microguest
+from patience import SLACK
 
 import host_client
 from guest.messages import Keep
@@ -46,7 +47,7 @@ def test_resumed_machine_has_the_right_time_and_its_kept_processes(machine: Mach
     assert began - time.monotonic() - 0.1 < found.offset < -PAUSE
     assert found.stepped == pytest.approx(-found.offset, abs=0.05)
     now = agent.clock()
-    assert abs(now.offset) <= now.error + 0.02
+    assert abs(now.offset) <= now.error + found.error + 0.02
     with kept:  # its connection has stood still as everything else
         numbers += [int(line) for line in itertools.islice(kept.stdout.lines(), 10)]
     with agent.attach(kept.id, offsets=kept.offsets) as again:
@@ -83,7 +84,7 @@ def test_new_connection_sets_a_clock_that_is_out(machine: Machine) -> None:
     with host_client.connect(machine.name, step_clock=False) as careless:
         assert careless.clock().offset < -1e6
     with host_client.connect(machine.name) as careful:
-        assert abs(careful.clock().offset) < 0.1
+        assert abs(careful.clock().offset) < SLACK
     assert wrong.boottime < agent.clock().boottime  # which no step changes
 
 
@@ -96,14 +97,14 @@ def test_command_line(machine: Machine) -> None:
     done = microguest("exec", machine.name, "true")
     assert done.returncode == 125
     assert f"microguest unpause {machine.name}".encode() in done.stderr
-    time.sleep(0.5)
+    time.sleep(PAUSE)
     done = microguest("unpause", machine.name)
     assert (done.returncode, done.stdout) == (0, name)
     done = microguest("ls")
     assert done.returncode == 0
     assert b"(paused)" not in done.stdout
     clock = machine.agent.clock()
-    assert abs(clock.offset) <= clock.error + 0.02
+    assert abs(clock.offset) < PAUSE / 2 + clock.error
 
 
 def test_namespaces_cannot_be_paused() -> None:
@@ -120,7 +121,8 @@ def test_namespaces_cannot_be_paused() -> None:
         assert "its host's kernel" in renewed.failed["clock"]
         said = machine.agent.exec(["cat", "/proc/sys/kernel/hostname", "/etc/machine-id"]).stdout
         assert said.decode() == f"other\n{renewed.machine_id}\n"
-        assert abs(machine.agent.clock().offset) < 1.0
+        clock = machine.agent.clock()
+        assert abs(clock.offset) <= clock.error + 0.02
 
 
 @pytest.mark.qemu

@@ -264,6 +264,7 @@ def test_logs_by_their_times(image: str) -> None:
 def test_logs_are_followed_until_a_time(image: str) -> None:
     kept(image, "job", "echo one; sleep 1000")
     with find("job") as machine:
+        wait_until("the first line", lambda: list(machine.logs()) == [b"one\n"])
         assert list(machine.logs(follow=True, until=time.time() + 1)) == [b"one\n"]
         assert machine.info.running
         machine.kill()
@@ -378,10 +379,12 @@ def test_logs_in_an_event_loop(image: str, backend: str) -> None:
 
 
 def test_cancelled_reads_of_logs_lose_no_line(image: str) -> None:
-    kept(image, "job", "for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 0.05; done")
+    counts = "for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 0.05; done"
+    kept(image, "job", f"until test -e /go; do sleep 0.05; done; {counts}")
 
     async def main() -> None:
         machine = await aio.find("job")
+        going = None
         lines = machine.logs(follow=True)
         found: list[bytes] = []
         cancelled = 0
@@ -390,8 +393,11 @@ def test_cancelled_reads_of_logs_lose_no_line(image: str) -> None:
                 found.append(await asyncio.wait_for(anext(lines), 0.004))
             except TimeoutError:
                 cancelled += 1
+                going = going or await machine.agent.start(["touch", "/go"])
             except StopAsyncIteration:
                 break
+        assert going is not None
+        going.close()
         assert found == [b"%d\n" % number for number in range(1, 9)]
         assert cancelled
 
@@ -408,7 +414,8 @@ def test_cancelled_boot_leaves_nothing(
         async with anyio.create_task_group() as group:
 
             async def start() -> None:
-                await aio.boot(image, machine="namespaces", name="first")
+                async with await aio.boot(image, machine="namespaces", name="first"):
+                    await anyio.sleep_forever()  # where it is faster than who cancels it
 
             group.start_soon(start)
             with anyio.fail_after(PATIENCE):

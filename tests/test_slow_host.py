@@ -12,6 +12,7 @@ import machinekit
 import pytest
 from clikit import PROGRAM, microguest
 from init_machine import command_of
+from patience import PATIENCE
 from test_machine_monitor import bundle_of
 
 from guest import limits
@@ -19,7 +20,7 @@ from guest.messages import Keep
 from host_client import boot
 from host_client.machines.folder import read_state
 
-HELLO = ("sh", "-c", "echo hello; exit 7")
+HELLO = ("sh", "-c", "sleep 2; echo hello; exit 7")  # by when a test has stopped whom it stops
 OVER_THE_GRACE = limits.OUTPUT_GRACE + 2.0  # seconds
 CPU = Path("/sys/fs/cgroup/cpu")
 
@@ -131,7 +132,7 @@ def test_a_reader_that_has_left_is_waited_for_no_longer_than_the_grace(image: st
     words = ("--rm", "--name", "slow", "--machine", "namespaces", image, "sh", "-c", "exit 3")
     assert microguest("run", "-dt", *words).returncode == 0
     pids = machinekit.family(machinekit.state_of("slow").monitor)
-    machinekit.nothing_is_left("slow", pids, within=limits.OUTPUT_GRACE + 20)
+    machinekit.nothing_is_left("slow", pids, within=limits.OUTPUT_GRACE + PATIENCE)
 
 
 def test_under_a_cpu_quota(image: str) -> None:
@@ -154,8 +155,8 @@ def test_under_a_cpu_quota(image: str) -> None:
 def test_a_result_is_retained_from_when_it_can_be_had(image: str) -> None:
     """Not from its end, where the agent that was to serve it has died meanwhile."""
     with boot(image, machine="namespaces") as machine:
-        process = machine.agent.start(["sh", "-c", "echo hello; exit 7"], keep=Keep(retain=2.0))
-        assert process.wait(20).returncode == 7
+        process = machine.agent.start(["sh", "-c", "echo hello; exit 7"], keep=Keep(retain=8.0))
+        assert process.wait(PATIENCE).returncode == 7
         process.detach()
         parent = machine.state.vmm
 
@@ -168,11 +169,11 @@ def test_a_result_is_retained_from_when_it_can_be_had(image: str) -> None:
         machinekit.wait_until("there is another", lambda: agent() not in (0, first))
         second = agent()
         os.kill(second, signal.SIGSTOP)
-        time.sleep(3.0)  # longer than it is retained
+        time.sleep(9.0)  # longer than it is retained
         os.kill(second, signal.SIGCONT)
         with machine.agent.attach(process.id) as again:
             assert again.communicate().stdout == b"hello\n"
-            assert again.wait(20).returncode == 7
+            assert again.wait(PATIENCE).returncode == 7
 
 
 def test_the_last_state_reaches_a_caller_that_stood_still(tmp_path: Path) -> None:
@@ -192,7 +193,7 @@ tell(r, "stopping", status="done", boot_ms=1.0)
     with boot(f"dir:{tmp_path}/root", machine="namespaces", bundle=bundle, timeout=60) as machine:
         folder = tmp_path / "state" / "microguest" / "machines" / machine.name
         machinekit.wait_until("nothing is left", lambda: not folder.exists(), 60)
-        state = machine.wait(20)
+        state = machine.wait(PATIENCE)
     assert state.ended
     assert state.status == "done"
     assert state.workload_exited is not None
