@@ -4,8 +4,10 @@ Memory is measured in a child process, against what an honest image takes there.
 steps of the budget and never in seconds, which depend on who else is at work.
 """
 
+import dataclasses
 import gzip
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -16,10 +18,12 @@ from pathlib import Path
 
 import imagefactory as factory
 import pytest
-from imagefactory import directory, layer, member, symlink
+from imagefactory import directory, hard_link, layer, member, symlink
 
 from host_client import images
 from host_client.errors import ImageError
+from host_client.images import export
+from host_client.images import limits as image_limits
 
 SMALL = layer([directory("etc"), member("etc/name", b"guest\n")])
 ROOM = 64 << 10  # KiB above an honest image that are nobody's fault: allocators, chunks in flight
@@ -263,6 +267,86 @@ def test_paths_that_add_up(tmp_path: Path) -> None:
     said = refused(tmp_path, data, paths=100_000)
     assert "paths of the image have more than 97 KiB" in said
     assert "file 'dddd" in said
+
+
+@pytest.mark.parametrize("how", ["as_disk", "as_directory"])
+def test_hard_links_of_one_file(
+    tmp_path: Path, cache: images.Cache, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as may be, in the merged root: the layer's own names that went again do not count."""
+    monkeypatch.setattr(image_limits, "MAX_LINKS", 100)
+    names = [hard_link(f"d{number % 7}/l{number}", "f") for number in range(100)]
+    fits = [member("f", b"x"), *names, member("d0/l0", b"another")]
+    with images.open_image(factory.make_layout(tmp_path / "i", [layer(fits)])) as image:
+        getattr(images, how)(image, tmp_path, cache=cache)
+    reference = factory.make_layout(tmp_path / "j", [layer([*fits, hard_link("last", "f")])])
+    with (
+        images.open_image(reference) as image,
+        pytest.raises(ImageError, match=r"file 'last': it is hard link 101 to .* 100 names: make"),
+    ):
+        getattr(images, how)(image, tmp_path, cache=cache)
+
+
+def test_names_of_one_directory(tmp_path: Path, cache: images.Cache) -> None:
+    """The maker of a disk compares each with all others; a directory is made without that."""
+    data = layer([member(f"d/f{number}", b"") for number in range(3000)])
+    said = refused(tmp_path, data, steps=40_000)
+    assert "directory 'd' has 3000 names" in said
+    assert "spread them over more directories, or boot it with --kind namespaces" in said
+    with images.open_image(f"oci:{tmp_path}/i") as image:
+        images.as_directory(image, tmp_path, cache=cache, limits=images.Limits(steps=40_000))
+
+
+def test_links_to_a_file_of_a_large_directory(tmp_path: Path) -> None:
+    """Each takes the maker of a disk through all names of the other directory again."""
+    files = [member(f"d/f{number}", b"") for number in range(3000)]
+    links = [hard_link(f"e{number}/l", "d/f0") for number in range(1000)]
+    said = refused(tmp_path, layer([*files, *links]), steps=85_000)
+    assert "a hard link to 'd/f0' in a large directory: image takes more than 85000 steps" in said
+
+
+def test_directories_of_an_honest_size_cost_little(tmp_path: Path, cache: images.Cache) -> None:
+    """Where 100,000 files are in 100 directories, comparing is a tenth of what reading takes."""
+    files = [member(f"d{number % 10}/f{number}", b"") for number in range(5_000)]
+    with images.open_image(factory.make_layout(tmp_path / "i", [layer(files)])) as image:
+        images.as_disk(image, tmp_path, cache=cache, limits=images.Limits(steps=50_000))
+
+
+def test_more_owners_than_a_squashfs_holds(
+    tmp_path: Path, cache: images.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factory.require("sqfstar")
+    monkeypatch.setattr(export, "SQUASHFS", dataclasses.replace(export.SQUASHFS, owners=20))
+    files = [member(f"f{number:02}", b"", owner=(number, 1000 + number)) for number in range(11)]
+    reference = factory.make_layout(tmp_path / "i", [layer(files)])
+    with images.open_image(reference) as image:
+        with pytest.raises(ImageError, match=r"file 'f10': .* more than 20 different users"):
+            images.as_disk(image, tmp_path, cache=cache, fstype="squashfs")
+        images.as_directory(image, tmp_path, cache=cache)
+
+
+def test_as_many_owners_as_a_squashfs_holds(tmp_path: Path, cache: images.Cache) -> None:
+    factory.require("sqfstar")
+    owners = iter(range(image_limits.MAX_OWNERS))
+    pairs = list(itertools.zip_longest(owners, owners, fillvalue=0))
+    files = [
+        member(f"d{number // 500}/f{number}", b"", owner=pair) for number, pair in enumerate(pairs)
+    ]
+    with images.open_image(factory.make_layout(tmp_path / "i", [layer(files)])) as image:
+        images.as_disk(image, tmp_path, cache=cache, fstype="squashfs")
+
+
+def test_files_of_one_size_are_not_compared(tmp_path: Path, cache: images.Cache) -> None:
+    """sqfstar's search for duplicates takes time by the square of their number."""
+    factory.require("sqfstar")
+    same = os.urandom(200_000)
+    sizes = []
+    for name, contents in (("i", [same] * 8), ("j", [os.urandom(200_000) for _ in range(8)])):
+        data = layer([member(f"f{number}", data) for number, data in enumerate(contents)])
+        with images.open_image(factory.make_layout(tmp_path / name, [data])) as image:
+            disk = images.as_disk(image, tmp_path, cache=cache, fstype="squashfs")
+            sizes.append(disk.path.stat().st_size)
+    assert sizes[0] > 0.5 * sizes[1]
 
 
 def test_holes_are_written_and_count(tmp_path: Path) -> None:

@@ -433,6 +433,17 @@ def test_demo_image_runs(tmp_path: Path, cache: images.Cache) -> None:
     assert done.stdout == "root\nx777\n"
 
 
+def test_links_of_the_demo_image_stay_inside(tmp_path: Path) -> None:
+    """Who unpacks it and writes through an absolute link writes to the host's own busybox."""
+    reference = factory.busybox_layout(factory.PROJECT / "dist" / "demo")
+    cache = images.Cache(str(tmp_path / "cache"))
+    with images.open_image(reference) as image:
+        root = images.as_directory(image, tmp_path, cache=cache)
+        links = [path for path in root.rglob("*") if path.is_symlink()]
+        assert len(links) > 200
+        assert {path.resolve() for path in links} == {root.resolve() / "bin" / "busybox"}
+
+
 def test_demo_image_is_for_every_user() -> None:
     """umoci writes its index as 0600; who is not the one that made the demo could not open it."""
     factory.busybox_layout(factory.PROJECT / "dist" / "demo")

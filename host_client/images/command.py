@@ -111,7 +111,10 @@ def run_command(
         process.wait()  # last: its number was its group's so far
         said = words.end()
     if late.is_set():
-        raise ImageError(f"command was not done after {seconds:g} s and was killed: {_line(argv)}")
+        raise ImageError(
+            f"command was not done after {seconds:g} s and was killed: {_line(argv)}: either this "
+            "host is busy and may do it another time, or the image is too large for it"
+        )
     if process.returncode != 0:
         raise _failure(argv, process.returncode, said, writes_to)
     if not fed:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import IO, BinaryIO
 
 from host_client.errors import ImageError
+from host_client.images import limits
 from host_client.images.budget import Budget, Exhausted
 from host_client.images.sparse import stored_bytes
 from host_client.images.tarformat import Entry, Kind
@@ -33,26 +34,42 @@ class Abilities:
 
     root: it takes an entry for the root directory itself.  xattrs: prefixes of the names of the
     extended attributes it can hold.  full_times: it has fractions of a second and times before
-    1970.  devices: it can make device nodes.
+    1970.  devices: it can make device nodes.  owners: how many different ones it can hold, None
+    for any number.  compares: it looks for a name by going through all names of its directory.
     """
 
     root: bool
     xattrs: tuple[bytes, ...]
     full_times: bool
     devices: bool
+    owners: int | None = None
+    compares: bool = False
 
 
 SQUASHFS = Abilities(
-    root=False, xattrs=(b"user.", b"trusted.", b"security."), full_times=False, devices=True
+    root=False,
+    xattrs=(b"user.", b"trusted.", b"security."),
+    full_times=False,
+    devices=True,
+    owners=limits.MAX_OWNERS,
+    compares=True,
 )
-EROFS = Abilities(root=True, xattrs=(b"",), full_times=True, devices=True)
+EROFS = Abilities(root=True, xattrs=(b"",), full_times=True, devices=True, compares=True)
 DIRECTORY = Abilities(root=True, xattrs=(b"",), full_times=True, devices=True)
 DIRECTORY_OF_A_USER = Abilities(root=True, xattrs=(b"user.",), full_times=True, devices=False)
 
 
 def write_tar(merged: Merged, abilities: Abilities, pipe: IO[bytes]) -> None:
     """Write the root to `pipe`."""
-    for entry, inode in _entries(merged.tree, abilities):
+    owners: set[int] = set()
+    for entry, inode in _entries(merged, abilities):
+        owners.update((entry.uid, entry.gid))
+        if abilities.owners is not None and len(owners) > abilities.owners:
+            raise ImageError(
+                f"file {show(entry.name)}: the image has more than {abilities.owners} different "
+                f"users and groups, which a squashfs cannot hold: {_INSTEAD}, or install "
+                "erofs-utils 1.7 or newer on this host"
+            )
         header = header_bytes(entry)
         try:
             merged.budget.write(len(header) + entry.size)
@@ -69,9 +86,14 @@ def squashfs_seconds(mtime_ns: int) -> int:
     return min(max(mtime_ns // 1_000_000_000, 0), _MAX_SQUASHFS_TIME)
 
 
-def _entries(tree: Tree, abilities: Abilities) -> Iterator[tuple[Entry, Inode]]:
-    first_names: dict[int, bytes] = {}
-    for path, inode in tree.walk():
+_INSTEAD = "boot it with --kind namespaces, which takes a directory and no disk"
+
+
+def _entries(merged: Merged, abilities: Abilities) -> Iterator[tuple[Entry, Inode]]:
+    linked: dict[int, _Linked] = {}
+    for path, inode in merged.tree.walk():
+        if abilities.compares and inode.kind is Kind.DIRECTORY:
+            _charge_names(merged.budget, path, inode)
         if not path and not abilities.root:
             continue
         if inode.kind in (Kind.CHAR_DEVICE, Kind.BLOCK_DEVICE) and not abilities.devices:
@@ -79,12 +101,61 @@ def _entries(tree: Tree, abilities: Abilities) -> Iterator[tuple[Entry, Inode]]:
         name = path or b"."  # no "./" before names: sqfstar loses hard links then
         if inode.kind is Kind.DIRECTORY:
             name += b"/"
-        if inode.number in first_names:
-            yield Entry(name, Kind.HARD_LINK, target=first_names[inode.number]), inode
-            continue
         if inode.linked:
-            first_names[inode.number] = name
+            first = linked.get(inode.number)
+            if first is not None:
+                first.count(merged.budget, path)
+                yield Entry(name, Kind.HARD_LINK, target=first.name), inode
+                continue
+            steps = _names_on_the_way(merged.tree, path) if abilities.compares else 0
+            linked[inode.number] = _Linked(name, steps // limits.NAMES_A_STEP)
         yield _entry(name, inode, abilities), inode
+
+
+@dataclass(slots=True)
+class _Linked:
+    """A file of several names: the one that was written first, and what it takes to find that."""
+
+    name: bytes
+    steps: int
+    names: int = 1
+
+    def count(self, budget: Budget, path: bytes) -> None:
+        """`path` is another name of it."""
+        self.names += 1
+        if self.names > limits.MAX_LINKS:
+            raise ImageError(
+                f"file {show(path)}: it is hard link {self.names} to {show(self.name)}, which may "
+                f"have {limits.MAX_LINKS} names: make the others symlinks"
+            )
+        try:
+            budget.step(self.steps)
+        except Exhausted as error:
+            raise Exhausted(
+                f"file {show(path)}, a hard link to {show(self.name)} in a large directory: "
+                f"{error}: {_INSTEAD}"
+            ) from error
+
+
+def _names_on_the_way(tree: Tree, path: bytes) -> int:
+    """Names that may be compared until the file at `path` is found: all of its directories."""
+    directory, names = tree.root, 0
+    for part in path.split(b"/"):
+        names += len(directory.children)
+        directory = directory.children[part]
+    return names
+
+
+def _charge_names(budget: Budget, path: bytes, directory: Inode) -> None:
+    """For the names of a directory, each of which will be compared with all before it."""
+    names = len(directory.children)
+    try:
+        budget.step(names * names // (2 * limits.NAMES_A_STEP))
+    except Exhausted as error:
+        raise Exhausted(
+            f"directory {show(path)} has {names} names, which takes too long to put on a disk: "
+            f"{error}: spread them over more directories, or {_INSTEAD}"
+        ) from error
 
 
 def _entry(name: bytes, inode: Inode, abilities: Abilities) -> Entry:

@@ -28,6 +28,16 @@ MAX_DEPTH = 256
 """Directories inside directories: removing a tree takes a descriptor for each, of 1,024 that there
 are. The deepest that package managers nest is below 100."""
 
+MAX_LINKS = 65_000
+"""Names of one file: ext4's own maximum (EXT4_LINK_MAX)."""
+
+MAX_OWNERS = 65_535
+"""Different users and groups in a squashfs: its table has 65,536, and one is that of its maker."""
+
+NAMES_A_STEP = 100
+"""Names of a directory that the maker of a disk compares in a step of the budget. For each new name
+it goes through all that the directory has: 65,000 names take it 20 s, twice as many 80 s."""
+
 MAX_HEADER_BYTES = 1 << 20
 """One extended tar header: a long name or the pax records of one entry."""
 
@@ -84,7 +94,8 @@ class Limits:
     bytes:    unpacked bytes over all layers, which is also the temporary disk space; and again
               the bytes of the merged root as it is written.
     steps:    what is looked at one by one: headers, records, components of paths, children of a
-              directory that is emptied, compressed streams (a step takes about a microsecond).
+              directory that is emptied, compressed streams, and the names that the maker of a disk
+              compares, `NAMES_A_STEP` at a time (a step takes about a microsecond).
     seconds:  for all of it, from the first layer to the finished disk or directory.
     """
 

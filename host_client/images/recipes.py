@@ -54,7 +54,8 @@ def _make_squashfs(merged: Merged, path: str) -> None:
         export.write_tar(merged, export.SQUASHFS, pipe)
 
     argv = [require_command("sqfstar"), "-quiet", "-no-progress", "-exit-on-error"]
-    argv += [*("-comp", "lz4", "-noI"), *("-mem", "256M"), *("-mkfs-time", "0"), path]
+    argv += [*("-comp", "lz4", "-noI"), *("-mem", "256M"), *("-mkfs-time", "0")]
+    argv += ["-no-duplicates", path]  # each file is compared with all others of its size
     said = _run(argv, feed, os.path.dirname(path), merged)
     if said:  # it can lose a file, say so, and end with status 0
         raise ImageError(f"sqfstar did not take the whole image: {said.strip()}")
