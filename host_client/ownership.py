@@ -129,13 +129,18 @@ def _open_to_others(path: str, status: os.stat_result) -> str:
 
 
 def _is_private_group(gid: int) -> bool:
-    """Whether nobody but us, or root, is in it: the group that many systems make for each user."""
+    """Whether nobody but us, or root, is in it: the group that many systems make for each user.
+
+    Those whose primary group it is are in it as well, and in no list of its members: passwd(5).
+    """
     try:
         user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
     except KeyError:
         return False
     own = gid == 0 or (gid == user.pw_gid and group.gr_name == user.pw_name)
-    return own and set(group.gr_mem) <= {user.pw_name, "root"}
+    if not own or not set(group.gr_mem) <= {user.pw_name, "root"}:
+        return False
+    return all(each.pw_uid in (0, user.pw_uid) for each in pwd.getpwall() if each.pw_gid == gid)
 
 
 def _name_of(uid: int) -> str:
