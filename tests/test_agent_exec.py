@@ -383,6 +383,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         (["no-such-program"], {}, "not_found"),
         (["/no/such/program"], {}, "not_found"),
         (["/etc/passwd/x"], {}, "not_found"),
+        (["/no/such/\udcff"], {}, "not_found"),
+        (["\udcff"], {}, "not_found"),
+        (["/tmp/\udcff/\udcff"], {}, "not_found"),
+        (["true"], {"cwd": "/no/such/\udcff"}, "bad_cwd"),
+        (["true"], {"user": "\udcff"}, "bad_user"),
         (["{files}/plain"], {}, "permission_denied"),
         (["/"], {}, "permission_denied"),
         (["{files}/no-format"], {}, "not_executable"),
@@ -401,7 +406,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         ([], {}, "bad_request"),
         (["a\0b"], {}, "bad_request"),
     ],
-    ids=lambda value: f"{value!s:.40}",
+    ids=lambda value: f"{value!a:.40}",
 )
 def test_refused_starts_are_typed(
     agent: AgentProcess,
@@ -410,6 +415,7 @@ def test_refused_starts_are_typed(
     options: dict[str, object],
     code: str,
 ) -> None:
+    execute(agent, "true")  # it has all of its own then
     before = agent.open_descriptors()
     with Host(agent) as host, pytest.raises(Refused) as caught:
         host.start(*(word.replace("{files}", str(files)) for word in argv), **options)

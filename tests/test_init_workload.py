@@ -125,6 +125,15 @@ def test_what_cannot_be_is_said(root: Path, workload: dict[str, Any], sentence: 
         assert machine.wait() == 0
 
 
+@pytest.mark.parametrize("name", ["no-such-\udcff", "/no/such-\udcff"])
+def test_a_program_whose_name_is_not_utf_8_is_not_found(root: Path, name: str) -> None:
+    with Machine(root, boot_config([name])) as machine:
+        machine.report("ready")
+        failed = machine.report("workload_failed")
+        assert (failed["code"], failed["errno"]) == ("not_found", errno.ENOENT)
+        assert machine.wait() == 0
+
+
 def test_limits_umask_and_groups(root: Path) -> None:
     lines = console(
         root,

@@ -618,10 +618,14 @@ static PyObject *spawn_error; /* _guestsys.SpawnError */
 static PyObject *
 raise_spawn_error(const char *step, int error, const char *path)
 {
-    PyObject *exception = PyObject_CallFunction(spawn_error, "isz", error, strerror(error), path);
+    /* A caller's bytes, which need not be UTF-8: "z" would refuse them. */
+    PyObject *where = path ? PyUnicode_DecodeFSDefault(path) : Py_NewRef(Py_None);
+    PyObject *exception =
+        where ? PyObject_CallFunction(spawn_error, "isO", error, strerror(error), where) : NULL;
     PyObject *name = PyUnicode_FromString(step);
     if (exception && name && !PyObject_SetAttrString(exception, "step", name))
         PyErr_SetObject(spawn_error, exception);
+    Py_XDECREF(where);
     Py_XDECREF(exception);
     Py_XDECREF(name);
     return NULL;
