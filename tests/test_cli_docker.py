@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from machinekit import wait_until
 from patience import PATIENCE
 
 from host_client.cli.arguments import parse
+from host_client.machines.folder import is_alive
 
 pytestmark = pytest.mark.usefixtures("machines_home")
 PROJECT = Path(__file__).parent.parent
@@ -99,6 +101,27 @@ def test_help_and_versions(elf: Path) -> None:
 
 
 # ── machines ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_a_row_has_is_no_column_and_no_line(image: str) -> None:
+    start(image, "odd", "-l", "note=a\tb\nc", command=("sh", "-c", "\tsleep 1000\n:"))
+    table = output("ls", "--format", "table {{.Name}}\\t{{.Command}}\\t{{.State}}").splitlines()
+    assert [line.split()[0] for line in table] == ["NAME", "odd"]
+    assert table[1].split()[-1] == "running"
+    assert r"\tsleep 1000\n" in table[1].replace("\\x09", r"\t").replace("\\x0a", r"\n")
+    lines = output("ls", "--format", "{{.Labels}}\\n{{.Name}}").splitlines()
+    assert json.loads(lines[0]) == {"note": "a\tb\nc"}
+    assert lines[1:] == ["odd"]
+    assert len(output("ls", "--format", "{{.Command}}").splitlines()) == 1
+    end("odd")
+
+
+def test_a_machine_whose_monitor_was_killed_is_one_that_has_ended(image: str) -> None:
+    start(image, "orphan")
+    os.kill(machinekit.state_of("orphan").monitor, signal.SIGKILL)
+    wait_until("nobody holds it", lambda: not is_alive("orphan"))
+    done = microguest("stop", "orphan")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_listings_by_template_and_filter(image: str) -> None:

@@ -126,8 +126,7 @@ def stop(options: argparse.Namespace) -> int:
 
     def end(name: str) -> str | None:
         check_name(name)
-        state = read_state(name)
-        if not is_alive(name) and state is not None and state.ended:
+        if not is_alive(name) and read_state(name) is not None:
             return None
         find(name).stop(grace=options.time)
         return name

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from guest.errors import printable
 from host_client.cli.parser import hint
 from host_client.cli.table import show
 from host_client.cli.tell import say
@@ -28,9 +29,10 @@ def formatted(rows: Sequence[Row], form: str, fields: Sequence[str]) -> None:
         form = "{{json .}}"
     table, form = form.startswith("table "), form.removeprefix("table ")
     form = re.sub(r"\\[tnr\\]", lambda match: ESCAPES[match[0]], form)
-    fill = compiled(form, fields)
+    # What a row has must not look like the template's own columns and lines.
+    fill = compiled(form, fields, keep="" if table else "\t")
     if table:
-        heads = compiled(form, fields)({field: field.upper() for field in fields})
+        heads = fill({field: field.upper() for field in fields})
         show(heads.split("\t"), [fill(row).split("\t") for row in rows])
         return
     for row in rows:
@@ -38,8 +40,11 @@ def formatted(rows: Sequence[Row], form: str, fields: Sequence[str]) -> None:
             say(line)
 
 
-def compiled(form: str, fields: Sequence[str]) -> Callable[[Row], str]:
-    """What makes text of a row. MachineError for what is no template, or names no field."""
+def compiled(form: str, fields: Sequence[str], keep: str) -> Callable[[Row], str]:
+    """What makes text of a row. MachineError for what is no template, or names no field.
+
+    keep: of what a row has and is not printable, what is not shown as an escape.
+    """
     if len(form) > TEMPLATE_MAX:
         raise MachineError(f"format: longer than {TEMPLATE_MAX} characters")
     for _, action, _ in ACTION.findall(form):
@@ -58,7 +63,7 @@ def compiled(form: str, fields: Sequence[str]) -> Callable[[Row], str]:
         raise MachineError("format: a {{ has no }}")
 
     def fill(row: Row) -> str:
-        return ACTION.sub(lambda match: value_of(match[2], row), form)
+        return ACTION.sub(lambda match: printable(value_of(match[2], row), keep), form)
 
     return fill
 
