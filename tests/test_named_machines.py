@@ -307,12 +307,36 @@ def test_a_machine_whose_times_are_not_kept(image: str, machines_home: Path) -> 
         ({"since": b"10m"}, TypeError),
         ({"until": True}, TypeError),
         ({"timestamps": 1}, TypeError),
+        ({"follow": "no"}, TypeError),
     ],
 )
 def test_what_is_no_time(image: str, options: Any, error: type[Exception]) -> None:
     detached(image, "first")
     with find("first") as machine, pytest.raises(error, match=next(iter(options))):
         machine.logs(**options)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "error"), [("5", TypeError), (True, TypeError), (float("nan"), ValueError)]
+)
+def test_what_is_no_time_to_wait(image: str, timeout: Any, error: type[Exception]) -> None:
+    with boot(image, machine="namespaces") as machine:
+        for each in (machine, find(machine.name)):
+            with pytest.raises(error, match="timeout"):
+                each.wait(timeout)
+        assert not machine.state.ended
+
+
+def test_what_is_no_machine_of_a_list_is_left_out(image: str, machines_home: Path) -> None:
+    """Files, and links, in the folder of machines are somebody's own affair."""
+    detached(image, "first")
+    (machines_home / "notes.txt").write_text("x")
+    (machines_home / "link").symlink_to("first")
+    assert [each.name for each in list_machines(all=True)] == ["first"]
+    with boot(image, machine="namespaces") as second:
+        assert [each.name for each in list_machines()] == sorted(["first", second.name])
+    with pytest.raises(TypeError, match="all: expected True or False"):
+        list_machines(all="yes")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["no-such", "No Such", "", 5])

@@ -190,7 +190,8 @@ def names() -> list[str]:
     """Every machine that has a folder, running or not."""
     root = machines_root()
     try:
-        found = os.listdir(root)
+        with os.scandir(root) as entries:  # a file that somebody put there is no machine
+            found = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

@@ -48,6 +48,7 @@ def console_looks(
     """
     if tail is not None:
         check_count(tail, "tail", of="lines")
+    check_flag(follow, "follow")
     check_flag(timestamps, "timestamps")
     span = Span(moment(since, "since"), moment(until, "until"), timestamps)
     path = os.path.join(machines_root(), check_name(name))

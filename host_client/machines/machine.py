@@ -14,6 +14,7 @@ from host_client.machines import control
 from host_client.machines.link import Link
 from host_client.machines.plan import Detach, End, MachineState
 from host_client.renewal import STEP_BEYOND, GuestClock
+from host_client.values import check_seconds
 
 __all__ = ["Machine"]
 
@@ -133,6 +134,7 @@ class Machine:
 
     def wait(self, timeout: float | None = None) -> MachineState:
         """Until it has ended by itself. DeadlineExceeded after `timeout` seconds."""
+        check_seconds(timeout, "timeout")
         self._link.check_owner()
         if not self._link.wait(math.inf if timeout is None else timeout):
             raise control.still_runs(self.name, timeout)

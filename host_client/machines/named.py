@@ -27,7 +27,7 @@ from host_client.machines.logs import console_looks
 from host_client.machines.plan import MachineState
 from host_client.machines.when import Moment
 from host_client.renewal import GuestClock
-from host_client.values import check_seconds, text
+from host_client.values import check_flag, check_seconds, text
 
 __all__ = ["MachineInfo", "NamedMachine", "find", "list_machines"]
 
@@ -61,6 +61,7 @@ def list_machines(*, all: bool = False) -> list[MachineInfo]:  # noqa: A002  doc
 
     all: those too that have ended and whose state is kept. What dead ones have left is removed.
     """
+    check_flag(all, "all")
     sweep()
     found = [info(name) for name in names()]
     return [each for each in found if all or each.running]
