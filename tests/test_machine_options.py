@@ -349,6 +349,8 @@ def test_seccomp_profile_of_docker(image: str, tmp_path: Path) -> None:
         ({"rlimits": {"nofile": (3, 2)}}, "soft limit is above"),
         ({"restart": "sometimes"}, "none of: no, on-failure"),
         ({"restart": "on-failure:x"}, "none of: no, on-failure"),
+        ({"restart": "on-failure:" + "9" * 5000}, "none of: no, on-failure"),
+        ({"processes": 10**30}, "processes: must be an integer"),
         ({"stop_signal": "BLINK"}, "stop_signal: 'BLINK'"),
         ({"network": "user"}, "no network"),
         ({"network": "wifi"}, "none or user"),

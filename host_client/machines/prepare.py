@@ -5,7 +5,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guest.bootconfig import AgentSettings, BootConfig, Endpoint, Hardening
+from guest.bootconfig import AgentSettings, BootConfig, Endpoint, Hardening, parse
+from guest.errors import BootConfigError
 from guest.record import RecordError
 from guest.rootplan import Lower, Root, Upper, Volume
 from guest.workload import ImageDefaults, Workload
@@ -75,9 +76,11 @@ class Preparation:
                 ),
                 modules=True,
             )
-        except RecordError as error:
+            document = config.to_json().encode("ascii")
+            parse(document)  # as PID 1 will: what it would refuse, as a number that is too large
+        except (RecordError, BootConfigError) as error:
             raise MachineError(f"machine {self.folder.name}: {error}") from None
-        return config.to_json().encode("ascii")
+        return document
 
     def volume(self, mount: Mount, *, source: dict[str, str]) -> Volume:
         """The record of a mount. `source`: its kind in the guest, and what it is found by there."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Self, TypedDict
@@ -21,6 +22,7 @@ CPUS_MAX: Final = 256
 TMPFS_SIZE: Final = "50%"
 UPPER_SIZE: Final = "8G"
 SHM_SIZE: Final = "64M"
+COUNT: Final = re.compile("[0-9]{1,9}")
 LABELS_MAX: Final = 4 * 1024  # bytes of JSON; they are in the machine's state
 
 
@@ -257,7 +259,7 @@ def restart_of(text: str) -> Restart:
     policy, colon, limit = text.partition(":")
     if text == "no":
         return Restart()
-    if policy == "on-failure" and (not colon or (limit.isascii() and limit.isdecimal())):
+    if policy == "on-failure" and (not colon or COUNT.fullmatch(limit)):
         return Restart(policy="on-failure", limit=int(limit or 0))
     if text in ("always", "unless-stopped"):  # a machine that was stopped is gone
         return Restart(policy="always")
