@@ -193,7 +193,7 @@ def test_rm(image: str, machines_home: Path) -> None:
     assert b"no machine named nobody" in done.stderr
     pids = machinekit.family(machinekit.state_of("runs").monitor)
     assert output("rm", "-f", "runs", "nobody") == "runs\n"
-    assert not any(map(machinekit.runs, pids))
+    wait_until("its processes end", lambda: not any(map(machinekit.runs, pids)))
     assert os.listdir(machines_home) == []
 
 

@@ -127,7 +127,7 @@ def test_machine_whose_starter_ignored_what_ends_it(image: str) -> None:
     assert in_shell(f"trap '' TERM HUP INT; microguest run -d {words}").returncode == 0
     pids = machinekit.family(machinekit.state_of("deaf").monitor)
     os.kill(machinekit.state_of("deaf").monitor, signal.SIGTERM)
-    machinekit.nothing_is_left("deaf", pids, within=10)
+    machinekit.nothing_is_left("deaf", pids, within=PATIENCE)
 
 
 # ── variables ────────────────────────────────────────────────────────────────────────────────────
@@ -205,17 +205,17 @@ def test_full_disk_is_an_error_in_one_line(box: str, words: str) -> None:
     assert b"No space left" in done.stderr
 
 
-HOLDS = "(trap '' HUP; sleep 0.6; echo late) & echo now; exit 3"
+HOLDS = "(trap '' HUP; sleep {}; echo late) & echo now; exit 3"
 
 
 def test_output_that_is_cut_is_told_of(box: str) -> None:
-    done = microguest("exec", box, "sh", "-c", HOLDS)
+    done = microguest("exec", box, "sh", "-c", HOLDS.format(30))
     assert (done.returncode, done.stdout) == (3, b"now\n")
     text = done.stderr.decode()
     assert text.startswith("microguest: stdout and stderr were cut ")
     assert "--drain" in text
     assert text.count("\n") == 1
-    done = microguest("exec", "--drain", "20", box, "sh", "-c", HOLDS)
+    done = microguest("exec", "--drain", "60", box, "sh", "-c", HOLDS.format(0.6))
     assert (done.returncode, done.stdout, done.stderr) == (3, b"now\nlate\n", b"")
 
 
@@ -304,7 +304,7 @@ def test_a_job_that_is_sent_to_the_background_stops_there(box: str) -> None:
         person.see("Stopped")
         person.type("bg\r")
         person.wait_until(
-            "it has stopped again", lambda: told_again(person, "jobs -l\r", "(tty output)"), 20
+            "it has stopped again", lambda: told_again(person, "jobs -l\r", "(tty output)")
         )
         person.type("fg\r")
         person.wait_until("it is raw", lambda: person.is_raw)

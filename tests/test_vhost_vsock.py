@@ -714,7 +714,7 @@ def test_half_close_from_the_host(guest: FakeGuest) -> None:
         stream.shutdown(3)
         assert to_end(sock) == b"answer"
         guest.until(lambda: stream.reset)
-    assert guest.device.connections == 0
+    wait_until(lambda: guest.device.connections == 0)
 
 
 def test_half_close_from_the_guest(guest: FakeGuest) -> None:
@@ -805,7 +805,7 @@ def test_a_guest_that_writes_to_a_closed_host_is_told(guest: FakeGuest) -> None:
     guest.until(lambda: stream.peer_shut == 3)
     stream.shutdown(3)
     guest.until(lambda: stream.reset)
-    assert guest.device.connections == 0
+    wait_until(lambda: guest.device.connections == 0)
 
 
 # -- the machine's life --------------------------------------------------------------------------
@@ -897,7 +897,7 @@ def test_a_guest_that_never_acknowledges_a_close_is_given_up(
     sock, stream = guest.connect()
     sock.close()
     guest.until(lambda: stream.reset)
-    assert guest.device.connections == 0
+    wait_until(lambda: guest.device.connections == 0)
 
 
 def test_a_guest_that_does_not_read_is_told_that_the_host_has_left(
@@ -910,7 +910,7 @@ def test_a_guest_that_does_not_read_is_told_that_the_host_has_left(
     guest.until(lambda: len(stream.received) == guest.window)
     sender.join()
     guest.until(lambda: stream.reset)
-    assert guest.device.connections == 0
+    wait_until(lambda: guest.device.connections == 0)
 
 
 def test_a_guest_that_shrinks_its_buffer_is_not_left_waiting(guest: FakeGuest) -> None:
