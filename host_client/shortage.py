@@ -7,9 +7,12 @@ monitor imports it.
 import errno
 import os
 import resource  # here: where it is needed, no file can be opened any more
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-__all__ = ["SHORT", "cannot_start", "explain", "reason"]
+if TYPE_CHECKING:
+    import threading
+
+__all__ = ["SHORT", "cannot_start", "explain", "reason", "start_thread"]
 
 # What to do, behind what the kernel calls it. {limit}: of this process's open files.
 ADVICE: Final = {
@@ -60,6 +63,14 @@ def cannot_start(program: str, error: OSError) -> str:
     if error.errno == errno.EAGAIN:
         return f"cannot start {program}: {error.strerror}: {NO_PROCESS}"
     return f"cannot start {program}: {reason(error)}"
+
+
+def start_thread(thread: "threading.Thread") -> None:
+    """Start it. OSError (EAGAIN) where there are too many; Python gives a RuntimeError for it."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
 
 
 def place_of(error: OSError, where: str) -> str:

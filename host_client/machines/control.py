@@ -12,13 +12,22 @@ from guest.record import Record
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded, MachineError
 from host_client.machines.plan import MachineState, Pause, PowerOff, Resume
 
-__all__ = ["KILL_WAIT", "MonitorHandle", "end_well", "set_paused", "still_runs"]
+__all__ = [
+    "KILL_WAIT",
+    "VMM_WAIT",
+    "MonitorHandle",
+    "end_well",
+    "not_ended",
+    "set_paused",
+    "still_runs",
+]
 
 PAUSE_WAIT: Final = 10.0  # seconds for the VMM to do it
 # Seconds beyond the grace until a stopping machine is killed: more than all waits in a guest's end
 # (docs/boot.md) are together.
 POWER_OFF_WAIT: Final = 20.0
 KILL_WAIT: Final = 10.0  # seconds for the monitor to kill and clean up
+VMM_WAIT: Final = 5.0  # seconds for the VMM of a monitor that does not answer to be gone
 
 
 class MonitorHandle(Protocol):
@@ -76,4 +85,13 @@ def still_runs(name: str, timeout: float | None) -> DeadlineExceeded:
     """The machine was awaited in vain."""
     return DeadlineExceeded(
         f"machine {name} still runs after {timeout:g} s", seconds=timeout or 0.0
+    )
+
+
+def not_ended(name: str, pid: int) -> MachineError:
+    """Its monitor was killed in vain, too."""
+    return MachineError(
+        f"machine {name} was killed, but its monitor, process {pid}, does not end: it is "
+        "traced by another program, or in a call that the kernel does not end (look at "
+        f"ps -o stat,wchan {pid})"
     )

@@ -1,5 +1,6 @@
 """Machines that another program started: by name, through their folders."""
 
+import contextlib
 import os
 import select
 import signal
@@ -21,6 +22,7 @@ from host_client.machines.folder import (
     read_state,
 )
 from host_client.machines.holder import monitor_of
+from host_client.machines.kin import end_descendants, pid_of
 from host_client.machines.plan import SIGNALLED, End, MachineState
 from host_client.renewal import STEP_BEYOND, GuestClock
 
@@ -119,7 +121,8 @@ class FoundMachine:
         watch.send(End())
         if not watch.wait(control.KILL_WAIT):
             watch.kill()
-            watch.wait(control.KILL_WAIT)
+            if not watch.wait(control.KILL_WAIT):
+                raise control.not_ended(self.name, watch.pid)
             bury(self.name)
 
     def _obituary(self, seconds: float) -> str:
@@ -171,8 +174,16 @@ class Watch:
         self._signal(next(number for number, each in SIGNALLED.items() if each == command))
 
     def kill(self) -> None:
-        """End a monitor that does not answer."""
+        """End a monitor that does not answer, behind its VMM, which could outlive it."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(OSError):  # no descriptor is left for it
+                end_descendants(self._pidfd, control.VMM_WAIT)
         self._signal(signal.SIGKILL)
+
+    @property
+    def pid(self) -> int:
+        """Its number; -1 where it was reaped."""
+        return pid_of(self._pidfd)
 
     def _signal(self, number: int) -> None:
         """If it still is there."""

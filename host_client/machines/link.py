@@ -1,5 +1,6 @@
 """The caller's end of a machine's monitor: it starts it, sends the plan, hears the state."""
 
+import contextlib
 import os
 import select
 import socket
@@ -16,7 +17,9 @@ from host_client.errors import MachineError
 from host_client.forking import close_in_children, tell_children
 from host_client.log import INFO, WARNING, note
 from host_client.machines.console import printable_lines, read_log
+from host_client.machines.control import VMM_WAIT, not_ended
 from host_client.machines.folder import Folder, is_alive, read_state
+from host_client.machines.kin import end_descendants
 from host_client.machines.plan import COMMANDS, STATE_MAX, End, MachineState
 from host_client.shortage import cannot_start
 
@@ -158,10 +161,19 @@ class Link:
         return self._closed_by_monitor
 
     def kill(self) -> None:
-        """The monitor does not answer: kill it, and by that the VMM."""
+        """The monitor does not answer: kill the VMM, which could outlive it, and then it.
+
+        MachineError where it does not end.
+        """
         self.check_owner()
+        with contextlib.suppress(OSError):  # no descriptor is left for it
+            pidfd = os.pidfd_open(self._process.pid)
+            try:
+                end_descendants(pidfd, VMM_WAIT)
+            finally:
+                os.close(pidfd)
         self._process.kill()
-        self._reap()
+        self.close()
 
     def abandon(self) -> None:
         """Stop listening: a detached machine goes on without us."""
@@ -171,7 +183,10 @@ class Link:
         self._process.returncode = 0  # not ours to reap any more: init inherits it
 
     def close(self) -> None:
-        """Close the link, by which an attached machine ends, and wait for that."""
+        """Close the link, by which an attached machine ends, and wait for that.
+
+        MachineError where its monitor does not end.
+        """
         self.check_owner()
         if self._socket.fileno() >= 0:
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -223,11 +238,14 @@ class Link:
         return True
 
     def _reap(self) -> None:
-        try:
-            self._process.wait(REAP_WAIT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        for _ in range(2):
+            try:
+                self._process.wait(REAP_WAIT)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+            else:
+                return
+        raise not_ended(self.name, self._process.pid)
 
 
 def start_monitor(folder: Folder, link: socket.socket) -> "subprocess.Popen[bytes]":

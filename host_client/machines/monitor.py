@@ -1,6 +1,6 @@
 """The process that a machine belongs to: starts the VMM, serves its vsock, cleans up after it.
 
-One per machine, single-threaded, one event loop. Its life, from the top:
+One per machine, one event loop; what a guest could hold has a thread of its own. Its life:
 
     wait for the plan ─▶ start the VMM ─▶ until `ready` ─▶ until the VMM ends ─▶ drain ─▶ clean up
 
@@ -56,7 +56,9 @@ LAUNCHER_RESTARTED: Final = 3  # exit code of the namespaces launcher
 # Seconds; a guest that is paused cannot act, so they begin anew where one is when they are over.
 STOPPING_WAIT: Final = 15.0  # from PID 1's last report to the VMM's exit
 FAILED_WAIT: Final = 12.0  # from a failed boot's report, after which it still writes its disks
-KILLED_WAIT: Final = 5.0  # seconds for a killed VMM to be gone
+# Seconds for a killed VMM to be gone. With all waits behind it, less than control.KILL_WAIT.
+KILLED_WAIT: Final = 4.0
+SERVANTS_WAIT: Final = 3.0  # seconds for what ran beside it to be gone
 # Seconds for a caller to read the console of an ended machine. One that is busy has its last lines
 # in the last state, which waits in the link for as long as the caller lives.
 FAREWELL_WAIT: Final = 1.0
@@ -66,6 +68,7 @@ DRAIN_WAIT: Final = 1.0
 WRITE_EVERY: Final = 0.2  # seconds between two writes of what a guest reports after its boot
 UNREAD_MAX: Final = 64 * 1024  # bytes; with two states more a socket's default buffer is full
 UNREAD_EVERY: Final = 0.05  # seconds between looks whether the caller reads again
+UNENDED_NAMED: Final = 8  # processes of a machine that do not end
 SIOCOUTQ: Final = 0x5411  # linux/sockios.h: bytes that the other end has not read; as TIOCOUTQ
 
 
@@ -455,13 +458,23 @@ class Monitor:
         if not self.state.status:
             self._explain_exit(code)
         self._reports.close()
-        self._shares.close()
-        if self._device is not None:
-            self._device.close()
+        self._close_servants()
         last = cut(printable_lines(self._console.tail()), CONSOLE_SHOWN, tail=True)
         self._change(phase="ended", vmm_code=code, console=last)
         self._farewell()
         self.loop.stop()
+
+    def _close_servants(self) -> None:
+        """End what ran beside the VMM, and tell of what does not end."""
+        left = [] if self._vmm is None else self._vmm.left()
+        deadline = time.monotonic() + SERVANTS_WAIT
+        left += self._shares.close(deadline)
+        if self._device is not None:
+            left += self._device.close(deadline)
+        if left:
+            error = f"{still_running(left)}: {self.state.error}".removesuffix(": ")
+            note(error)
+            self._change(error=cut(error))
 
     def _explain_exit(self, code: int | None) -> None:
         """The VMM ended and nobody had said why."""
@@ -499,6 +512,18 @@ def unread(link: socket.socket) -> int:
     count = bytearray(4)
     fcntl.ioctl(link, SIOCOUTQ, count)
     return int.from_bytes(count, sys.byteorder)
+
+
+def still_running(pids: list[int]) -> str:
+    """Of a machine that has ended but for these."""
+    numbers = ", ".join(map(str, pids[:UNENDED_NAMED]))
+    more = len(pids) - UNENDED_NAMED
+    numbers += f" and {more} more" if more > 0 else ""
+    what = f"process {numbers} does" if len(pids) == 1 else f"processes {numbers} do"
+    return (
+        f"its {what} not end, though killed: traced by another program, or in a call that the "
+        "kernel does not end (look at ps -o pid,stat,wchan)"
+    )
 
 
 def note(what: str) -> None:

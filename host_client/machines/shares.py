@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from select import EPOLLIN
 from typing import Final
@@ -17,7 +18,7 @@ from typing import Final
 from host_client.errors import MachineError
 from host_client.machines.deputy import ATTRIBUTE_RULES, capability_changes
 from host_client.machines.plan import Share, blank, filled
-from host_client.machines.vmm import spawn
+from host_client.machines.vmm import has_ended, spawn
 from host_client.vhost_vsock.loop import EventLoop
 
 __all__ = ["Shares", "is_successor", "share_command", "virtiofsd"]
@@ -127,21 +128,23 @@ class Shares:
         finally:
             os.close(output)
 
-    def close(self) -> None:
-        """End those that have not ended with the VMM."""
+    def close(self, deadline: float) -> list[int]:
+        """End those that have not ended with the VMM; which have not until then, though killed.
+
+        deadline: time.monotonic().
+        """
         self._closed = True
         for pidfd, process in self._running.items():
             self._loop.remove(pidfd)
             os.close(pidfd)
             process.send_signal(signal.SIGTERM)
-        for process in self._running.values():
-            try:
-                process.wait(END_WAIT)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        terminated = min(time.monotonic() + END_WAIT, deadline)
+        left = [each for each in self._running.values() if not has_ended(each, terminated)]
+        for process in left:
+            process.kill()
         self._running = {}
         self._close_output()
+        return [process.pid for process in left if not has_ended(process, deadline)]
 
     def _start(self, share: Share, listener: int, output: int) -> None:
         argv = [filled(word, {"listener": str(listener)}) for word in share.argv]

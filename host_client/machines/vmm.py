@@ -1,28 +1,39 @@
 """The processes of one machine, as its monitor has them: the VMM, and what serves its vsock."""
 
 import base64
+import contextlib
 import ctypes
 import os
+import select
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from select import EPOLLIN
 from typing import Final
 
 from guest import limits
+from host_client.machines.kin import end_descendants, running_descendants
 from host_client.machines.plan import HYBRID_SOCKET, Plan, blank, filled
+from host_client.machines.relay import relayed
 from host_client.machines.reports import ReportReader
 from host_client.vhost_vsock.loop import EventLoop
 
-__all__ = ["Device", "Vmm"]
+__all__ = ["Device", "Vmm", "has_ended", "spawn"]
 
 DAEMON_WAIT: Final = 15.0  # seconds from its start for a vsock daemon to listen
 DAEMON_POLL: Final = 0.01
 CHUNK: Final = 64 * 1024
 CHUNKS_AT_END: Final = 64  # of console that is read after the VMM's exit; a socket holds less
+RELAY_WAIT: Final = 1.0  # seconds after the VMM's exit for the relay to come to the console's end
+REAP_EVERY: Final = 0.01  # seconds between looks whether what has ended can be reaped
+ORPHANS_WAIT: Final = 0.5  # seconds for PID 1 to die of its launcher's death
+ORPHANS_KILL: Final = 0.1  # seconds at a time in which what keeps it is killed
+ENDED_WAIT: Final = 2.0  # seconds from the VMM's exit for all that
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 PR_SET_SECCOMP: Final = 22
+PR_SET_CHILD_SUBREAPER: Final = 36
 SECCOMP_MODE_FILTER: Final = 2  # linux/seccomp.h
 INSTRUCTION: Final = 8  # bytes of a struct sock_filter
 
@@ -38,8 +49,8 @@ class FilterProgram(ctypes.Structure):
 def dies_with(parent: int, filtered: str = "") -> Callable[[], None]:
     """For subprocess's preexec_fn: be killed with `parent`, and at once if it is dead already.
 
-    filtered: a filter of system calls as base64, for root's. The monitor has one thread, so nothing
-    can hold a lock across the fork.
+    filtered: a filter of system calls as base64, for root's. The monitor has one thread until its
+    last child runs, so nothing can hold a lock across the fork.
     """
     code = base64.b64decode(filtered)
     program = FilterProgram(len(code) // INSTRUCTION, code)
@@ -75,6 +86,18 @@ def spawn(
         preexec_fn=dies_with(os.getpid(), filtered),  # noqa: PLW1509
         start_new_session=True,
     )
+
+
+def has_ended(process: "subprocess.Popen[bytes]", deadline: float) -> bool:
+    """Whether it has until then (time.monotonic()), and is reaped.
+
+    A killed one need not: where a program traces it, that one comes first.
+    """
+    try:
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 class Device:
@@ -118,8 +141,11 @@ class Device:
         else:
             self._loop.defer(done)
 
-    def close(self) -> None:
-        """End all of it."""
+    def close(self, deadline: float) -> list[int]:
+        """End all of it; which processes have not ended until then, though killed.
+
+        deadline: time.monotonic().
+        """
         self._closed = True
         if self._built_in is not None:
             self._built_in.close()
@@ -129,7 +155,9 @@ class Device:
             self._loop.remove(self._daemon_pidfd)
             os.close(self._daemon_pidfd)
             self._daemon.kill()
-            self._daemon.wait()
+            if not has_ended(self._daemon, deadline):
+                return [self._daemon.pid]
+        return []
 
     def _make_built_in(self) -> "VsockDevice":
         from host_client.vhost_vsock import VsockDevice
@@ -178,6 +206,7 @@ class Vmm:
     def __init__(self, plan: Plan, loop: EventLoop, device: Device) -> None:
         """Start it. OSError where that fails."""
         self._loop = loop
+        self._closed = False
         self._on_exit: Callable[[], None] | None = None
         self._inputs: dict[int, Callable[[bytes], None]] = {}
         keep: list[int] = [] if device.vmm_end is None else [device.vmm_end.fileno()]
@@ -198,6 +227,10 @@ class Vmm:
             keep.append(qmp_end)
             names["qmp"] = str(qmp_end)
         argv = [filled(word, names) for word in plan.argv]
+        # The launcher's orphan, PID 1, becomes this process's child: nothing of it ends unseen.
+        self._launches = plan.console == "stdout"
+        if self._launches:
+            _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         try:
             self._process = spawn(argv, stdout=messages_end, stderr=messages_end, keep=tuple(keep))
         except OSError:
@@ -213,6 +246,10 @@ class Vmm:
                 device.vmm_end.close()
         self.pid = self._process.pid
         self._pidfd = os.pidfd_open(self.pid)
+        self._myself = -1
+        if self._launches:
+            self._myself = os.pidfd_open(os.getpid())
+            self._messages = self._console = relayed(messages)
 
     def watch(
         self,
@@ -238,15 +275,26 @@ class Vmm:
         self._process.kill()
 
     def close(self) -> int | None:
-        """Read what is left, reap it, and give its return code; None where it cannot be killed."""
+        """Read what is left, reap it, and give its return code; None where it has not ended."""
+        self._closed = True
+        deadline = time.monotonic() + (RELAY_WAIT if self._launches else 0.0)
         for fd in list(self._inputs):
             for _ in range(CHUNKS_AT_END):
-                if not self._readable(fd):
+                if not (self._readable(fd) or self._becomes_readable(fd, deadline)):
                     break
             self._forget(fd)
         self._loop.remove(self._pidfd)
         os.close(self._pidfd)
+        if self._launches:
+            end_descendants(self._myself, ORPHANS_KILL)
+            os.close(self._myself)
         return self._process.poll()
+
+    def left(self) -> list[int]:
+        """The processes of it that have not ended, though they were killed."""
+        if self._process.poll() is None:
+            return [self.pid]
+        return running_descendants(os.getpid()) if self._has_orphans() else []
 
     def _reader(self, fd: int) -> Callable[[int], None]:
         def ready(_events: int) -> None:
@@ -271,6 +319,14 @@ class Vmm:
         callback(data)
         return True
 
+    def _becomes_readable(self, fd: int, deadline: float) -> bool:
+        """Until then; where it is at its end, or nothing may come any more, it does not."""
+        if fd not in self._inputs:
+            return False
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(max(0, int((deadline - time.monotonic()) * 1000))))
+
     def _forget(self, fd: int) -> None:
         if self._inputs.pop(fd, None) is not None:
             self._loop.remove(fd)
@@ -278,9 +334,29 @@ class Vmm:
 
     def _exited(self) -> None:
         self._loop.remove(self._pidfd)
-        self._process.wait()
-        assert self._on_exit is not None
-        self._on_exit()
+        self._await_end(time.monotonic())
+
+    def _await_end(self, exited: float) -> None:
+        """Until it is reaped, for which a debugger comes first, and so is what it has left."""
+        if self._closed:
+            return
+        since = time.monotonic() - exited
+        ended = self._process.poll() is not None and not self._has_orphans()
+        if ended or since > ENDED_WAIT:
+            assert self._on_exit is not None
+            self._on_exit()
+            return
+        if since > ORPHANS_WAIT and self._launches:
+            end_descendants(self._myself, ORPHANS_KILL)
+        self._loop.call_later(REAP_EVERY, lambda: self._await_end(exited))
+
+    def _has_orphans(self) -> bool:
+        """Whether what the launcher has left runs; what of that has ended is reaped."""
+        with contextlib.suppress(ChildProcessError):
+            while self._launches:
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    return True
+        return False
 
 
 TYPE_CHECKING = False
