@@ -20,12 +20,13 @@ from pathlib import Path
 import machinekit
 import pytest
 from hypothesis import HealthCheck, settings
+from patience import SLACK
 from sleepers import Sleeper
 
 from host_client.errors import MachineError
 
 PROJECT = Path(__file__).parent.parent
-LEAK_GRACE = 2.0  # seconds in which what a test stopped may still be going away
+LEAK_GRACE = SLACK  # seconds in which what a test stopped may still be going away
 
 settings.register_profile(
     "fast",

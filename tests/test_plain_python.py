@@ -230,7 +230,7 @@ def test_a_breakpoint_stops_the_agent_of_a_test() -> None:
         [sys.executable, "-m", "pytest", "-s", "-q", "-p", "no:cacheprovider", test],
         cwd=PROJECT,
         env={**os.environ, "MICROGUEST_AGENT": f"{sys.executable} -m pdb -m agent.main"},
-        input=commands, check=False, capture_output=True, text=True, timeout=PATIENCE,
+        input=commands, check=False, capture_output=True, text=True, timeout=3 * PATIENCE,
     )  # fmt: skip
     assert f"agent/operations.py({line})ping()" in done.stdout
     assert f"(Pdb) {TOKEN.encode()!r}\n" in done.stdout

@@ -16,8 +16,8 @@ from typing import Self
 import machinekit
 import pytest
 from init_machine import make_root, require_program
-from patience import PATIENCE
-from vm_machine import Ended, make_erofs, make_ext4, run_vm, vm_config
+from patience import PATIENCE, SLACK
+from vm_machine import RUN, Ended, make_erofs, make_ext4, run_vm, vm_config
 
 from guest import limits
 from host_client import boot
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.qemu
 
 # What docs/boot.md says that an end takes at most, but for the farewell of a report connection.
 LONGEST = limits.STOP_GRACE + limits.OTHERS_GRACE + limits.KILL_WAIT + limits.SYNC_WAIT
-SPARE = 3.0  # seconds for the steps themselves, under emulation and beside other tests
+SPARE = SLACK  # seconds for the steps themselves, under emulation and beside other tests
 
 FIND_DISK = """
 disk() {
@@ -70,7 +70,7 @@ class Aside:
         return self
 
     def __exit__(self, *_how: object) -> None:
-        self._thread.join(60)
+        self._thread.join(RUN)
 
     def _run(self) -> None:
         with self._dial("port") as self.port:
@@ -88,7 +88,7 @@ class Aside:
         deadline = time.monotonic() + PATIENCE
         while True:
             connection = socket.socket(socket.AF_UNIX)
-            connection.settimeout(60)
+            connection.settimeout(RUN)
             try:
                 connection.connect(str(self._folder / name))
             except OSError:

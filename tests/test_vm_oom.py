@@ -8,6 +8,7 @@ from typing import Any
 import machinekit
 import pytest
 from machinekit import Pings, wait_until
+from patience import SLACK
 
 from guest.bootconfig import BootConfig
 from guest.messages import Limits
@@ -16,7 +17,7 @@ from host_client import Machine, boot
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(180)]
 
 MIB = 1 << 20
-ANSWER = 5.0  # seconds for a ping while memory runs out, on a host that is busy as well
+ANSWER = SLACK  # seconds for a ping while memory runs out, on a host that is busy as well
 HOSTILE = "x) total-vm:1kB"  # as long as a name can be, and looks like the kernel's own line
 # A shell that gives itself the name $NAME and takes memory until it is killed.
 EATER = 'printf %s "$NAME" > /proc/$$/comm; a=0123456789abcdef; while :; do a=$a$a; done'
@@ -65,7 +66,7 @@ def kills(machine: Machine) -> list[str]:
 
 
 def await_kill(machine: Machine, number: int) -> str:
-    wait_until(f"kill {number} is told", lambda: len(kills(machine)) >= number, 10)
+    wait_until(f"kill {number} is told", lambda: len(kills(machine)) >= number)
     return kills(machine)[number - 1]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import machinekit
 import pytest
 from machinekit import Pings, wait_until
+from patience import SLACK
 
 from guest import limits
 from guest.messages import Keep, Limits, StagedFile
@@ -15,7 +16,7 @@ from host_client.errors import ConnectionLost, DeadlineExceeded
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
 
-ANSWER = 5.0  # seconds for a ping beside hundreds of processes, on a host that is busy as well
+ANSWER = SLACK  # seconds for a ping beside hundreds of processes, on a host that is busy as well
 USER = "1000:1000"
 # Each process makes two more for as long as it can, and one stays to begin anew.
 BOMB = "f() { f | f & }; while :; do f; sleep 0.2; done 2>/dev/null"

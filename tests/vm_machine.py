@@ -19,12 +19,14 @@ from typing import Any
 
 import pytest
 from init_machine import CONSOLE_MARK, TOKEN, Config, Report, parse
+from patience import PATIENCE
 
 from guest import cpio
 from guest.bootconfig import PATH
 from host_client.machines.host import accelerator, qemu_command
 
 BUNDLE = Path(__file__).parent.parent / "dist" / "guest" / platform.machine()
+RUN = 3 * PATIENCE  # seconds for a machine from its start to its end
 CONSOLE_MAX = 4 * 1024 * 1024  # bytes that are read of a console
 
 
@@ -72,7 +74,7 @@ def run_vm(
     kernel_line: str = "",
     memory: int = 256,
     segments: Sequence[bytes] = (),
-    timeout: float = 60.0,
+    timeout: float = RUN,
 ) -> Ended:
     """Boot it and wait for its end.
 

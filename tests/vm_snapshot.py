@@ -26,7 +26,7 @@ from host_client.machines.host import accelerator, qemu_command
 from host_client.steps import run
 
 PROJECT = Path(__file__).parent.parent
-ANSWER = 20.0  # seconds for the agent to answer
+ANSWER = PATIENCE  # seconds for the agent to answer
 MEMORY = "256M"
 PLUG = "plug"  # the slot that the vsock device is in
 POLL = 0.01
