@@ -115,8 +115,10 @@ def test_an_init_of_its_own(tmp_path: Path, kind: str) -> None:
             "it has worked", lambda: machine.agent.exec(["cat", "/run/up"]).stdout == b"up\n"
         )
         assert machine.agent.exec(["cat", "/proc/1/comm"]).stdout == b"init\n"
-        assert machine.agent.exec(["pidof", "sleep"]).returncode == 0
-        state = machine.stop(grace=5)
+        machinekit.wait_until(
+            "it has respawned", lambda: machine.agent.exec(["pidof", "sleep"]).returncode == 0
+        )
+        state = machine.stop(grace=PATIENCE)
     assert (state.status, state.error) == ("shutdown", "")
     # By reboot(8), by poweroff(8), and by a host where nobody is left who could pass that on.
     for asked, status in (("TERM 1", "reboot"), ("USR2 1", "done"), ("KILL $KEEPER", "shutdown")):
