@@ -2,7 +2,7 @@
 
     from host_client import boot
 
-    with boot("oci:images/demo") as machine:
+    with boot("oci:dist/demo:busybox") as machine:
         print(machine.agent.exec(["uname", "-a"]).stdout.decode())
 
 Names are imported when they are first used, so that importing this package costs next to nothing.
