@@ -170,7 +170,7 @@ def network(text: str) -> Network:
     address, slash, length = text.partition("/")
     family = family_of(address)
     longest = 128 if family == socket.AF_INET6 else 32
-    if not (slash and length.isdecimal() and int(length[:4]) <= longest):
+    if not (slash and length.isdecimal() and len(length) < 4 and int(length) <= longest):
         raise ValueError(f"{text!r:.80} is not an address with a prefix, as 10.0.2.15/24")
     return family, normal(family, address), int(length)
 

@@ -41,6 +41,7 @@ SIGNALS = {
 }
 REALTIME = 34  # what every libc shows as SIGRTMIN; the kernel's is 32
 SIGNAL_MAX = 64
+LONGEST_SIGNAL = 16  # characters
 
 
 class ImageDefaults(Record):
@@ -52,7 +53,9 @@ class ImageDefaults(Record):
 
     def check(self) -> None:
         if self.env and len(self.to_json()) > limits.IMAGE_DEFAULTS:
-            raise RecordError(f"env: longer than {limits.IMAGE_DEFAULTS} bytes as JSON")
+            raise RecordError(
+                f"env, cwd, user: together longer than {limits.IMAGE_DEFAULTS} bytes as JSON"
+            )
 
 
 class Restart(Record):
@@ -181,6 +184,8 @@ def signal_number(name: str) -> int:
     """1 to 64 for a signal's name with or without SIG, its number, or as RTMIN+3 and RTMAX-1."""
     word = name.upper().removeprefix("SIG")
     found = SIGNALS.get(word, 0)
+    if len(word) > LONGEST_SIGNAL:
+        word = ""  # thousands of digits are an error of int()'s own
     if word.isascii() and word.isdecimal():
         found = int(word)
     for base, start, sign in (("RTMIN", REALTIME, "+"), ("RTMAX", SIGNAL_MAX, "-")):

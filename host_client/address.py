@@ -178,9 +178,9 @@ def _parse_vsock(url: str, rest: str) -> VsockAddress:
 
 
 def _number(text: str, url: str) -> int:
-    if text.isascii() and text.isdigit() and int(text) <= PORT_MAX:
+    if text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= PORT_MAX:
         return int(text)
-    raise ConnectError(f"{url}: {text!r} is not a number from 0 to {PORT_MAX}", url=url)
+    raise ConnectError(f"{url}: {text!r:.40} is not a number from 0 to {PORT_MAX}", url=url)
 
 
 def _read_line(sock: socket.socket, deadline: Deadline, url: str) -> Steps[bytes]:

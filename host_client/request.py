@@ -215,7 +215,7 @@ def signal_number(name: str | int) -> int:
     else:
         base, plus, distance = name.upper().removeprefix("SIG").partition("+")
         found = signal.Signals.__members__.get(f"SIG{base}")
-        if found is None or (plus and not distance.isdecimal()):
+        if found is None or (plus and not (distance.isdecimal() and len(distance) < 4)):
             raise ValueError(f"{name!r:.100} is not a signal: write TERM, SIGTERM or its number")
         number = found + int(distance or 0)
     if not 1 <= number <= 64:

@@ -95,6 +95,11 @@ def test_bad_urls(url: str) -> None:
     assert url in str(caught.value)
 
 
+def test_url_with_a_port_of_thousands_of_digits() -> None:
+    with pytest.raises(ConnectError, match="is not a number from 0 to"):
+        parse("vsock://3:" + "9" * 5000)
+
+
 def test_nobody_listens(path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(ConnectError, match="No such file"):

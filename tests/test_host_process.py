@@ -150,9 +150,24 @@ def test_signal_names(name: str | int, number: int) -> None:
     assert signal_number(name) == number
 
 
-@pytest.mark.parametrize("name", ["", "TERMINATE", "SIG", 0, 65, -9, "TERM+x", "RTMAX+1", "9"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "TERMINATE",
+        "SIG",
+        0,
+        65,
+        -9,
+        "TERM+x",
+        "RTMAX+1",
+        "9",
+        "9" * 5000,
+        "RTMIN+" + "9" * 5000,
+    ],
+)
 def test_unknown_signals(name: str | int) -> None:
-    with pytest.raises(ValueError, match="signal"):
+    with pytest.raises(ValueError, match="is not a signal"):
         signal_number(name)
 
 

@@ -318,7 +318,10 @@ def test_what_is_not_there(tmp_path: Path, reference: str, message: str) -> None
     [
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
+        (b"[" * 100_000, "index.json has values nested too deep$"),
+        (b'{"a":' * 100_000, "index.json has values nested too deep$"),
+        (b"9" * 5000, "index.json is not valid JSON: a number of 5000 digits$"),
+        (b'{"manifests": [NaN]}', "not valid JSON: NaN, which"),
         (b"[]", "not a JSON object"),
         (b"{}", "no list manifests"),
         (b'{"manifests": []}', "lists no image"),

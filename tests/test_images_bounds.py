@@ -292,7 +292,7 @@ def test_names_of_one_directory(tmp_path: Path, cache: images.Cache) -> None:
     data = layer([member(f"d/f{number}", b"") for number in range(3000)])
     said = refused(tmp_path, data, steps=40_000)
     assert "directory 'd' has 3000 names" in said
-    assert "spread them over more directories, or boot it with --kind namespaces" in said
+    assert "spread them over more directories, or boot it with --machine namespaces" in said
     with images.open_image(f"oci:{tmp_path}/i") as image:
         images.as_directory(image, tmp_path, cache=cache, limits=images.Limits(steps=40_000))
 

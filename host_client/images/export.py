@@ -86,7 +86,7 @@ def squashfs_seconds(mtime_ns: int) -> int:
     return min(max(mtime_ns // 1_000_000_000, 0), _MAX_SQUASHFS_TIME)
 
 
-_INSTEAD = "boot it with --kind namespaces, which takes a directory and no disk"
+_INSTEAD = "boot it with --machine namespaces, which takes a directory and no disk"
 
 
 def _entries(merged: Merged, abilities: Abilities) -> Iterator[tuple[Entry, Inode]]:

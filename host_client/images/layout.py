@@ -21,6 +21,7 @@ from host_client.images.sparse import Pieces, stored_bytes
 from host_client.images.tarformat import Entry, Kind, read_entries
 from host_client.shortage import reason
 
+_MAX_DIGITS = 20  # of a number: more than 64 bits hold
 _DIGEST = re.compile(r"sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128}")
 
 
@@ -100,9 +101,21 @@ def read_json(layout: Layout, what: str, data: bytes) -> Any:
             f"{layout.name}: {what} has more than {limits.MAX_JSON_VALUES} values in it"
         )
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return json.loads(data, parse_int=_whole_number, parse_constant=_no_number)
+    except RecursionError as error:
+        raise ImageError(f"{layout.name}: {what} has values nested too deep") from error
+    except ValueError as error:
         raise ImageError(f"{layout.name}: {what} is not valid JSON: {error}") from error
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name}, which Python takes and no engine")
 
 
 def _check_version(layout: Layout) -> None:
