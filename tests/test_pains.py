@@ -410,13 +410,22 @@ def test_crash_of_the_agent_is_told_and_got_over(machine: Machine) -> None:
         for pid in machinekit.family(machine.state.monitor)
         if init_machine.command_of(pid) == ["agent"]
     )
-    killer = threading.Timer(0.3, os.kill, (victim, signal.SIGKILL))
+
+    def sleeps() -> bool:
+        family = machinekit.family(machine.state.monitor)
+        return any(init_machine.command_of(pid) == ["sleep", "1000"] for pid in family)
+
+    def kill() -> None:
+        wait_until("it sleeps", sleeps)
+        os.kill(victim, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(ConnectionLost):
         machine.agent.exec(["sleep", "1000"])
     killer.join()
     assert machine.agent.exec(["echo", "up"]).stdout == b"up\n"
-    assert b"sleep\n" not in machine.agent.exec(["ps", "-o", "comm"]).stdout
+    wait_until("the next one has ended it", lambda: not sleeps())
     assert machine.agent.info().agent_starts == 2
     wait_until("the crash is told", lambda: bool(machine.state.agent_exits))
     assert machine.state.agent_exits[0].signal == signal.SIGKILL

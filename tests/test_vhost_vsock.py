@@ -449,13 +449,18 @@ class GuestStream:
 
     def stuff(self) -> bytes:
         """Send until the host program's socket and the window are full: what was sent."""
-        data = b""
+        data, full = b"", 0
         while True:
             self.control(CREDIT_REQUEST)
+            self.guest.step()  # the answer
             while self.guest.step(0.05):
                 pass
             if self.room() <= 0:
-                return data
+                full += 1
+                if full == 3:  # and not only because the device is slow
+                    return data
+                continue
+            full = 0
             part = blob(self.room(), seed=len(data))
             self.send(part)
             data += part
