@@ -84,9 +84,11 @@ def test_idle_machine_stays_until_it_is_stopped(image: str) -> None:
 
 def test_a_machine_whose_agent_cannot_be_reached_ends_well(image: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    last = ["sh", "-c", "trap 'echo last > /data/file; exit' TERM; while :; do sleep 0.05; done"]
+    trap = "trap 'echo last > /data/file; exit' TERM; touch /data/armed"
+    last = ["sh", "-c", f"{trap}; while :; do sleep 0.05; done"]
     mounts = [Mount(source=str(tmp_path / "data"), target="/data")]
     with boot(image, machine="namespaces", command=last, mounts=mounts) as machine:
+        wait_until("it is armed", (tmp_path / "data" / "armed").exists)
         os.unlink(os.path.join(machines_root(), machine.name, "run", "host", "agent.sock"))
         assert machine.stop().status == "shutdown"
     assert (tmp_path / "data" / "file").read_text() == "last\n"

@@ -28,6 +28,7 @@ from init_machine import (
     state_of,
     wait_for,
 )
+from patience import PATIENCE
 
 from guest.messages import Exited, Hello, Shutdown, ShutdownResult
 
@@ -103,7 +104,7 @@ def run(machine: Machine, script: str) -> None:
             pass
 
 
-def ask_to_end(machine: Machine, grace: float = 5.0, *, reboot: bool = False) -> None:
+def ask_to_end(machine: Machine, grace: float = PATIENCE, *, reboot: bool = False) -> None:
     wanted = Shutdown(grace=grace, reboot=reboot)
     with dial(machine) as host:
         assert isinstance(host.request("shutdown", wanted), ShutdownResult)

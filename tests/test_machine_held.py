@@ -156,7 +156,7 @@ def test_a_guest_that_holds_its_console_is_killed(
     else:
         machine.kill()
     assert time.monotonic() - began < KILL_WAIT
-    assert not any(map(runs, pids))
+    wait_until("its processes end", lambda: not any(map(runs, pids)))
     assert machine.kill().status == "killed"
     nothing_is_left(machine.name, pids, within=SLACK)
 
@@ -174,7 +174,7 @@ def test_a_deaf_monitor_and_a_held_init_are_killed(machine: Machine) -> None:
     pids = family(machine.state.monitor)
     os.kill(machine.state.monitor, signal.SIGSTOP)
     find(machine.name).kill()
-    assert not any(map(runs, pids))
+    wait_until("its processes end", lambda: not any(map(runs, pids)))
     assert microguest("ls", "-a", "-q").stdout == b""
 
 
@@ -212,7 +212,7 @@ def test_a_machine_ends_whose_launcher_does_not(
             find(machine.name).kill()
         state = machine.kill()
         assert time.monotonic() - began < KILL_WAIT
-        assert not any(map(runs, pids | {monitor}))
+        wait_until("its processes end", lambda: not any(map(runs, pids | {monitor})))
         assert (state.phase, state.status) == ("ended", "killed")
         assert f"process {vmm} does not end" in state.error
         assert microguest("ls", "-a", "-q").stdout == b""
