@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     import threading
 
-__all__ = ["SHORT", "cannot_start", "explain", "reason", "start_thread"]
+__all__ = [
+    "SHORT",
+    "cannot_start",
+    "explain",
+    "is_short_of_threads",
+    "no_thread",
+    "reason",
+    "start_thread",
+]
 
 # What to do, behind what the kernel calls it. {limit}: of this process's open files.
 ADVICE: Final = {
@@ -70,7 +78,19 @@ def start_thread(thread: "threading.Thread") -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+        if not is_short_of_threads(error):
+            raise
+        raise no_thread() from error
+
+
+def is_short_of_threads(error: RuntimeError) -> bool:
+    """Whether it is the one that Python has for pthread_create(3), whose errno it does not say."""
+    return "can't start new thread" in str(error)
+
+
+def no_thread() -> OSError:
+    """The same as the kernel says it."""
+    return OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def place_of(error: OSError, where: str) -> str:

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import subprocess
+import sys
 from pathlib import Path
 
 import imagefactory
@@ -127,3 +128,49 @@ def test_no_process_left() -> None:
     error = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
     assert "ulimit -u" in cannot_start("qemu", error)
     assert "ulimit -u" not in explain(error)
+
+
+# No thread's stack fits any more. Prints what the code of a test raises.
+NO_THREAD = """
+import resource, sys, threading
+import anyio
+from host_client import MachineError, ImageError, aio
+from host_client.images.command import run_command
+
+async def found():
+    await aio.find("nobody")
+
+async def booted():
+    await aio.boot("dir:/nowhere")
+
+def asked():
+    run_command(["true"])
+
+calls = (lambda: anyio.run(found), lambda: anyio.run(booted), asked)
+anyio.run(anyio.sleep, 0)  # what it imports
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+threading.stack_size(2 << 30)
+for call in calls:
+    try:
+        call()
+    except (MachineError, ImageError) as error:
+        print(error)
+"""
+
+
+def test_no_thread_left(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_THREAD],
+        env={**os.environ, "XDG_STATE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "cannot start a worker thread",
+        "cannot start a worker thread",
+        "cannot start true",
+    ], done
+    assert all("ulimit -u" in line for line in lines)

@@ -16,7 +16,7 @@ from guest import limits
 from guest.report import Step
 from host_client.aio.agent import Agent
 from host_client.aio.process import Each
-from host_client.errors import DeadlineExceeded
+from host_client.errors import DeadlineExceeded, MachineError
 from host_client.images import OnProgress
 from host_client.machines import boot as blocking
 from host_client.machines import machine as blocking_machine
@@ -27,6 +27,7 @@ from host_client.machines.plan import MachineState
 from host_client.machines.settings import MachineOptions
 from host_client.machines.when import Moment
 from host_client.renewal import GuestClock
+from host_client.shortage import cannot_start, is_short_of_threads, no_thread
 from host_client.values import check_seconds
 
 __all__ = ["Machine", "NamedMachine", "boot", "find", "list_machines"]
@@ -67,12 +68,12 @@ async def boot(
             over.set()
 
     try:
-        await anyio.to_thread.run_sync(start, abandon_on_cancel=True)
+        await in_thread(start, abandon_on_cancel=True)
     except BaseException:
         abandoned.set()
         if not begin.acquire(blocking=False):  # else no thread was free for it yet
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(
+                await in_thread(
                     partial(give_up, over, made),
                     abandon_on_cancel=True,
                     limiter=anyio.CapacityLimiter(1),  # not behind what has all the others
@@ -86,6 +87,23 @@ def give_up(over: threading.Event, made: list[blocking_machine.Machine]) -> None
     over.wait(GIVEN_UP_WAIT)
     for machine in made:
         machine.kill()
+
+
+async def in_thread(
+    call: Callable[..., R],
+    *arguments: object,
+    abandon_on_cancel: bool = False,
+    limiter: anyio.CapacityLimiter | None = None,
+) -> R:
+    """What a blocking call gives. MachineError where no thread can be started for it."""
+    try:
+        return await anyio.to_thread.run_sync(
+            call, *arguments, abandon_on_cancel=abandon_on_cancel, limiter=limiter
+        )
+    except RuntimeError as error:
+        if not is_short_of_threads(error):
+            raise
+        raise MachineError(cannot_start("a worker thread", no_thread())) from error
 
 
 class Held(Generic[M]):
@@ -106,11 +124,11 @@ class Held(Generic[M]):
 
     async def pause(self) -> None:
         """Let it stand still. Only for "qemu"; else MachineError."""
-        await anyio.to_thread.run_sync(self._machine.pause)
+        await in_thread(self._machine.pause)
 
     async def resume(self) -> GuestClock:
         """Let it go on, and set its clock by ours."""
-        return await anyio.to_thread.run_sync(self._machine.resume)
+        return await in_thread(self._machine.resume)
 
     async def wait(self, timeout: float | None = None) -> MachineState:  # noqa: ASYNC109
         """Until it has ended by itself. DeadlineExceeded after `timeout` seconds."""
@@ -118,11 +136,11 @@ class Held(Generic[M]):
 
     async def stop(self, grace: float = limits.STOP_GRACE) -> MachineState:
         """End it as `host_client.Machine.stop` does; once begun, also where it is cancelled."""
-        return await anyio.to_thread.run_sync(self._machine.stop, grace)
+        return await in_thread(self._machine.stop, grace)
 
     async def kill(self) -> MachineState:
         """End it at once, without a word to what runs in it. Returns the last state."""
-        return await anyio.to_thread.run_sync(self._machine.kill)
+        return await in_thread(self._machine.kill)
 
 
 class Machine(Held[blocking_machine.Machine]):
@@ -168,12 +186,12 @@ class Machine(Held[blocking_machine.Machine]):
 
 async def list_machines(*, all: bool = False) -> list[MachineInfo]:  # noqa: A002
     """As `host_client.list_machines`."""
-    return await anyio.to_thread.run_sync(partial(named.list_machines, all=all))
+    return await in_thread(partial(named.list_machines, all=all))
 
 
 async def find(name: str) -> "NamedMachine":
     """As `host_client.find`."""
-    return NamedMachine(await anyio.to_thread.run_sync(named.find, name))
+    return NamedMachine(await in_thread(named.find, name))
 
 
 class NamedMachine(Held[named.NamedMachine]):
@@ -226,7 +244,7 @@ class Lines:
 
     async def next(self) -> bytes | None:
         """The next line, None at the end."""
-        while not self._found and await anyio.to_thread.run_sync(self._look):
+        while not self._found and await in_thread(self._look):
             pass
         return self._found.popleft() if self._found else None
 
@@ -245,7 +263,7 @@ async def sliced(wait: Callable[[float], R], timeout: float | None) -> R:  # noq
     while True:
         left = SLICE if deadline is None else min(SLICE, max(0.0, deadline - time.monotonic()))
         try:
-            return await anyio.to_thread.run_sync(wait, left)
+            return await in_thread(wait, left)
         except DeadlineExceeded as error:
             if deadline is not None and time.monotonic() >= deadline:
                 message = str(error).rpartition(" after ")[0]

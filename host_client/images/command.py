@@ -19,7 +19,8 @@ from typing import IO, BinaryIO
 
 from host_client.errors import ImageError
 from host_client.images import limits
-from host_client.shortage import cannot_start
+from host_client.probe import kill_group
+from host_client.shortage import cannot_start, start_thread
 
 _TOLD_EVERY = 0.2  # seconds
 _WORDS_SECONDS = 1.0  # from its end, for what it said last
@@ -85,14 +86,18 @@ def run_command(
 
     def expire() -> None:
         late.set()
-        _kill(process)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # it is reaped at the end of this
 
     words = _LastWords(process.stderr)
     timer = threading.Timer(seconds, expire)
     try:
         limit_processor_time(process.pid, seconds)
-        words.start()
-        timer.start()
+        try:
+            start_thread(words.thread)
+            start_thread(timer)
+        except OSError as error:
+            raise ImageError(cannot_start(argv[0], error)) from error
         fed = not feed
         with contextlib.suppress(BrokenPipeError):  # its exit status says why it stopped reading
             if feed and process.stdin:
@@ -104,13 +109,14 @@ def run_command(
                 drain(process.stdout)
         _wait(process, told)
     finally:
-        _kill(process)
         timer.cancel()
-        if timer.ident is not None:
-            timer.join()
-        process.wait()  # last: its number was its group's so far
+        try:
+            if timer.ident is not None:
+                timer.join()
+        finally:
+            kill_group(process)  # last: its number was its group's so far
         said = words.end()
-    if late.is_set():
+    if late.is_set() or process.returncode is None:  # it does not end for being killed, either
         raise ImageError(
             f"command was not done after {seconds:g} s and was killed: {_line(argv)}: either this "
             "host is busy and may do it another time, or the image is too large for it"
@@ -143,12 +149,6 @@ def _wait(process: "subprocess.Popen[bytes]", told: Callable[[], None] | None) -
                 told()
     finally:
         os.close(pidfd)
-
-
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """And all that it has started, as a wrapper does, which would hold our pipes open."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 # How tar and the makers of file systems say that there is no room.
@@ -193,11 +193,8 @@ class _LastWords:
         assert pipe is not None
         self._pipe = pipe
         self._tail = b""
-        self._thread = threading.Thread(target=self._read, daemon=True)
+        self.thread = threading.Thread(target=self._read, daemon=True)
         self._until = math.inf  # time.monotonic()
-
-    def start(self) -> None:
-        self._thread.start()
 
     def _read(self) -> None:
         poll = select.poll()
@@ -212,8 +209,8 @@ class _LastWords:
     def end(self) -> str:
         """After the command's end. A process that has left its group may hold the pipe on."""
         self._until = time.monotonic() + _WORDS_SECONDS
-        if self._thread.ident is not None:
-            self._thread.join()
+        if self.thread.ident is not None:
+            self.thread.join()
         self._pipe.close()
         text = self._tail.decode("utf-8", "replace")
         # It may quote file names of the image: no terminal codes from there.

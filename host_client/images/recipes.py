@@ -14,6 +14,7 @@ from host_client.errors import ImageError
 from host_client.images import export, limits, squashfs
 from host_client.images.command import find_command, require_command, run_command
 from host_client.images.export import Merged
+from host_client.probe import probe
 
 VERSION = 2
 """Part of every cache key: raise it when a change here or in `tree` changes what is made."""
@@ -119,9 +120,7 @@ def _erofs_options() -> str:
     if command is None:
         return ""
     try:
-        result = subprocess.run(
-            [command, "--help"], capture_output=True, timeout=_PROBE_SECONDS, check=False
-        )
+        result = probe([command, "--help"], seconds=_PROBE_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return (result.stdout + result.stderr).decode("utf-8", "replace")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from host_client.errors import MachineError
+from host_client.probe import probe
 
 __all__ = [
     "Accelerator",
@@ -22,7 +23,6 @@ __all__ = [
     "vsock_choice",
 ]
 
-PROBE_SECONDS: Final = 20.0  # a probe that takes longer counts as a no, also on a slow host
 KVM_GET_API_VERSION: Final = 0xAE00  # linux/kvm.h
 KVM_API_VERSION: Final = 12
 KVM_DEVICE: Final = "/dev/kvm"
@@ -64,11 +64,12 @@ def qemu_command() -> str:
 def qemu_version(command: str) -> str:
     """The first line of `--version`; MachineError where QEMU does not even do that."""
     try:
-        done = subprocess.run(
-            [command, "--version"], capture_output=True, timeout=PROBE_SECONDS, check=True
-        )
+        done = probe([command, "--version"])
     except (OSError, subprocess.SubprocessError) as error:
         raise MachineError(f"{command} --version fails: {error}") from error
+    if done.returncode != 0:
+        said = done.stderr.decode("utf-8", "replace").strip()
+        raise MachineError(f"{command} --version fails ({done.returncode}): {said:.200}")
     return done.stdout.decode("utf-8", "replace").partition("\n")[0]
 
 
@@ -97,9 +98,7 @@ def _kvm_problem(qemu: str) -> str:
     argv = [qemu, "-M", "q35", "-accel", "kvm", "-cpu", "host", "-m", "16", "-nodefaults"]
     argv += ["-no-user-config", "-display", "none", "-S", "-qmp", "stdio"]
     try:
-        done = subprocess.run(
-            argv, input=QMP_QUIT, capture_output=True, timeout=PROBE_SECONDS, check=False
-        )
+        done = probe(argv, given=QMP_QUIT)
     except (OSError, subprocess.SubprocessError) as error:
         return f"QEMU with KVM: {error}"
     if done.returncode == 0:

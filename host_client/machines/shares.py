@@ -19,12 +19,12 @@ from host_client.errors import MachineError
 from host_client.machines.deputy import ATTRIBUTE_RULES, capability_changes
 from host_client.machines.plan import Share, blank, filled
 from host_client.machines.vmm import has_ended, spawn
+from host_client.probe import probe
 from host_client.vhost_vsock.loop import EventLoop
 
 __all__ = ["Shares", "is_successor", "share_command", "virtiofsd"]
 
 PLACES: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")  # Debian's, of both
-PROBE_SECONDS: Final = 20.0
 # A guest can mount anew what it has mounted read-only. QEMU's own virtiofsd cannot refuse writes,
 # so it gets a read-only view of the directory, in a mount namespace that ends with it.
 READ_ONLY: Final = (
@@ -86,9 +86,7 @@ def share_command(
 def is_successor(program: str) -> bool:
     """Whether it is the one in Rust, by its options. MachineError where it does not even start."""
     try:
-        done = subprocess.run(
-            [program, "--help"], capture_output=True, timeout=PROBE_SECONDS, check=False
-        )
+        done = probe([program, "--help"])
     except (OSError, subprocess.SubprocessError) as error:
         raise MachineError(f"{program} --help fails: {error}") from error
     return b"--shared-dir" in done.stdout + done.stderr
