@@ -16,6 +16,7 @@ import host_client
 from guest.record import RecordError
 from guest.report import REPORTS, Step
 from host_client.chart import ROWS_MAX, boot_chart
+from host_client.cli.boot_chart import replace
 from host_client.machines.boottime import BootTimeline
 from host_client.machines.plan import MachineState
 
@@ -126,3 +127,13 @@ def test_what_cannot_be_drawn_or_written_is_one_line(tmp_path: Path) -> None:
     assert refused.returncode == 125
     assert refused.stderr.count("\n") == 1
     assert "cannot write" in refused.stderr
+
+
+def test_no_link_of_others_is_followed_beside_the_picture(tmp_path: Path) -> None:
+    """As another user can make in /tmp, where the name of what is being written can be guessed."""
+    victim, picture = tmp_path / "victim", tmp_path / "boot.svg"
+    victim.write_bytes(b"mine")
+    (tmp_path / f"boot.svg.{os.getpid()}").symlink_to(victim)
+    replace(str(picture), b"<svg/>")
+    assert (victim.read_bytes(), picture.read_bytes()) == (b"mine", b"<svg/>")
+    assert not picture.is_symlink()

@@ -1,10 +1,13 @@
 """The command line as a person types it."""
 
+import fcntl
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from functools import partial
 from pathlib import Path
 
@@ -161,6 +164,38 @@ def test_signals_are_passed_on(image: str, machines_home: Path) -> None:
         assert program.communicate(timeout=PATIENCE)[0] == b"got it\n"
     assert program.returncode == 3
     assert os.listdir(machines_home) == []
+
+
+@pytest.mark.parametrize("size", [80_000, 4_000_000])  # less, and more, than lies on the way
+@pytest.mark.parametrize("how", ["run", "exec"])
+def test_a_reader_that_stands_still_keeps_nobody_from_ending(
+    image: str, how: str, size: int, machines_home: Path
+) -> None:
+    """How the command has ended is behind output that nobody reads."""
+    words: tuple[str, ...] = ("run", "--rm", "--machine", "namespaces", image)
+    if how == "exec":
+        run(image, "sleep", "600", options=("-d", "--name", "still"))
+        words = ("exec", "still")
+    reader, writer = os.pipe()
+    with subprocess.Popen(
+        [PROGRAM, *words, "head", "-c", str(size), "/dev/zero"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+    ) as program:
+        os.close(writer)
+        capacity = fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ)
+        wait_until("nothing more fits", lambda: waiting_in(reader) == capacity)
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(PATIENCE) == -signal.SIGTERM
+    os.close(reader)
+    if how == "exec":
+        assert microguest("stop", "-t", "0", "still").returncode == 0
+    wait_until("the machine has gone", lambda: os.listdir(machines_home) == [])
+
+
+def waiting_in(pipe: int) -> int:
+    """Bytes that nobody has read."""
+    return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]
 
 
 def test_second_interrupt_kills_the_machine(image: str, machines_home: Path) -> None:

@@ -586,6 +586,9 @@ def test_detach_keys_as_text() -> None:
     assert parse("ctrl-p,ctrl-q") == b"\x10\x11"
     assert parse("ctrl-@,a,ctrl-[,Z,ctrl-_") == b"\x00a\x1bZ\x1f"
     assert parse("") == b""
+    assert parse(",".join("abcdefghijklmnop")) == b"abcdefghijklmnop"
+    with pytest.raises(ValueError, match="more than 16 keys"):
+        parse(",".join("abcdefghijklmnopq"))
     for wrong in ("ctrl-1", "ctrl-", "ab", "ctrl-p,", "é", "ctrl-pp"):
         with pytest.raises(ValueError, match="no key to detach with"):
             parse(wrong)

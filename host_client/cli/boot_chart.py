@@ -58,12 +58,14 @@ def replace(path: str, data: bytes) -> None:
             file.write(data)
         return
     path = os.path.realpath(path)
-    temporary = f"{path}.{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
+    # In /tmp others can make a link of a name that they guess, and we would write where it leads.
+    temporary = f"{path}.{os.urandom(8).hex()}"
+    with open(temporary, "xb") as file:
+        try:
             file.write(data)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+            file.flush()
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise

@@ -12,9 +12,12 @@ CONTROL: Final = "@abcdefghijklmnopqrstuvwxyz[\\]^_"  # ctrl-@ is 0
 def parse(text: str) -> bytes:
     """What the keys type. As docker: `a`, or `ctrl-` and one of @ a-z [ \\ ] ^ _, with commas.
 
-    An empty text is no keys at all. ValueError for anything else.
+    An empty text is no keys at all. ValueError for anything else, and for more than KEYS_MAX.
     """
-    return bytes(_key(part) for part in text.split(",")[: KEYS_MAX + 1]) if text else b""
+    parts = text.split(",", KEYS_MAX) if text else []
+    if len(parts) > KEYS_MAX:
+        raise ValueError(f"more than {KEYS_MAX} keys to detach with")
+    return bytes(map(_key, parts))
 
 
 def _key(part: str) -> int:

@@ -5,10 +5,12 @@ descriptors are shared with whoever started us, so they are not switched to non-
 terminals are opened a second time instead. Files are always writable.
 """
 
+import math
 import os
 import select
 import signal
 import stat
+import time
 from collections import deque
 from typing import Final
 
@@ -26,6 +28,7 @@ class Outputs:
     def __init__(self) -> None:
         self._waiting: deque[tuple[int, memoryview]] = deque()  # descriptor, what is left of it
         self._descriptors = {stream: _opened_again(stream) for stream in (1, 2)}
+        self.stuck_since = math.inf  # time.monotonic(), when bytes were taken last of what waits
 
     def close(self) -> None:
         """Close what was opened. What waits is dropped."""
@@ -55,9 +58,11 @@ class Outputs:
             try:
                 written = os.write(fd, data)
             except BlockingIOError:
+                self.stuck_since = min(self.stuck_since, time.monotonic())
                 return
             except BrokenPipeError:
                 raise Killed(signal.SIGPIPE) from None
+            self.stuck_since = math.inf
             if written == len(data):
                 self._waiting.popleft()
             else:

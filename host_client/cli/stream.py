@@ -34,6 +34,9 @@ ENDING_TERMINALS: Final = (signal.SIGTERM, signal.SIGHUP)
 TWICE_WITHIN: Final = 2.0  # seconds between two Ctrl-C that mean: give up
 STDIN_CHUNK: Final = 64 * 1024
 CHECK_EVERY: Final = 1.0  # seconds between looks at whether the machine lives
+# Seconds without a byte that our readers take, after a TERM, until it ends us: how the process has
+# ended is behind what they do not read.
+STUCK_WAIT: Final = 2.0
 
 
 class Interrupted(Exception):
@@ -139,6 +142,7 @@ class _Joint:
         self._keys = DetachKeys(keys)
         self._release_at = math.inf  # when keys that are held back have waited long enough
         self._interrupted_at = float("-inf")
+        self._asked_to_end_at = math.inf  # by a TERM, which was passed on
 
     def run(self) -> Exited:
         """Move bytes until the end."""
@@ -158,6 +162,9 @@ class _Joint:
             if 0 in ready:
                 self._read_stdin()
             self._move(ready)
+            stuck = max(self.outputs.stuck_since, self._asked_to_end_at)
+            if time.monotonic() - stuck >= STUCK_WAIT:
+                raise Killed(signal.SIGTERM)
         return self._process.exited
 
     def _wait(self) -> set[int]:
@@ -227,6 +234,10 @@ class _Joint:
                 self._forward(number)
 
     def _forward(self, number: int) -> None:
+        if self._process.exited is not None:  # it is for us, who wait for a reader of ours only
+            raise Interrupted if number == signal.SIGINT else Killed(number)
+        if number == signal.SIGTERM:
+            self._asked_to_end_at = min(self._asked_to_end_at, time.monotonic())
         if number == signal.SIGINT:
             if time.monotonic() - self._interrupted_at < TWICE_WITHIN:
                 raise Interrupted
