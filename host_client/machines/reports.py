@@ -35,14 +35,19 @@ class ReportReader:
         self._on_error = on_error
         self._socket: socket.socket | None = None
         self._listener: socket.socket | None = None
+        self._cid: int | None = None
         self._taken = False
         self._line = bytearray()
         self._allowed = float(REPORTS_MAX)
         self._counted = time.monotonic()
 
-    def listen(self, listener: socket.socket) -> None:
-        """Wait for the guest on a listening socket, which is closed after it came."""
+    def listen(self, listener: socket.socket, *, cid: int | None = None) -> None:
+        """Wait for the guest on a listening socket, which is closed after it came.
+
+        cid: of a socket that every guest of this host can reach, the one that is heard.
+        """
         listener.setblocking(False)
+        self._cid = cid
         self._listener = listener
         self._loop.add(listener.fileno(), lambda _events: self._accept(), EPOLLIN)
 
@@ -76,8 +81,11 @@ class ReportReader:
     def _accept(self) -> None:
         assert self._listener is not None
         try:
-            connection, _ = self._listener.accept()
+            connection, peer = self._listener.accept()
         except OSError:
+            return
+        if self._cid is not None and peer[0] != self._cid:
+            connection.close()  # another guest's, or a program's of this host
             return
         self._close_listener()
         self.take(connection)

@@ -179,11 +179,11 @@ class Device:
         return self._reports.dialled() if port == self._plan.report_port else None
 
     def _listen_in_kernel(self) -> None:
-        """Any guest of the host may dial this, but only ours has the token's proof."""
+        """Any guest of the host may dial this, and any program of it; only ours is heard."""
         listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
         listener.bind((socket.VMADDR_CID_ANY, self._plan.report_port))
         listener.listen(16)
-        self._reports.listen(listener)
+        self._reports.listen(listener, cid=self._plan.guest_cid)
 
     def _await_daemon(self, ready: Callable[[], None], tries: int) -> None:
         if self._closed:
