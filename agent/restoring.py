@@ -40,10 +40,9 @@ async def end_others(agent: Agent, earlier: str, kept: list[Notes]) -> None:
     cgroups = agent.own_cgroups()
     if cgroups is None:
         spared_marks = {os.fsencode(notes.mark) for notes in kept}
-        hunts = []
-        for mark, pid in tree.marked().items():
-            if mark not in spared_marks:
-                hunts.append(Hunters.send(pid, mark, signal.SIGKILL))
+        hunts = [
+            Hunters.send(tree.NOBODY, mark, signal.SIGKILL) for mark in tree.marked() - spared_marks
+        ]
         for hunt in hunts:
             await hunt.done.wait()
     elif earlier:

@@ -12,22 +12,28 @@ import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
 
-__all__ = ["MARKER", "UNMARKED", "Hunt", "between_programs", "marked", "passes", "run"]
+__all__ = ["MARKER", "NOBODY", "UNMARKED", "Hunt", "between_programs", "marked", "passes", "run"]
 
 MARKER = b"MICROGUEST_PROCESS="
-UNMARKED = MARKER + b"none"  # what no process has in its environment
+UNMARKED = b"\0"  # no environment has an entry like that: NUL ends one
+NOBODY = 0  # for a hunt by a mark alone: no process that it is known to descend from is held
 ROUNDS = 256  # passes over /proc for one hunt, at most
 ENVIRONMENT = 256 * 1024  # bytes that are searched
 LOOKS = 20  # at the environment of a process that is about to get one
 LOOK_EVERY = 0.0005  # seconds
 # Of proc_pid_stat(5), counted from the state: its fields 9 and 51. And sched.h's flag.
 FLAGS, ENV_END = 6, 48
+BIRTH = 19  # and its field 22, the start time: with the pid it is one process and no other
 PF_KTHREAD = 0x00200000
+
+
+Member = tuple[int, bytes]  # a pid, and when it began; b"" where nobody can have got the pid since
 
 
 class Hunt:
     """A signal for the process `pid`, of which the id is not free yet, and all its descendants.
 
+    `pid` NOBODY: for whoever has the mark, and their descendants.
     `mark`: the entry of its environment that begins with MARKER. `delivered`: there was one.
     `begun`: a pass may have gone by somebody already.
 
@@ -44,11 +50,11 @@ class Hunt:
         self.delivered = False
         self.begun = False
         self.over = False
-        self._stopped: set[int] = set()
-        self._killed: set[int] = set()
+        self._stopped: set[Member] = set()
+        self._killed: set[Member] = set()
         self._rounds = 0
 
-    def found(self, members: set[int]) -> None:
+    def found(self, members: set[Member]) -> None:
         """What one pass has found of it."""
         self._rounds += 1
         if self.number != signal.SIGKILL:
@@ -66,7 +72,7 @@ class Hunt:
             self._killed |= self._stopped
             self._stopped = set()
 
-    def _send(self, members: set[int], number: int) -> None:
+    def _send(self, members: set[Member], number: int) -> None:
         for member in members:
             self.delivered |= signal_one(member, number)
 
@@ -86,9 +92,10 @@ def passes(hunts: Sequence[Hunt]) -> Iterator[float]:
     """
     for hunt in hunts:
         hunt.begun = True
-    by_pid = {hunt.pid: hunt for hunt in hunts}
+    by_pid = {hunt.pid: hunt for hunt in hunts if hunt.pid != NOBODY}
     by_mark = {hunt.mark: hunt for hunt in hunts}
     members: dict[Hunt, set[int]] = {hunt: set() for hunt in hunts}
+    births: dict[int, bytes] = {}
     children: dict[int, list[int]] = {}
     own = os.getpid()
     names = listed()
@@ -102,6 +109,7 @@ def passes(hunts: Sequence[Hunt]) -> Iterator[float]:
             continue
         pid = int(name)
         parent, group, session = map(int, fields[1:4])
+        births[pid] = fields[BIRTH]
         children.setdefault(parent, []).append(pid)
         entries = yield from environment(name)
         owners = [by_pid.get(each) for each in (pid, group, session)]
@@ -109,25 +117,22 @@ def passes(hunts: Sequence[Hunt]) -> Iterator[float]:
         for owner in owners:
             if owner is not None:
                 members[owner].add(pid)
-    for hunt, direct in members.items():
+    for hunt, own_members in members.items():
         yield 0.0
-        if hidden and hunt.pid > 1:
-            direct |= {hunt.pid, -hunt.pid}  # itself and its group, as kill(2) names them
         # Two hunts of one process share its entries here.
-        key = by_pid[hunt.pid]
-        hunt.found(
-            direct | members[key] | descendants(children, direct | members[key] | {hunt.pid})
-        )
+        direct = own_members | members[by_pid.get(hunt.pid, hunt)]
+        roots = direct if hunt.pid == NOBODY else direct | {hunt.pid}
+        found = {(pid, births[pid]) for pid in direct | descendants(children, roots)}
+        if hidden and hunt.pid > 1:
+            found |= {(hunt.pid, b""), (-hunt.pid, b"")}  # itself and its group, as for kill(2)
+        hunt.found(found)
 
 
-def marked() -> dict[bytes, int]:
-    """Every entry that begins with MARKER, with one process that has it in its environment."""
-    found: dict[bytes, int] = {}
-    for name in listed():
-        for entry in read_environment(name):
-            if entry.startswith(MARKER):
-                found[entry] = int(name)
-    return found
+def marked() -> set[bytes]:
+    """Every entry that begins with MARKER in the environment of any process."""
+    return {
+        entry for name in listed() for entry in read_environment(name) if entry.startswith(MARKER)
+    }
 
 
 def listed() -> list[str]:
@@ -151,10 +156,10 @@ def descendants(children: dict[int, list[int]], roots: set[int]) -> set[int]:
 
 
 def stat_fields(pid: str) -> list[bytes]:
-    """State, parent, group and session, from proc_pid_stat(5); [] where it has gone."""
+    """State, parent, group, session and what else is in proc_pid_stat(5); [] where it has gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-            return (file.read(4096) or b"").rpartition(b")")[2].split(None, 4)[:4]
+            return (file.read(4096) or b"").rpartition(b")")[2].split()
     except OSError:
         return []
 
@@ -187,18 +192,42 @@ def read_environment(pid: str) -> list[bytes]:
 
 def between_programs(pid: str) -> bool:
     """Whether it has new memory in which execve(2) has not put the environment yet."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-            fields = (file.read(4096) or b"").rpartition(b")")[2].split()
-    except OSError:
-        return False
+    fields = stat_fields(pid)
     kernel_thread = len(fields) <= ENV_END or int(fields[FLAGS]) & PF_KTHREAD
     return not kernel_thread and fields[0] not in (b"Z", b"X") and fields[ENV_END] == b"0"
 
 
-def signal_one(pid: int, number: int) -> bool:
+def signal_one(member: Member, number: int) -> bool:
+    """Whether it was delivered, to the process that was found and to none that has its pid now."""
+    pid, birth = member
     try:
-        os.kill(pid, number)
+        if not birth:
+            os.kill(pid, number)
+            return True
+        pidfd = pidfd_of(pid)
+        try:
+            if stat_fields(str(pid))[BIRTH : BIRTH + 1] != [birth]:
+                return False
+            if pidfd >= 0:
+                signal.pidfd_send_signal(pidfd, number)
+            else:
+                os.kill(pid, number)
+        finally:
+            if pidfd >= 0:
+                os.close(pidfd)
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+def pidfd_of(pid: int) -> int:
+    """-1 where no descriptor is to be had: a look just before has to do. Raises ProcessLookupError.
+
+    Who kills is not stopped by a limit of descriptors.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise
+    except OSError:
+        return -1
