@@ -287,6 +287,11 @@ class Started(Record):
     offsets: dict[str, int] = {}  # noqa: RUF012
     dropped: dict[str, int] = {}  # noqa: RUF012
 
+    def check(self) -> None:
+        for field in (self.offsets, self.dropped):
+            if not all(0 <= count <= limits.OFFSET_MAX for count in field.values()):
+                raise RecordError(f"offsets, dropped: must be 0 to {limits.OFFSET_MAX}")
+
 
 class Signal(Record):
     """Sent by the host on a process connection: send signal number `signal` to the process.

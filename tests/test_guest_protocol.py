@@ -647,8 +647,7 @@ def test_after_a_detach_the_host_drops_what_was_on_its_way() -> None:
 WRONGLY_TYPED: list[Event] = [
     Response(result=Started(id=5, pid=1)),  # type: ignore[arg-type]
     Response(result=Started(id="p1", pid=True)),
-    Response(result=Started(id="p1", pid=1, offsets={"stdout": "0"})),  # type: ignore[dict-item]
-    Response(result=Started(id="p1", pid=1, dropped=())),  # type: ignore[arg-type]
+    Response(result=Started(id="p1", pid=1, offsets={"stdout": True})),
     Exited(code=True),
     Exited(code=0, duration=float("nan")),
     Exited(code=0, duration=float("inf")),
@@ -658,6 +657,7 @@ WRONGLY_TYPED: list[Event] = [
     Exited(code=0, max_rss_kib=2**70),
     Exited(code=0, timed_out=1),
     Failure(code="internal", message=b"x"),  # type: ignore[arg-type]
+    Failure(code="internal", message="x", fields={"errno": b"5"}),  # type: ignore[dict-item]
 ]
 
 

@@ -22,7 +22,7 @@ from guest import (
     workload,
 )
 from guest.bootconfig import Endpoint
-from guest.messages import Credit, StagedFile, Start, Welcome
+from guest.messages import Credit, StagedFile, Start, Started, Welcome
 from guest.record import Catalogue, Record, RecordError
 from guest.status import ExitStatus
 from guest.supervision import Deposit, KeptStatus, Restored
@@ -141,9 +141,12 @@ EXAMPLES: dict[type[Record], list[dict[str, Any]]] = {
 }
 BINARY = (StagedFile, Start)  # records with bytes, which JSON does not have
 NEEDED = {Start: ("stdin",)}  # by others, though it has a default
+OFFSETS = st.dictionaries(st.sampled_from(("stdout", "stderr")), st.integers(0, limits.OFFSET_MAX))
 OWN = {
     (Credit, "stdin"): st.integers(0, limits.CREDIT_MAX),
     (Start, "id"): st.just(""),
+    (Started, "offsets"): OFFSETS,
+    (Started, "dropped"): OFFSETS,
     (Welcome, "clock"): st.sampled_from(([], [5, 7])),
 }
 

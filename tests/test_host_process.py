@@ -14,7 +14,7 @@ from patience import PATIENCE
 
 from guest import limits
 from guest.connection import Data, End, Request, Response
-from guest.errors import OperationError
+from guest.errors import OperationError, RemoteProtocolError
 from guest.messages import (
     FEATURES,
     Acknowledge,
@@ -556,6 +556,39 @@ def test_resuming(path: Path) -> None:
         Attach(id="p7", offsets={"stdout": 4, "stderr": 0}),
     ]
     assert last == [Acknowledge(stdout=4), Detach()]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "said"),
+    [
+        (b"\x05", b"\xff"),  # -1, as msgpack has it
+        (b"\xcf" + (2**62).to_bytes(8), b"\xcf" + (2**62 + 1).to_bytes(8)),
+        (b"\xcf" + (2**62).to_bytes(8), b"\xcf" + (2**63 - 1).to_bytes(8)),
+    ],
+)
+@pytest.mark.parametrize("field", ["offsets", "dropped"])
+def test_offsets_that_no_stream_has_are_refused(
+    path: Path, field: str, allowed: bytes, said: bytes
+) -> None:
+    """They would be sent back, added to, and shown."""
+    number = int.from_bytes(allowed[-8:])
+
+    def script(peer: Peer) -> None:
+        peer.greet()
+        started = Started(id="p1", pid=9, **{field: {"stdout": number}})
+        sent = peer.connection.send(Response(result=started))
+        assert b"stdout" + allowed in sent
+        peer.sock.sendall(sent.replace(b"stdout" + allowed, b"stdout" + said))
+        with pytest.raises(EOFError):
+            while True:
+                peer.next()
+
+    with (
+        serving(path, answer_pings, script),
+        agent_at(path) as agent,
+        pytest.raises(RemoteProtocolError, match="offsets, dropped"),
+    ):
+        agent.attach("p1")
 
 
 def test_who_only_watches_acknowledges_nothing(path: Path) -> None:
