@@ -6,8 +6,8 @@ Which leaf a process gets, and what becomes of it, is `agent.cgroups`' affair.
 import errno
 import os
 import signal
-import time
 
+from agent.tree import pidfd_of, send
 from guest.messages import Limits
 
 TYPE_CHECKING = False
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["Leaf", "read_number", "read_words", "write", "write_if_possible"]
 
 CPU_PERIOD = 100_000  # microseconds, the kernel's default
-FREEZE_WAIT = 0.2  # seconds, for a kernel without cgroup.kill
+KILL_ROUNDS = 64  # looks at who is there, for a kernel without cgroup.kill
+SENT_AT_ONCE = 256  # processes that are held by a descriptor while they are signalled
 
 
 class Leaf:
@@ -53,26 +54,44 @@ class Leaf:
         return True
 
     def kill_each(self) -> None:
-        """As `kill`, process by process, while none of them can run."""
+        """As `kill`, process by process, while none of them can run. Waits for nothing.
+
+        They stay frozen, which does not keep them from dying: so what a fork that had begun makes
+        after the last look never runs.
+        """
         try:
             self._write("cgroup.freeze", "1")
-            deadline = time.monotonic() + FREEZE_WAIT
-            while not self._says(b"frozen 1") and time.monotonic() < deadline:
-                time.sleep(0.001)
-            self.signal(signal.SIGKILL)  # which also ends what is frozen
-            self._write("cgroup.freeze", "0")
         except OSError:
-            self.signal(signal.SIGKILL)
+            pass  # before Linux 5.2
+        killed: set[int] = set()
+        for _ in range(KILL_ROUNDS):
+            new = [pid for pid in self.members() if pid not in killed]
+            if not new:
+                return
+            self._send(new, signal.SIGKILL)
+            killed.update(new)
 
     def signal(self, number: int) -> bool:
         """To each process in it and below; whether there was one."""
+        return self._send(self.members(), number)
+
+    def _send(self, pids: list[int], number: int) -> bool:
+        """To those that are still in it: a pid may be another's since it was read."""
         delivered = False
-        for pid in self.members():
+        for begin in range(0, len(pids), SENT_AT_ONCE):
+            held = {}
             try:
-                os.kill(pid, number)
-                delivered = True
-            except (ProcessLookupError, PermissionError):
-                continue
+                for pid in pids[begin : begin + SENT_AT_ONCE]:
+                    try:
+                        held[pid] = pidfd_of(pid)
+                    except ProcessLookupError:
+                        continue
+                for pid in held.keys() & set(self.members()):
+                    delivered |= send(pid, held[pid], number)
+            finally:
+                for pidfd in held.values():
+                    if pidfd >= 0:
+                        os.close(pidfd)
         return delivered
 
     def members(self) -> list[int]:

@@ -12,7 +12,18 @@ import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
 
-__all__ = ["MARKER", "NOBODY", "UNMARKED", "Hunt", "between_programs", "marked", "passes", "run"]
+__all__ = [
+    "MARKER",
+    "NOBODY",
+    "UNMARKED",
+    "Hunt",
+    "between_programs",
+    "marked",
+    "passes",
+    "pidfd_of",
+    "run",
+    "send",
+]
 
 MARKER = b"MICROGUEST_PROCESS="
 UNMARKED = b"\0"  # no environment has an entry like that: NUL ends one
@@ -200,24 +211,18 @@ def between_programs(pid: str) -> bool:
 def signal_one(member: Member, number: int) -> bool:
     """Whether it was delivered, to the process that was found and to none that has its pid now."""
     pid, birth = member
+    if not birth:
+        return send(pid, -1, number)
     try:
-        if not birth:
-            os.kill(pid, number)
-            return True
         pidfd = pidfd_of(pid)
-        try:
-            if stat_fields(str(pid))[BIRTH : BIRTH + 1] != [birth]:
-                return False
-            if pidfd >= 0:
-                signal.pidfd_send_signal(pidfd, number)
-            else:
-                os.kill(pid, number)
-        finally:
-            if pidfd >= 0:
-                os.close(pidfd)
-    except (ProcessLookupError, PermissionError):
+    except ProcessLookupError:
         return False
-    return True
+    try:
+        same = stat_fields(str(pid))[BIRTH : BIRTH + 1] == [birth]
+        return same and send(pid, pidfd, number)
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)
 
 
 def pidfd_of(pid: int) -> int:
@@ -231,3 +236,15 @@ def pidfd_of(pid: int) -> int:
         raise
     except OSError:
         return -1
+
+
+def send(pid: int, pidfd: int, number: int) -> bool:
+    """By the descriptor where there is one; whether somebody got it."""
+    try:
+        if pidfd >= 0:
+            signal.pidfd_send_signal(pidfd, number)
+        else:
+            os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
