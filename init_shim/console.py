@@ -6,15 +6,17 @@ write or type there, make it a session's terminal, and let others do so. So the 
 workload gets is one of root's that everybody may write to, and that nobody else can reach.
 """
 
+import fcntl
 import os
 import stat
 
 from init_shim.failure import call
+from init_shim.reporter import open_node, start_output
 
 __all__ = ["open_console"]
 
 NULL_DEVICE = os.makedev(1, 3)  # admin-guide/devices.txt
-NODE = "/dev/.microguest-console"  # for an instant
+TIOCNXCL = 0x540D  # ioctl_tty(2)
 WRITE_ONLY = 0o222
 OWNER_AND_WRITERS = 0o622
 
@@ -61,7 +63,7 @@ def write_only(fd: int) -> int:
     try:
         status = os.fstat(fd)
         if stat.S_ISCHR(status.st_mode):
-            return open_node(status.st_rdev)
+            return open_for_workload(status.st_rdev)
         if is_pipe(fd):  # of a machine in namespaces: the monitor's, whose user stays its owner
             os.fchmod(fd, OWNER_AND_WRITERS)
     except OSError:
@@ -74,26 +76,23 @@ def is_pipe(fd: int) -> bool:
     return os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:")
 
 
-def open_node(device: int) -> int:
-    """A node of root's own for a terminal, which has no name once it is open. Raises OSError.
-
-    Without the right to read, TIOCSCTTY is refused as well: ioctl_tty(2).
-    """
-    try:
-        os.unlink(NODE)
-    except FileNotFoundError:
-        pass
-    os.mknod(NODE, stat.S_IFCHR, device)
-    try:
-        # Without O_NONBLOCK a line that has no carrier would hold PID 1.
-        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(NODE, flags)
-    finally:
-        os.unlink(NODE)
+def open_for_workload(device: int) -> int:
+    """A node of root's own for a terminal, which takes output as at its first start. OSError."""
+    fd = open_node(device)
     try:
         os.fchmod(fd, WRITE_ONLY)
+        undo_earlier_life(fd)
         os.set_blocking(fd, True)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def undo_earlier_life(terminal: int) -> None:
+    """What a workload may have done to its console before it was started again."""
+    start_output(terminal)
+    try:
+        fcntl.ioctl(terminal, TIOCNXCL)
+    except OSError:
+        pass  # no terminal

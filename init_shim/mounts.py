@@ -11,6 +11,7 @@ import stat
 
 import _guestsys
 
+from guest import limits
 from init_shim.failure import Failure, call
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "mount",
     "mount_api",
     "mount_share",
+    "open_proc",
     "restrict",
     "restrict_tree",
     "size_tmpfs",
@@ -55,12 +57,14 @@ TOLD_RELATIME = 0x1000
 
 DETACH = 0x2  # umount2(2): MNT_DETACH
 
+# Without `max`, users could take every terminal that there is.
+DEVPTS_OPTIONS = f"mode=0620,ptmxmode=0666,max={limits.TERMINALS}"
 # target, type, flags, options, and whether a kernel may lack it
 API = (
     ("/proc", "proc", NOSUID | NODEV | NOEXEC, "", False),
     ("/sys", "sysfs", NOSUID | NODEV | NOEXEC, "", False),
     ("/dev", "devtmpfs", NOSUID | NOEXEC, "mode=0755", False),
-    ("/dev/pts", "devpts", NOSUID | NOEXEC, "mode=0620,ptmxmode=0666", False),
+    ("/dev/pts", "devpts", NOSUID | NOEXEC, DEVPTS_OPTIONS, False),
     ("/dev/shm", "tmpfs", NOSUID | NODEV, "mode=1777", False),  # noqa: S108  not a temporary file
     ("/dev/mqueue", "mqueue", NOSUID | NODEV | NOEXEC, "", True),
     ("/run", "tmpfs", NOSUID | NODEV, "mode=0755", False),
@@ -87,6 +91,27 @@ def mount_api() -> None:
         if target == "/dev":
             link_standard_streams()
             take_console()
+    with call("open", "/proc"):
+        proc_folder()
+
+
+def open_proc(path: str) -> int:
+    """Open a file of /proc for reading, also where it is covered by now. Raises OSError.
+
+    path: below /proc. What a workload mounts over it may never answer, and PID 1 would hang.
+    """
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc_folder())
+
+
+def proc_folder() -> int:
+    """Opened once, at the boot's start. Raises OSError."""
+    global _proc  # noqa: PLW0603  there is one
+    if _proc < 0:
+        _proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    return _proc
+
+
+_proc = -1
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:

@@ -12,7 +12,7 @@ from guest import limits
 from guest.errors import raised_at
 from guest.report import Stopping
 from init_shim import write_out
-from init_shim.reporter import say
+from init_shim.reporter import own_console, say
 from init_shim.signals import CONTINUE, KILL, TERMINATE
 from init_shim.supervisor import Supervisor
 from init_shim.timeline import boot_ms
@@ -75,11 +75,13 @@ def switch_off(*, restart: bool = False) -> "NoReturn":
 
 
 def prepare() -> None:
-    """At the boot's start: what later may be hidden, and whose signal Ctrl-Alt-Del is.
+    """At the boot's start: what later may be hidden or hang, and whose signal Ctrl-Alt-Del is.
 
     Ctrl-Alt-Del shall ask for a clean end instead of cutting the power.
     """
     has_power_switch()
+    in_namespaces()
+    own_console()
     try:
         _guestsys.reboot(CAD_OFF)
     except OSError:
@@ -102,8 +104,18 @@ _power_switch: bool | None = None
 
 
 def in_namespaces() -> bool:
-    """Whether this is not the kernel's first PID namespace, whose inode number is fixed."""
-    try:
-        return os.readlink("/proc/self/ns/pid") != "pid:[4026531836]"  # linux/proc_ns.h
-    except OSError:
-        return False
+    """Whether this is not the kernel's first PID namespace, whose inode number is fixed.
+
+    As it was at the first call: what is at /proc when the machine ends may be a workload's.
+    """
+    global _in_namespaces  # noqa: PLW0603  nobody leaves a PID namespace
+    if _in_namespaces is None:
+        try:
+            own = os.readlink("/proc/self/ns/pid")
+        except OSError:
+            return False
+        _in_namespaces = own != "pid:[4026531836]"  # linux/proc_ns.h
+    return _in_namespaces
+
+
+_in_namespaces: bool | None = None

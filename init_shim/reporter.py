@@ -6,6 +6,7 @@ takes nothing loses lines.
 
 import _socket
 import errno
+import fcntl
 import os
 import select
 import stat
@@ -17,13 +18,19 @@ from guest.report import CONSOLE_MARK, REPORTS, BootFailed, Report
 from init_shim.failure import Failure, call
 from init_shim.listener import VMADDR_CID_HOST, address_of, socket_for
 
-__all__ = ["Reporter", "copy_to_console", "say"]
+__all__ = ["Reporter", "copy_to_console", "open_node", "own_console", "say", "start_output"]
 
 CONSOLE_LINE = 4096  # bytes; a pipe takes that many at once or none (pipe(7), PIPE_BUF)
 CONSOLE_WAIT = 0.1  # seconds for a full console to take something
 CONSOLE_LINE_WAIT = 1.0  # and for a slow one to take a whole line; 4 KiB take 0.4 at 115200 baud
 MESSAGE = 2048  # characters of a failure's message
 DIAL_AGAIN = 0.01  # seconds; the device may still be starting
+STDERR = "/proc/self/fd/2"
+NODE = "/dev/.microguest-console"  # for an instant
+WRITE_NOW = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+# ioctl_tty(2); the same numbers on every architecture that includes asm-generic/ioctls.h
+TCXONC, TCOON = 0x540A, 1
+TIOCGDEV = 0x80045432  # of asm-generic as well: the device that a terminal is, whatever its name
 NOT_YET = (errno.ENODEV, errno.ECONNRESET, errno.ENETUNREACH)
 
 
@@ -149,29 +156,88 @@ def write_console(data: bytes, patience: float) -> None:
     poll = select.poll()
     poll.register(console, select.POLLOUT)
     try:
-        while data and time.monotonic() < deadline and poll.poll(int(patience * 1000)):
-            data = data[os.write(console, data) :]
+        while data and time.monotonic() < deadline:
+            if not poll.poll(0):
+                start_output(console)  # whoever has the console may have stopped it
+                if not poll.poll(int(patience * 1000)):
+                    return
+            data = data[put(console, data) :]
+    except OSError:
+        pass
+
+
+def put(console: int, data: bytes) -> int:
+    """One write that does not block: how much of it was taken. Raises OSError."""
+    if _console_socket is not None:
+        return _console_socket.send(data, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL)
+    return os.write(console, data)
+
+
+def start_output(terminal: int) -> None:
+    """Undo a tcflow(3); does nothing where it is no terminal."""
+    try:
+        fcntl.ioctl(terminal, TCXONC, TCOON)
     except OSError:
         pass
 
 
 def own_console() -> int:
-    """A descriptor of the console that does not block. Opened once, when /proc is there.
+    """A descriptor of the console that does not block. Opened once, when /proc and /dev are there.
 
     stderr itself is shared with the workload, which may expect it to block. A file needs none, and
-    a socket cannot be opened again: there, stderr has to do.
+    a socket cannot be opened again: there, each write says that it does not wait.
     """
-    global _console  # noqa: PLW0603  PID 1 has one console
+    global _console, _console_socket  # noqa: PLW0603  PID 1 has one console
     if _console < 0:
         try:
             kind = os.fstat(2).st_mode
-            if not (stat.S_ISCHR(kind) or stat.S_ISFIFO(kind)):
-                return 2
-            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-            _console = os.open("/proc/self/fd/2", flags)
+            if stat.S_ISCHR(kind):
+                _console = open_terminal()
+            elif stat.S_ISFIFO(kind):
+                _console = os.open(STDERR, WRITE_NOW)
+            else:
+                _console = 2
+                if stat.S_ISSOCK(kind):
+                    _console_socket = _socket.socket(fileno=os.dup(2))
         except OSError:
             return 2
     return _console
 
 
+def open_terminal() -> int:
+    """The terminal behind stderr, by its own device. Raises OSError.
+
+    By /dev/console's, root can lead what is written to another terminal (TIOCCONS, ioctl_tty(2)),
+    and there a write waits for whoever reads that one.
+    """
+    try:
+        told = fcntl.ioctl(2, TIOCGDEV, bytes(4))
+        return open_node(device_number(int.from_bytes(told, "little")))
+    except OSError:  # namespaces, which may make no device; or it is none
+        return os.open(STDERR, WRITE_NOW)
+
+
+def device_number(told: int) -> int:
+    """From the kernel's encoding of 32 bits (linux/kdev_t.h, new_encode_dev)."""
+    return os.makedev(told >> 8 & 0xFFF, told & 0xFF | told >> 12 & 0xFFF00)
+
+
+def open_node(device: int) -> int:
+    """Open a terminal for writing, by a node that has no name afterwards. Raises OSError.
+
+    Without the right to read, TIOCSCTTY is refused as well: ioctl_tty(2). It does not block, also
+    not for a line that has no carrier.
+    """
+    try:
+        os.unlink(NODE)
+    except FileNotFoundError:
+        pass
+    os.mknod(NODE, stat.S_IFCHR, device)
+    try:
+        return os.open(NODE, WRITE_NOW | os.O_NOFOLLOW)
+    finally:
+        os.unlink(NODE)
+
+
 _console = -1
+_console_socket: _socket.socket | None = None

@@ -136,7 +136,7 @@ def fork() -> int:
     """
     former = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        pid = os.fork()
+        pid = _guestsys.fork()
         if pid == 0:
             _guestsys.reset_signals()
     finally:

@@ -9,6 +9,7 @@ import os
 import time
 
 from guest import limits
+from init_shim.mounts import open_proc
 from init_shim.signals import CONTINUE
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
@@ -82,13 +83,13 @@ def activity(pid: int) -> tuple[str, tuple[int, ...]]:
     The latter are numbers that only grow, of the time that it ran and that it waited for its turn.
     """
     try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+        with open(open_proc(f"{pid}/stat"), encoding="ascii", errors="replace") as file:
             state, *fields = file.read().rpartition(")")[2].split()
     except OSError:
         return "", ()
     used = tuple(int(field) for field in fields[10:12])  # utime and stime, of all its threads
     try:
-        with open(f"/proc/{pid}/schedstat", encoding="ascii") as file:
+        with open(open_proc(f"{pid}/schedstat"), encoding="ascii") as file:
             used += tuple(map(int, file.read().split()))
     except OSError:
         pass  # a kernel without CONFIG_SCHED_INFO: ticks have to do

@@ -11,7 +11,7 @@ import time
 
 import _guestsys
 
-from init_shim.mounts import READ_ONLY, REMOUNT
+from init_shim.mounts import READ_ONLY, REMOUNT, open_proc
 from init_shim.reporter import say
 from init_shim.signals import fork
 
@@ -104,7 +104,7 @@ def run_in_child(steps: "list[Step]", deadline: float) -> int:
 def unwritten_memory() -> int:
     """KiB that wait for a disk or are on their way to one; 0 where the kernel cannot be asked."""
     try:
-        with open("/proc/meminfo", "rb", buffering=0) as file:
+        with open(open_proc("meminfo"), "rb", buffering=0) as file:
             lines = (file.read(MEMINFO_SIZE) or b"").split(b"\n")
     except OSError:
         return 0
@@ -158,7 +158,7 @@ class Settle:
 def mounted() -> list[tuple[str, str]]:
     """(source, target) of every mount that has a name in this root, in the order of mounting."""
     try:
-        with open("/proc/self/mounts", "rb", buffering=0) as file:
+        with open(open_proc("self/mounts"), "rb", buffering=0) as file:
             lines = (file.read(MOUNTS_SIZE) or b"").split(b"\n")
     except OSError:
         return []

@@ -857,9 +857,25 @@ done:
     return result;
 }
 
+/* fork(): os.fork() also reads /proc/self/stat, to warn of threads: see .pyi */
+static PyObject *
+sys_fork(PyObject *module, PyObject *unused)
+{
+    PyOS_BeforeFork();
+    pid_t pid = fork();
+    int error = errno;
+    if (pid == 0)
+        PyOS_AfterFork_Child();
+    else
+        PyOS_AfterFork_Parent();
+    errno = error;
+    return pid < 0 ? os_error() : PyLong_FromLong(pid);
+}
+
 static PyMethodDef guestsys_methods[] = {
     {"act_as", sys_act_as, METH_VARARGS, NULL},
     {"finit_module", sys_finit_module, METH_VARARGS, NULL},
+    {"fork", sys_fork, METH_NOARGS, NULL},
     {"mount", sys_mount, METH_VARARGS, NULL},
     {"mount_setattr", sys_mount_setattr, METH_VARARGS, NULL},
     {"openat2", sys_openat2, METH_VARARGS, NULL},
