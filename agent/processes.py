@@ -351,7 +351,7 @@ def not_started(planned: Plan, step: str, error: OSError) -> OperationError:
         program_exists=exists,
     )
     if isinstance(error, terminals.NoTerminal):
-        message = f"no terminal: {error.filename}: {error.strerror}; it needs devpts at /dev/pts"
+        message = f"no terminal: {error.filename}: {error.strerror}; {terminals.advice(error)}"
         fields["path"] = error.filename
     return operation_error(code, message, fields)
 

@@ -13,13 +13,21 @@ import stat
 import struct
 import termios
 
+import _guestsys
+
 from guest.messages import Winsize
 
-__all__ = ["NoTerminal", "end_of_file", "open_terminal", "resize"]
+__all__ = ["NoTerminal", "advice", "end_of_file", "open_terminal", "resize"]
 
 # The second is what docker and systemd make; it need not exist where devpts is mounted.
 MULTIPLEXERS = ("/dev/pts/ptmx", "/dev/ptmx")
 MULTIPLEXER_DEVICE = os.makedev(5, 2)  # admin-guide/devices.txt; devpts's own ptmx has it as well
+# Where users have taken all terminals of the image's devpts, hosts' come from one of their own: PID
+# 1 leaves it room (limits.HOSTS_TERMINALS). The image sees it, so that ttyname(3) finds a name.
+RESERVE = "/dev/microguest-pts"
+RESERVE_MULTIPLEXER = f"{RESERVE}/ptmx"
+RESERVE_OPTIONS = "mode=0620,ptmxmode=0000"
+NOSUID, NOEXEC = 0x2, 0x8  # linux/mount.h
 OWN_MODE = (
     0o620  # as grantpt(3): the owner, and the group that devpts was mounted with for write(1)
 )
@@ -57,6 +65,16 @@ def open_terminal(size: Winsize, uid: int) -> tuple[int, int]:
             os.close(slave)
         raise NoTerminal(error.errno, error.strerror, path) from None
     return master, slave
+
+
+def advice(error: NoTerminal) -> str:
+    """What is missing, or which limit is reached, and what to do."""
+    if error.errno == errno.ENOSPC:
+        return (
+            "every terminal is taken, hosts' own as well (max= of devpts, kernel.pty.max): look by "
+            "an exec without a terminal who holds them, and end it"
+        )
+    return "it needs devpts at /dev/pts"
 
 
 def resize(master: int, rows: int, columns: int) -> None:
@@ -97,17 +115,43 @@ def _open_multiplexer() -> tuple[int, str]:
     """And its path. Raises NoTerminal."""
     problem = NoTerminal(errno.ENODEV, os.strerror(errno.ENODEV), MULTIPLEXERS[0])
     for path in MULTIPLEXERS:
-        try:  # without O_NONBLOCK something else at that path could hold the agent
-            fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return _open_checked(path), path
         except OSError as error:
             problem = NoTerminal(error.errno, error.strerror, path)
-            continue
-        status = os.fstat(fd)
-        if stat.S_ISCHR(status.st_mode) and status.st_rdev == MULTIPLEXER_DEVICE:
-            return fd, path
-        os.close(fd)
-        problem = NoTerminal(errno.ENODEV, os.strerror(errno.ENODEV), path)
-    raise problem
+            if error.errno == errno.ENOSPC:
+                break
+    if problem.errno != errno.ENOSPC:
+        raise problem
+    try:
+        return _open_reserve(), RESERVE_MULTIPLEXER
+    except OSError:
+        raise problem from None
+
+
+def _open_reserve() -> int:
+    """The multiplexer of hosts' own devpts, mounted at the first need. Raises OSError."""
+    try:
+        return _open_checked(RESERVE_MULTIPLEXER)
+    except FileNotFoundError:
+        pass
+    try:
+        os.mkdir(RESERVE, 0o755)
+    except FileExistsError:
+        pass
+    _guestsys.mount("devpts", RESERVE, "devpts", NOSUID | NOEXEC, RESERVE_OPTIONS)
+    return _open_checked(RESERVE_MULTIPLEXER)
+
+
+def _open_checked(path: str) -> int:
+    """The multiplexer, if that is what stands there. Raises OSError."""
+    # Without O_NONBLOCK something else at that path could hold the agent.
+    fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC | os.O_NONBLOCK)
+    status = os.fstat(fd)
+    if stat.S_ISCHR(status.st_mode) and status.st_rdev == MULTIPLEXER_DEVICE:
+        return fd
+    os.close(fd)
+    raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), path)
 
 
 def _give_to(slave: int, uid: int) -> None:

@@ -6,6 +6,7 @@ A name is as sysctl(8) has it, `kernel.yama.ptrace_scope` or with slashes, and n
 
 import os
 
+from guest import limits
 from init_shim.failure import Failure, call
 
 __all__ = [
@@ -57,6 +58,10 @@ PING_GROUPS = "net.ipv4.ping_group_range"
 SERVERS = {
     "fs.file-max": "9223372036854775807",
     "fs.inotify.max_user_watches": "65536",
+    # Terminals: beside the kernel's 4096, of which 1024 are the first mount namespace's alone, the
+    # machine's own. So what users take in namespaces and at /dev/pts leaves HOSTS_TERMINALS.
+    "kernel.pty.max": str(4096 + limits.TERMINALS),
+    "kernel.pty.reserve": str(limits.HOSTS_TERMINALS + limits.TERMINALS),
     "net.ipv4.ip_unprivileged_port_start": "0",
     PING_GROUPS: "0 2147483647",
     "vm.max_map_count": "262144",
