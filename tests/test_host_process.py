@@ -580,8 +580,7 @@ def test_offsets_that_no_stream_has_are_refused(
         assert b"stdout" + allowed in sent
         peer.sock.sendall(sent.replace(b"stdout" + allowed, b"stdout" + said))
         with pytest.raises(EOFError):
-            while True:
-                peer.next()
+            peer.until(Exited)
 
     with (
         serving(path, answer_pings, script),
