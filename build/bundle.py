@@ -8,7 +8,7 @@ import subprocess
 from initramfs import initramfs
 from kernel import Kernel
 from link import Program
-from stages import read_bytes, write_atomically
+from stages import read_bytes, remove_partial, write_atomically
 
 from guest.manifest import (
     INITRAMFS,
@@ -28,6 +28,7 @@ def write_bundle(folder: str, arch: str, program: Program, kernel: Kernel) -> Ma
     Files that are already right are left untouched.
     """
     os.makedirs(folder, exist_ok=True)
+    remove_partial(folder)
     contents = {
         KERNEL: read_bytes(kernel.image),
         PROGRAM: read_bytes(program.path),

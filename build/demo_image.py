@@ -6,6 +6,7 @@ The program in it is Debian's busybox-static, unpacked from the package and neve
 makes the layout. A finished layout is kept as it is, a new one appears by rename.
 """
 
+import fcntl
 import glob
 import os
 import shutil
@@ -18,6 +19,8 @@ TAG = "busybox"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 _SECONDS = 120
+_LOCK = ".lock-of-demo"
+_WORK = ".demo-"
 _STAMP = ".demo-recipe"
 _RECIPE = "3"  # raise it when what this script makes changes
 
@@ -55,12 +58,22 @@ def main(argv: list[str]) -> int:
 
 def make_demo_image(layout: str) -> bool:
     """Make the layout unless it is there; return whether it was made."""
-    if _is_current(layout):
-        os.utime(os.path.join(layout, "index.json"))  # newer than this script again, for make
-        return False
     parent = os.path.dirname(layout)
     os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".demo-", dir=parent) as work:
+    with open(os.path.join(parent, _LOCK), "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another one waits here, and finds it made
+        for name in os.listdir(parent):
+            if name.startswith(_WORK):  # of one that was killed
+                shutil.rmtree(os.path.join(parent, name))
+        if _is_current(layout):
+            os.utime(os.path.join(layout, "index.json"))  # newer than this script again, for make
+            return False
+        _replace(layout, parent)
+    return True
+
+
+def _replace(layout: str, parent: str) -> None:
+    with tempfile.TemporaryDirectory(prefix=_WORK, dir=parent) as work:
         root = os.path.join(work, "root")
         os.mkdir(root, 0o755)
         _fill_root(root, _unpack_package(work))
@@ -69,7 +82,6 @@ def make_demo_image(layout: str) -> bool:
         if os.path.lexists(layout):
             os.rename(layout, os.path.join(work, "old"))
         os.rename(fresh, layout)
-    return True
 
 
 def _is_current(layout: str) -> bool:

@@ -1,8 +1,8 @@
 """The build's cache: finished stages, kept under a name that holds the hash of their inputs.
 
-A stage is a folder that is complete or absent: it is made under a temporary name, flushed and then
-renamed. One lock serialises builds that share a cache. Nothing here knows what is built. Standard
-library only.
+A stage is a folder that is complete or absent: it is made under a temporary name, flushed to the
+disk and then renamed. One lock serialises builds that share a cache. Nothing here knows what is
+built. Imports the standard library, and `host_client.ownership` once there is a cache to open.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 COMMAND_TIMEOUT = 1800.0
 # What a failed command's log may contribute to the error message.
 LOG_TAIL = 4000
+_PARTIAL = ".partial-"
 
 
 class BuildError(Exception):
@@ -49,6 +50,8 @@ class Cache:
         try:
             os.chmod(partial, 0o755)  # noqa: S103 - mkdtemp's 0700 would stay; nothing here is secret
             make(partial)
+            # Else a power cut may leave the name with empty files, which would never be made again.
+            run(["sync", "-f", partial])
             os.rename(partial, final)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -78,15 +81,21 @@ class Cache:
 def open_cache() -> Iterator[Cache]:
     """Lock the cache for this process; another build waits here for its turn.
 
-    What an interrupted build left half-made is removed. Raises BuildError where the folder cannot
-    be made.
+    Until it is closed, temporary files are in it too: what an interrupted build left half-made is
+    removed. Raises BuildError where the folder cannot be made, or others could write to it: the
+    compiler is run from there.
     """
+    from host_client.ownership import Untrusted, open_own_folder  # packages.py has no use for it
+
     root = cache_root()
     try:
-        os.makedirs(root, exist_ok=True)
+        os.close(open_own_folder(root))
         lock = os.open(os.path.join(root, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise BuildError(f"cannot use the cache {root}: {error}; set MICROGUEST_CACHE") from error
+    except (OSError, Untrusted) as error:
+        raise BuildError(
+            f"cannot use the cache {root}: {error}; set MICROGUEST_CACHE to a directory that only "
+            "you can write to"
+        ) from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,9 +105,22 @@ def open_cache() -> Iterator[Cache]:
         for entry in os.listdir(root):
             if entry.startswith("partial-"):
                 shutil.rmtree(os.path.join(root, entry), ignore_errors=True)
-        yield Cache(root=root)
+        with _scratch(root):
+            yield Cache(root=root)
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def _scratch(root: str) -> Iterator[None]:
+    """Where `tempfile` makes its files meanwhile; not in /tmp, where no other build sweeps."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="partial-scratch-", dir=root) as work:
+        tempfile.tempdir = work
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def cache_root() -> str:
@@ -122,7 +144,8 @@ def run(
     `env` replaces the environment; `log` names a file that gets both streams (then "" is returned).
     Raises BuildError with a line that can be pasted into a shell and the end of what it said.
     """
-    sink = subprocess.PIPE if log is None else os.open(log, os.O_WRONLY | os.O_CREAT, 0o644)
+    new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC  # the end of an earlier command's log misleads
+    sink = subprocess.PIPE if log is None else os.open(log, new, 0o644)
     try:
         done = subprocess.run(
             argv,
@@ -160,7 +183,7 @@ def read_bytes(path: str) -> bytes:
 
 def write_atomically(path: str, content: bytes, mode: int = 0o644) -> None:
     """Replace `path` by a file with `content`: readers see the old or the new one, never a part."""
-    descriptor, partial = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".partial-")
+    descriptor, partial = tempfile.mkstemp(dir=os.path.dirname(path), prefix=_PARTIAL)
     try:
         with open(descriptor, "wb") as file:
             file.write(content)
@@ -169,6 +192,13 @@ def write_atomically(path: str, content: bytes, mode: int = 0o644) -> None:
     except BaseException:
         os.unlink(partial)
         raise
+
+
+def remove_partial(folder: str) -> None:
+    """Remove what a killed `write_atomically` has left in `folder`; no other may be at work."""
+    for name in os.listdir(folder):
+        if name.startswith(_PARTIAL):
+            os.unlink(os.path.join(folder, name))
 
 
 def file_sha256(path: str) -> str:

@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+import tempfile
 import types
 
 import pytest
@@ -19,7 +20,7 @@ from kernel import kernel_source, load_order  # noqa: E402
 from patience import PATIENCE  # noqa: E402
 from pins import load_pins  # noqa: E402
 from sources import cpython_source  # noqa: E402
-from stages import BuildError, Cache, open_cache, run  # noqa: E402
+from stages import BuildError, Cache, open_cache, remove_partial, run  # noqa: E402
 
 STANZAS = """\
 Types: deb
@@ -125,6 +126,54 @@ def test_an_interrupted_stage_is_swept_and_made_again(tmp_path, monkeypatch):
         for _ in range(2):
             cache.stage("thing", "1" * 64, made.append)
         assert len(made) == 1
+
+
+def test_what_a_killed_build_left_is_removed(tmp_path, monkeypatch):
+    """Also its temporary files, which would fill /tmp, and the half of a file of the bundle."""
+    monkeypatch.setenv("MICROGUEST_CACHE", str(tmp_path / "cache"))
+    script = "import sys, tempfile; sys.path.insert(0, sys.argv[1]); import stages\n"
+    script += "with stages.open_cache(): print(tempfile.mkdtemp(), flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, BUILD]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        scratch = child.stdout.readline().decode().strip()
+        assert os.path.isdir(scratch)
+        child.kill()
+    with open_cache() as cache:
+        assert not os.path.exists(scratch)
+        assert tempfile.mkdtemp().startswith(cache.root + "/")
+    assert os.listdir(cache.root) == ["lock"]
+    assert not tempfile.gettempdir().startswith(cache.root)
+
+
+def test_the_half_of_a_file_is_removed(tmp_path):
+    script = "import os, sys; sys.path.insert(0, sys.argv[1]); import stages\n"
+    script += "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
+    script += "stages.write_atomically(sys.argv[2], b'x')"
+    subprocess.run([sys.executable, "-c", script, BUILD, str(tmp_path / "f")], check=False)
+    (tmp_path / "kept").touch()
+    assert len(os.listdir(tmp_path)) == 2
+    remove_partial(str(tmp_path))
+    assert os.listdir(tmp_path) == ["kept"]
+
+
+def test_a_cache_that_others_can_write_to_is_refused(tmp_path, monkeypatch):
+    """What is in there is run, with our rights."""
+    monkeypatch.setenv("MICROGUEST_CACHE", str(tmp_path))
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build").chmod(0o777)
+    with pytest.raises(BuildError, match=r"can be written by other users.*set MICROGUEST_CACHE"):
+        open_cache().__enter__()
+    (tmp_path / "build").chmod(0o755)
+    with open_cache():
+        pass
+
+
+def test_a_failure_shows_the_end_of_its_own_log(tmp_path):
+    """Several commands write one log after another, and the first may have said more."""
+    log = str(tmp_path / "log")
+    run(["seq", "1000"], log=log)
+    with pytest.raises(BuildError, match=r"\nthis failed\n$"):
+        run(["sh", "-c", "echo this failed; exit 3"], log=log)
 
 
 def test_two_builds_take_turns(tmp_path, monkeypatch):

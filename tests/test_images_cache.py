@@ -220,3 +220,21 @@ def test_missing_command_names_its_package(
     ):
         images.as_disk(image, tmp_path, fstype="squashfs", cache=cache)
     assert leftovers(cache) == []
+
+
+def test_a_directory_is_on_its_disk_before_it_is_in_the_cache(
+    tmp_path: Path, cache: images.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the real sync, in a wrapper that writes down what is there at that moment."""
+    factory.require("tar", "sync")
+    (tmp_path / "bin").mkdir()
+    wrapper = tmp_path / "bin" / "sync"
+    wrapper.write_text(
+        f"#!/bin/sh\n{{ cat $2/etc/name; ls {cache.directory}/entries; }} >{tmp_path}/seen\n"
+        f'exec {shutil.which("sync")} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    with images.open_image(factory.make_layout(tmp_path / "i", [SMALL])) as image:
+        images.as_directory(image, tmp_path, cache=cache)
+    assert (tmp_path / "seen").read_text() == "guest\n"

@@ -444,6 +444,14 @@ def test_links_of_the_demo_image_stay_inside(tmp_path: Path) -> None:
         assert {path.resolve() for path in links} == {root.resolve() / "bin" / "busybox"}
 
 
+def test_what_a_killed_making_of_the_demo_image_left_is_removed(tmp_path: Path) -> None:
+    factory.busybox_layout(factory.PROJECT / "dist" / "demo")
+    shutil.copytree(factory.PROJECT / "dist" / "demo", tmp_path / "demo")
+    (tmp_path / ".demo-killed" / "root").mkdir(parents=True)
+    factory.busybox_layout(tmp_path / "demo")
+    assert not (tmp_path / ".demo-killed").exists()
+
+
 def test_demo_image_is_for_every_user() -> None:
     """umoci writes its index as 0600; who is not the one that made the demo could not open it."""
     factory.busybox_layout(factory.PROJECT / "dist" / "demo")

@@ -31,6 +31,7 @@ _SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/sbin:/sbin"
 _PACKAGES = {
     "mkfs.erofs": "erofs-utils",
     "mksquashfs": "squashfs-tools",
+    "sync": "coreutils",
     "sqfstar": "squashfs-tools (4.5 or newer)",
     "tar": "tar",
     "zstd": "zstd",

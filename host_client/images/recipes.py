@@ -83,6 +83,8 @@ def make_directory(merged: Merged, path: str) -> None:
         export.write_tar(merged, abilities, pipe)
 
     _run(argv, feed, path, merged)
+    # Else a power cut may leave the cache with an entry of empty files, which is never made again.
+    run_command([require_command("sync"), "-f", path], told=merged.told)
 
 
 def make_disk_of_directory(source: str, stem: str, told: Callable[[], None]) -> tuple[str, Fstype]:
