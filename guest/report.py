@@ -1,7 +1,8 @@
 """What PID 1 tells the host over the one connection that the guest dials: lines of JSON.
 
 The same line, prefixed with `CONSOLE_MARK`, is written to the console for `boot_failed`, so that a
-machine whose vsock never came up still says why. Hosts treat all of it as untrusted input.
+machine whose vsock never came up still says why. Hosts treat all of it as untrusted input. What
+else PID 1 says on the console begins with `line_mark`.
 """
 
 from guest import limits
@@ -24,9 +25,21 @@ __all__ = [
     "WorkloadExited",
     "WorkloadFailed",
     "WorkloadStarted",
+    "line_mark",
 ]
 
 CONSOLE_MARK = "microguest-report: "
+
+
+def line_mark(token: str) -> str:
+    """What begins PID 1's lines on the console of the machine that has this agent token.
+
+    The console is the workload's as well. Whoever does not know the token cannot make such a line,
+    so that a host can leave out PID 1's and nothing else. It does not show the token.
+    """
+    import hashlib  # not at the start: PID 1 has no time for it there
+
+    return f"microguest {hashlib.sha256(b'console ' + token.encode()).hexdigest()[:12]}: "
 
 
 class Step(Record):

@@ -25,7 +25,7 @@ from init_shim.agent_process import AgentProcess
 from init_shim.failure import Failure, call
 from init_shim.listener import open_listener
 from init_shim.main_process import MainProcess, failed_start
-from init_shim.reporter import Reporter, say
+from init_shim.reporter import Reporter, mark_lines, say
 from init_shim.signals import Signals
 from init_shim.supervisor import Supervisor
 from init_shim.timeline import Timeline
@@ -78,6 +78,7 @@ def bootstrap(supervisor: Supervisor, timeline: Timeline) -> None:
         settle()
     with step("config"):
         config = take_config()
+        mark_lines(config.agent.token)
         reporter.endpoint = config.report
         hardening.forbid_core_dumps(config)
     with step("modules"):

@@ -14,11 +14,19 @@ import time
 
 from guest import limits
 from guest.bootconfig import Endpoint
-from guest.report import CONSOLE_MARK, REPORTS, BootFailed, Report
+from guest.report import CONSOLE_MARK, REPORTS, BootFailed, Report, line_mark
 from init_shim.failure import Failure, call
 from init_shim.listener import VMADDR_CID_HOST, address_of, socket_for
 
-__all__ = ["Reporter", "copy_to_console", "open_node", "own_console", "say", "start_output"]
+__all__ = [
+    "Reporter",
+    "copy_to_console",
+    "mark_lines",
+    "open_node",
+    "own_console",
+    "say",
+    "start_output",
+]
 
 CONSOLE_LINE = 4096  # bytes; a pipe takes that many at once or none (pipe(7), PIPE_BUF)
 CONSOLE_WAIT = 0.1  # seconds for a full console to take something
@@ -136,10 +144,16 @@ def dial(endpoint: Endpoint) -> _socket.socket:
             return connection
 
 
+def mark_lines(token: str) -> None:
+    """From now on the host can tell what `say` writes from what a workload does."""
+    global _token  # noqa: PLW0603  as of the console
+    _token = token
+
+
 def say(line: str) -> None:
-    """One line on the console, prefixed for people unless it carries a report."""
+    """One line on the console, with a mark before it unless it carries a report."""
     if not line.startswith(CONSOLE_MARK):
-        line = f"microguest: {line}"
+        line = f"{line_mark(_token) if _token else 'microguest: '}{line}"
     data = line.encode("utf-8", "backslashreplace").replace(b"\n", b" ")[: CONSOLE_LINE - 1]
     write_console(data + b"\n", CONSOLE_WAIT)
 
@@ -241,3 +255,4 @@ def open_node(device: int) -> int:
 
 _console = -1
 _console_socket: _socket.socket | None = None
+_token = ""

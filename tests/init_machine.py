@@ -23,6 +23,8 @@ from typing import Any, Self, TypeVar
 import pytest
 from patience import PATIENCE
 
+from guest.report import line_mark
+
 PROJECT = Path(__file__).parent.parent
 PROGRAM = PROJECT / "dist" / "guest" / platform.machine() / "microguest"
 BUSYBOX = shutil.which("busybox")
@@ -182,8 +184,9 @@ class Machine:
 
     @property
     def console(self) -> str:
-        """All that was written to the console so far."""
-        return (self.run / "console").read_text(errors="backslashreplace")
+        """All that was written to the console so far, without the key in what PID 1 says."""
+        text = (self.run / "console").read_text(errors="backslashreplace")
+        return text.replace(line_mark(TOKEN), "microguest: ")
 
     def console_report(self) -> Report:
         """The one report on the console."""

@@ -72,7 +72,7 @@ PUBLIC = {
     "guest.report": [
         "CONSOLE_MARK", "REPORTS", "AgentExited", "AgentServes", "BootFailed", "FirstExec",
         "HandedOff", "OomKilled", "Ready", "Report", "Step", "Stopping", "WorkloadExited",
-        "WorkloadFailed", "WorkloadStarted",
+        "WorkloadFailed", "WorkloadStarted", "line_mark",
     ],
     "guest.rootplan": ["Lower", "Root", "Upper", "Volume", "check_size"],
     "guest.status": ["ExitStatus", "exit_fields"],

@@ -5,6 +5,7 @@ import contextlib
 import datetime as dt
 import os
 import re
+import subprocess
 import threading
 import time
 import warnings
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import machinekit
 import pytest
-from clikit import microguest
+from clikit import PROGRAM, microguest
 from machinekit import family, has_folder, has_vmm, nothing_is_left, state_of, wait_until
 from patience import PATIENCE
+from terminalkit import root_of_programs
 
 import host_client
+from guest import limits
 from host_client import (
     ConnectionLost,
     DeadlineExceeded,
@@ -213,6 +217,66 @@ def test_a_line_without_end_does_not_wait_for_it(image: str) -> None:
         (first, *others) = machine.logs(timestamps=True)
         assert stamped(first)[1] + b"".join(others[:-1]) == text
         assert stamped(others[-1])[1] == b"last\n"
+
+
+PID_1S = (
+    "microguest: a line of its own",
+    "microguest-report: {}",
+    "microguest 0123456789ab: a guess",
+    "[    1.234567] reboot: Power down",
+    "[    1.234567] reboot: Restarting system",
+    "[    1.234567] reboot: machine restart",
+)
+
+
+@pytest.mark.parametrize("kind", machinekit.KINDS)
+def test_no_line_of_a_workload_is_taken_for_another_s(
+    image: str, machines_home: Path, kind: str
+) -> None:
+    """However it begins."""
+    lines = "".join(f"echo '{line}'; " for line in PID_1S)
+    text = "".join(f"{line}\n" for line in PID_1S)
+    script = f"{lines} until test -e /go; do sleep 0.05; done; echo on; {lines} exit 3"
+    words = ("run", "-d", "--name", "sly", "--machine", kind, image, "sh", "-c", script)
+    assert microguest(*words).returncode == 0
+    wait_until("it waits", lambda: microguest("logs", "sly").stdout.decode() != "", PATIENCE)
+    follow = [PROGRAM, "logs", "-f", "sly"]
+    with subprocess.Popen(follow, stdout=subprocess.PIPE) as follower:
+        microguest("exec", "sly", "touch", "/go")  # which the machine's end may overtake
+        followed = follower.communicate(timeout=PATIENCE)[0].decode()
+    assert followed == f"{text}on\n{text}"
+    assert microguest("logs", "sly").stdout.decode() == followed
+    assert microguest("logs", "--tail", "1", "sly").stdout.decode() == f"{PID_1S[-1]}\n"
+    if kind == "qemu":
+        raw = (machines_home / "sly" / "console.log").read_bytes()
+        assert re.search(rb"\] reboot: [A-Za-z ]+\r\n\Z", raw)
+        assert len(raw.splitlines()) > len(followed.splitlines())
+
+
+def test_what_pid_1_says_is_not_in_the_logs(machines_home: Path, tmp_path: Path) -> None:
+    root_of_programs(tmp_path)
+    for number in range(limits.RUN_ENTRIES + 100):
+        (tmp_path / "run" / str(number)).touch()
+    words = ("run", "--name", "told", "--machine", "namespaces", f"dir:{tmp_path}")
+    assert microguest(*words, "cat", "/etc/group").returncode == 0
+    raw = (machines_home / "told" / "console.log").read_text()
+    assert re.match(r"microguest [0-9a-f]{12}: \d+ entries of the image's /run are not there", raw)
+    assert microguest("logs", "told").stdout == b""
+
+
+def test_a_line_of_pid_1_within_another() -> None:
+    """What the workload writes is whole again; nothing is lost where the end is missing."""
+    split = Splitter("job", timed=False, mark=b"microguest 0123: ", kernel=True)
+    data = (
+        b"half microguest 0123: PID 1\r\nmicroguest 0123: and again\r\n_whole\r\n"
+        b"[ 1.0] reboot: Power down\r\nunfinished[   12.345678] reboot: Restarting system\r\n"
+        b"[   12.345680] reboot: machine restart\r\n"
+    )
+    lines = [*split.feed(Piece(data, 0, None)), *split.end()]
+    assert [line.text for line in lines] == [
+        *(b"half _whole\r\n", b"[ 1.0] reboot: Power down\r\n", b"unfinished"),
+    ]
+    assert [line.begins for line in lines] == [True, True, True]
 
 
 def test_a_line_is_not_cut_within_its_end() -> None:

@@ -23,6 +23,7 @@ from patience import PATIENCE
 
 from guest import cpio
 from guest.bootconfig import PATH
+from guest.report import line_mark
 from host_client.machines.host import accelerator, qemu_command
 
 BUNDLE = Path(__file__).parent.parent / "dist" / "guest" / platform.machine()
@@ -61,7 +62,7 @@ class Ended:
         return [
             line
             for line in self.console.replace("\r", "").splitlines()
-            if line and not line.startswith(("[", CONSOLE_MARK, "microguest: "))
+            if line and not line.startswith(("[", CONSOLE_MARK, line_mark(TOKEN)))
         ]
 
 

@@ -6,10 +6,12 @@ import threading
 import time
 from typing import Final, Protocol, Unpack
 
+from guest.report import line_mark
 from host_client import images
 from host_client.errors import BootFailed, DeadlineExceeded, MachineError
 from host_client.log import DEBUG, INFO, note
 from host_client.machines.bundle import Bundle, find_bundle
+from host_client.machines.console import MARK_FILE
 from host_client.machines.folder import STATE_VARIABLE, Folder, claim, sweep
 from host_client.machines.link import Link
 from host_client.machines.machine import Machine
@@ -150,6 +152,7 @@ def bring_up(
     settings, folder = preparation.settings, preparation.folder
     try:
         folder.write("token", preparation.token.encode())
+        folder.write(MARK_FILE, line_mark(preparation.token).encode())
         plan = backend.plan(preparation)
         check_wanted(abandoned, folder.name)
         note(INFO, "machine %s: %s of %s", folder.name, settings.machine, settings.image)

@@ -4,6 +4,7 @@ Used by the monitor, so it imports next to nothing.
 """
 
 import os
+import re
 import time
 from typing import BinaryIO, Final, NamedTuple
 
@@ -12,15 +13,20 @@ from host_client.machines.moments import Moments, MomentsWriter
 
 __all__ = [
     "HALF_MAX",
+    "MARK_FILE",
     "TAIL_MAX",
     "LogReader",
     "Piece",
     "RotatingLog",
     "printable_lines",
     "read_log",
+    "read_mark",
 ]
 
 HALF_MAX: Final = 4 * 1024 * 1024  # bytes of the current and of the previous file, each
+MARK_FILE: Final = "console.mark"  # beside the log: what begins PID 1's lines in it
+MARK_MAX: Final = 64  # bytes
+MARK: Final = re.compile(r"(?m)^microguest [0-9a-f]{12}: ")  # as `guest.report.line_mark`
 TAIL_MAX: Final = 16 * 1024  # bytes at the end that stay in memory, for errors
 NEWLINE: Final = ord("\n")
 OPENED_MAX: Final = 3  # times that the previous half is opened until it has its index
@@ -110,6 +116,15 @@ def read_log(path: str) -> bytes:
         except FileNotFoundError:
             continue
     return data
+
+
+def read_mark(folder: str) -> bytes:
+    """What begins PID 1's lines; b"" where an older version has started the machine."""
+    try:
+        with open(os.path.join(folder, MARK_FILE), "rb") as file:
+            return file.read(MARK_MAX)
+    except FileNotFoundError:
+        return b""
 
 
 class Piece(NamedTuple):
@@ -216,5 +231,8 @@ def is_same(one: BinaryIO, other: BinaryIO) -> bool:
 
 
 def printable_lines(text: str) -> str:
-    """Console text for people: lines as they were, what could drive a terminal as escapes."""
-    return printable(text.replace("\r\n", "\n"), keep="\n\t")
+    """Console text for people: lines as they were, what could drive a terminal as escapes.
+
+    PID 1's begin with `microguest: `: who reads an error has no use for the mark.
+    """
+    return MARK.sub("microguest: ", printable(text.replace("\r\n", "\n"), keep="\n\t"))

@@ -1,7 +1,7 @@
 """Machines' folders on this host: who has a name, what is left of dead ones.
 
     ${XDG_STATE_HOME:-~/.local/state}/microguest/machines/NAME/
-        state.json  token  console.log  console.times  vmm.log  monitor.log  run/
+        state.json  token  console.log  console.times  console.mark  vmm.log  monitor.log  run/
 
 A folder is locked (flock on the folder itself) as long as its machine's caller or monitor lives, so
 the kernel frees the name of whatever dies. All of it is 0700: the token is in there. What another

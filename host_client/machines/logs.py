@@ -9,9 +9,8 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Final, NamedTuple
 
-from guest.report import CONSOLE_MARK
 from host_client.errors import MachineError
-from host_client.machines.console import LogReader, Piece
+from host_client.machines.console import LogReader, Piece, read_mark
 from host_client.machines.folder import check_name, is_alive, machines_root, read_state
 from host_client.machines.when import Moment, moment, stamp
 from host_client.values import check_count, check_flag
@@ -22,10 +21,9 @@ FOLLOW_EVERY: Final = 0.1  # seconds between looks at a console that is followed
 # Bytes of a line that wait for its end; a longer one comes in pieces of so many.
 LINE_MAX: Final = 1024 * 1024
 CARRIAGE_RETURN: Final = ord("\r")
-# What PID 1 says, and the kernel's last words, which `quiet` does not silence.
-NOT_THE_WORKLOADS: Final = re.compile(
-    rb"microguest: |" + re.escape(CONSOLE_MARK.encode()) + rb"|\[ *[0-9]+\.[0-9]+\] reboot: "
-)
+# The last words of a virtual machine's kernel, which `quiet` does not silence.
+LAST_WORDS: Final = re.compile(rb"\[ *[0-9]+\.[0-9]+\] reboot: [A-Za-z ]{1,64}\r?\n\Z")
+RESTARTS: Final = b" reboot: Restarting system"  # another line follows it, which says how
 
 
 def console_looks(
@@ -88,15 +86,16 @@ def _looks(
     # program wrote is what is left without that. In namespaces it is a pipe.
     state = read_state(name)
     end = b"\r\n" if state is None or state.machine != "namespaces" else b"\n"
-    split = Splitter(name, timed=span.timed)
+    mark = read_mark(os.path.dirname(path))
+    split = Splitter(name, timed=span.timed, mark=mark, kernel=end != b"\n")
     with closing(LogReader(path, timed=span.timed)) as log:
         while True:
             # Before the last look, so that it misses nothing.
             on = follow and is_alive(name) and not span.over
             lines = [line for piece in log.pieces() for line in split.feed(piece)]
             if not on:
-                lines += split.rest()
-            found = [line for line in lines if line.workloads and span.has(line.when)]
+                lines += split.end()
+            found = [line for line in lines if span.has(line.when)]
             if tail is not None:
                 found = last_lines(found, tail)
             yield [shown(line, end, timed=span.timestamps) for line in found]
@@ -112,7 +111,6 @@ class Line(NamedTuple):
     text: bytes
     when: int  # it began, nanoseconds since the epoch; 0: not asked for
     begins: bool  # False: it goes on with what the one before has begun
-    workloads: bool  # False: PID 1 has said it, or the kernel
 
 
 def last_lines(found: list[Line], count: int) -> list[Line]:
@@ -128,15 +126,22 @@ def shown(line: Line, end: bytes, *, timed: bool) -> bytes:
 
 
 class Splitter:
-    """Makes lines of pieces, and pieces of LINE_MAX bytes of a line that is longer."""
+    """Makes lines of pieces, and pieces of LINE_MAX bytes of a line that is longer.
 
-    def __init__(self, name: str, *, timed: bool) -> None:
+    mark: what begins PID 1's lines, which no workload knows; they are left out wherever they stand,
+    also within a line that the workload had not ended. b"": nothing is known to be PID 1's.
+    kernel: it has one of its own, whose last words are left out at the very end.
+    """
+
+    def __init__(self, name: str, *, timed: bool, mark: bytes = b"", kernel: bool = False) -> None:
         self._name = name
         self._timed = timed
+        self._mark = mark
+        self._kernel = kernel
+        self._held: list[Line] = []  # what are the kernel's last words, where nothing follows
         self._text = b""
         self._when = 0
         self._begins = True
-        self._workloads = True
 
     def feed(self, piece: Piece) -> Iterator[Line]:
         """The lines that end in it, and what is too long to wait for its end."""
@@ -146,24 +151,46 @@ class Splitter:
                 self._when = self._moment(piece, at)
             at += len(part)
             self._text += part
+            ended = part.endswith(b"\n") and not self._leave_out_pid_1()
             while len(self._text) > LINE_MAX:
-                yield self._cut(LINE_MAX)
-            if part.endswith(b"\n"):
-                yield from self.rest()
+                yield from self._pass(self._cut(LINE_MAX))
+            if ended:
+                yield from self._pass(self._cut(len(self._text)))
                 self._begins = True
 
-    def rest(self) -> list[Line]:
-        """What has no end yet."""
-        return [self._cut(len(self._text))] if self._text else []
+    def end(self) -> list[Line]:
+        """What has no end yet; nothing more comes."""
+        self._leave_out_pid_1()
+        if self._text:
+            return [*self._held, self._cut(len(self._text))]
+        lines = [line._replace(text=LAST_WORDS.sub(b"", line.text)) for line in self._held]
+        return [line for line in lines if line.text]  # of a line that the workload had not ended
+
+    def _leave_out_pid_1(self) -> bool:
+        """Take away what PID 1 has said, to its newline. Whether that was the end of the text."""
+        at = self._text.find(self._mark) if self._mark else -1
+        if at >= 0:
+            self._text = self._text[:at]
+        return at >= 0
+
+    def _pass(self, line: Line) -> list[Line]:
+        """What may be shown now, as something follows it."""
+        if not self._kernel:
+            return [line]
+        lines, self._held = self._held, []
+        if LAST_WORDS.search(line.text):
+            if len(lines) == 1 and RESTARTS in lines[0].text:
+                self._held, lines = lines, []
+            self._held.append(line)
+            return lines
+        return [*lines, line]
 
     def _cut(self, size: int) -> Line:
         """The first bytes of what waits."""
         if size < len(self._text) and self._text[size - 1] == CARRIAGE_RETURN:
             size -= 1  # the newline that it may belong to is behind it
         text, self._text = self._text[:size], self._text[size:]
-        if self._begins:
-            self._workloads = not NOT_THE_WORKLOADS.match(text)
-        line = Line(text, self._when, self._begins, self._workloads)
+        line = Line(text, self._when, self._begins)
         self._begins = False
         return line
 
