@@ -1,5 +1,6 @@
 """The command line as a person types it."""
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -209,6 +210,65 @@ def test_second_interrupt_kills_the_machine(image: str, machines_home: Path) -> 
         program.communicate(timeout=PATIENCE)
     assert program.returncode == 130
     assert os.listdir(machines_home) == []
+
+
+STUBBORN = "trap '' TERM; echo up; while :; do sleep 0.1; done"
+
+
+def test_second_term_kills_the_machine(image: str, machines_home: Path) -> None:
+    with foreground(image, STUBBORN) as program:
+        program.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert program.poll() is None
+        program.send_signal(signal.SIGTERM)
+        program.communicate(timeout=PATIENCE)
+    assert program.returncode == -signal.SIGTERM
+    assert os.listdir(machines_home) == []
+
+
+def send_each(pids: set[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # a short one of the guest's
+            os.kill(pid, number)
+
+
+def test_second_term_ends_exec_and_its_command(image: str) -> None:
+    """Also where the agent does not answer any more."""
+    run(image, "sleep", "600", options=("-d", "--name", "firm"))
+    monitor = machinekit.state_of("firm").monitor
+    for deaf in (False, True):
+        with subprocess.Popen(
+            [PROGRAM, "exec", "firm", "sh", "-c", STUBBORN], stdout=subprocess.PIPE
+        ) as program:
+            assert program.stdout is not None
+            assert program.stdout.readline() == b"up\n"
+            program.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            assert program.poll() is None
+            guest = machinekit.family(monitor) - {monitor} if deaf else set()
+            send_each(guest, signal.SIGSTOP)
+            program.send_signal(signal.SIGTERM)
+            try:
+                program.communicate(timeout=PATIENCE)
+            finally:
+                send_each(guest, signal.SIGCONT)
+        assert program.returncode == -signal.SIGTERM
+        wait_until("it ends", lambda: b"trap" not in microguest("exec", "firm", "ps").stdout)
+    assert microguest("stop", "-t", "0", "firm").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+def test_a_signal_that_timeout_sends_twice_is_one(image: str, name: str) -> None:
+    """timeout(1) sends it to its child, and then to its process group, which the child is in."""
+    script = f"trap 'echo got it; sleep 0.5; exit 5' {name}; echo up; while :; do sleep 0.05; done"
+    words = ("run", "--rm", "--machine", "namespaces", image, "sh", "-c", script)
+    done = subprocess.run(
+        ["timeout", "--preserve-status", "-s", name, "5", PROGRAM, *words],
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (5, b"up\ngot it\n")
 
 
 @pytest.mark.parametrize(

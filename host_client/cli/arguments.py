@@ -56,7 +56,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_switch(parser, "--rm", help="keep neither state nor console after the end")
     add("--name", help="the machine's name (default: one is made up)")
-    add("--machine", default="qemu", help="qemu (default), or namespaces: no VM, no isolation")
+    add(
+        *("--machine",),
+        default="qemu",
+        choices=("qemu", "namespaces"),
+        help="qemu (default), or namespaces: no VM, no isolation",
+    )
     add("--help", action="help", help="show this and exit")
     add("-m", "--memory", default="512M", help="of the machine, with M or G (default 512M)")
     add("--cpus", type=int, default=1, help="of the machine (default 1)")

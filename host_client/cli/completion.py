@@ -8,10 +8,17 @@ from host_client.errors import MachineError
 
 __all__ = ["main"]
 
-# Names of machines are asked for when they are completed.
+# Names of machines are asked for when they are completed. A policy may have a number behind it, so
+# it is no choice of the parser's.
 PREAMBLE = {
-    "bash": '_microguest_machines() { compgen -W "$(microguest ls -a -q 2>/dev/null)" -- "$1"; }',
-    "zsh": "_microguest_machines() { compadd -- $(microguest ls -a -q 2>/dev/null) }",
+    "bash": """
+_microguest_machines() { compgen -W "$(microguest ls -a -q 2>/dev/null)" -- "$1"; }
+_microguest_policies() { compgen -W "no on-failure always unless-stopped" -- "$1"; }
+""",
+    "zsh": """
+_microguest_machines() { compadd -- $(microguest ls -a -q 2>/dev/null) }
+_microguest_policies() { compadd -- no on-failure always unless-stopped }
+""",
 }
 OF_MACHINES = {"target", "name", "names"}
 
@@ -27,6 +34,8 @@ def main(options: argparse.Namespace) -> int:
         for action in command._actions:
             if not action.option_strings and action.dest in OF_MACHINES:
                 action.complete = dict.fromkeys(PREAMBLE, "_microguest_machines")  # type: ignore[attr-defined]
+            elif action.metavar == "POLICY":
+                action.complete = dict.fromkeys(PREAMBLE, "_microguest_policies")  # type: ignore[attr-defined]
             elif action.metavar == "FILE":
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
     text = shtab.complete(parser, shell=options.shell, preamble=PREAMBLE[options.shell])

@@ -11,7 +11,14 @@ from guest.errors import MicroguestError
 from guest.messages import Attach, Exited, Start
 from host_client.agent import Agent
 from host_client.cli import Killed
-from host_client.cli.stream import FORWARDED, Detached, Interrupted, join, passed_signals
+from host_client.cli.stream import (
+    FORWARDED,
+    Detached,
+    Insisted,
+    Interrupted,
+    join,
+    passed_signals,
+)
 from host_client.cli.tell import complain
 from host_client.cli.terminal import Terminal
 from host_client.deadline import Deadline
@@ -63,7 +70,7 @@ def in_foreground(
             raise Detached(name) from None
         except (Interrupted, Killed) as why:
             if ours or main:
-                hang_up(process, patient=isinstance(why, Killed))
+                hang_up(process, patient=not isinstance(why, Interrupted | Insisted))
             if ours:
                 forget(agent, name)
             raise

@@ -43,6 +43,10 @@ FILTERS: Final = {
     "image": "Image",
     "ancestor": "Image",
 }
+KNOWN: Final = {
+    "status": ("created", "running", "restarting", "paused", "stopping", "exited"),
+    "machine": ("qemu", "namespaces"),
+}
 COLUMNS: Final = ("Name", "Machine", "Status", "Image", "Command")
 
 
@@ -50,7 +54,7 @@ def list_machines(options: argparse.Namespace) -> int:
     """A table, what --format makes of each, or the names only."""
     everything = options.all or any(text.startswith("status=") for text in options.filter)
     rows = [row_of(machine) for machine in named.list_machines(all=everything)]
-    print_rows(options, filtered(rows, options.filter, FILTERS), FIELDS, COLUMNS)
+    print_rows(options, filtered(rows, options.filter, FILTERS, KNOWN), FIELDS, COLUMNS)
     return 0
 
 

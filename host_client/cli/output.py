@@ -15,18 +15,21 @@ from collections import deque
 from typing import Final
 
 from host_client.cli import Killed
+from host_client.errors import MachineError
+from host_client.shortage import reason
 
 __all__ = ["Outputs", "write_all"]
 
 AGAIN: Final = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 LOOK_EVERY: Final = 1000  # ms
+NAMES: Final = {1: "stdout", 2: "stderr"}
 
 
 class Outputs:
     """Takes bytes of both streams in order and writes them as they can be written."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[int, memoryview]] = deque()  # descriptor, what is left of it
+        self._waiting: deque[tuple[int, memoryview]] = deque()  # stream, what is left of it
         self._descriptors = {stream: _opened_again(stream) for stream in (1, 2)}
         self.stuck_since = math.inf  # time.monotonic(), when bytes were taken last of what waits
 
@@ -40,33 +43,33 @@ class Outputs:
     @property
     def blocked_on(self) -> int | None:
         """The descriptor that has to become writable before more can be taken; None: go on."""
-        return self._waiting[0][0] if self._waiting else None
+        return self._descriptors[self._waiting[0][0]] if self._waiting else None
 
     def put(self, stream: int, data: bytes) -> None:
-        """Write it, or keep what cannot be written now. OSError.
+        """Write it, or keep what cannot be written now. MachineError, as where a disk is full.
 
         Killed by SIGPIPE, as any program is, where nobody reads it any more.
         """
-        self._waiting.append((self._descriptors[stream], memoryview(data)))
+        self._waiting.append((stream, memoryview(data)))
         if len(self._waiting) == 1:
             self.flush()
 
     def flush(self) -> None:
         """Write what can be written. Raises as `put`."""
         while self._waiting:
-            fd, data = self._waiting[0]
+            stream, data = self._waiting[0]
             try:
-                written = os.write(fd, data)
+                written = os.write(self._descriptors[stream], data)
             except BlockingIOError:
                 self.stuck_since = min(self.stuck_since, time.monotonic())
                 return
-            except BrokenPipeError:
-                raise Killed(signal.SIGPIPE) from None
+            except OSError as error:
+                raise unwritable(stream, error) from error
             self.stuck_since = math.inf
             if written == len(data):
                 self._waiting.popleft()
             else:
-                self._waiting[0] = (fd, data[written:])
+                self._waiting[0] = (stream, data[written:])
 
 
 def _opened_again(fd: int) -> int:
@@ -83,15 +86,22 @@ def _opened_again(fd: int) -> int:
 def write_all(fd: int, data: bytes) -> None:
     """Write to one of our own streams, past any buffer, also where it is non-blocking.
 
-    Killed as `Outputs.put`; OSError.
+    Raises as `Outputs.put`.
     """
     view = memoryview(data)
     while view:
         try:
             view = view[os.write(fd, view) :]
-        except BrokenPipeError:
-            raise Killed(signal.SIGPIPE) from None
         except BlockingIOError:
             poll = select.poll()
             poll.register(fd, select.POLLOUT)
             poll.poll(LOOK_EVERY)
+        except OSError as error:
+            raise unwritable(fd, error) from error
+
+
+def unwritable(stream: int, error: OSError) -> Killed | MachineError:
+    """What it means for this program that one of its own streams takes nothing any more."""
+    if isinstance(error, BrokenPipeError):
+        return Killed(signal.SIGPIPE)
+    return MachineError(f"cannot write to {NAMES[stream]}: {reason(error)}")

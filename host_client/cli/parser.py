@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, Final, NoReturn
 
+from host_client.cli.dockerwords import about_command, about_missing, about_option, about_value
 from host_client.cli.tell import complain, say
 
 __all__ = ["Parser", "add_list", "add_switch", "hint"]
@@ -15,6 +16,7 @@ WORDS: Final = {
     **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
 }
 OURS: Final = 125
+ALIKE: Final = 0.7  # as SequenceMatcher.ratio; less makes --cpus of --publish
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,6 +28,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and where the help is."""
+        if about := about_missing(self.command, message.rpartition("required: ")[2]):
+            message = f"{message}; {about}"
         complain(f"{message}: see {self.prog} --help", self.prog)
         raise SystemExit(OURS)
 
@@ -35,17 +39,34 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             options = [word for word in unknown if word.startswith("-")]
             word = (options or unknown)[0]
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            suggestion = hint(word.partition("=")[0], known) if options else ""
-            self.error(f"unknown {'option' if options else 'argument'} {word}{suggestion}")
+            self.error(f"unknown {'option' if options else 'argument'} {word}{self._meant(word)}")
         return found, unknown
 
+    @property
+    def command(self) -> str:
+        """The word that this is the parser of."""
+        return self.prog.rpartition(" ")[2]
+
+    def _meant(self, word: str) -> str:
+        """What does here what a word does in docker, or what it may have been meant to be."""
+        if not word.startswith("-"):
+            return ""
+        if about := about_option(self.command, word):
+            return f"; {about}"
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        return hint(word.partition("=")[0], known)
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
-            raise argparse.ArgumentError(
-                None, f"{value!r} is no command{hint(str(value), action.choices)}"
-            )
-        super()._check_value(action, value)
+        if action.choices is None or value in action.choices:
+            return
+        if isinstance(action, argparse._SubParsersAction):
+            about = about_command(str(value))
+            meant = f"; {about}" if about else hint(str(value), action.choices)
+            raise argparse.ArgumentError(None, f"{value!r:.80} is no command{meant}")
+        about = about_value(max(action.option_strings, key=len, default=""))
+        why = f"; {about}" if about else ""
+        known = ", ".join(map(str, action.choices))
+        raise argparse.ArgumentError(action, f"{value!r:.80} is none of: {known}{why}")
 
     def _parse_optional(self, arg_string: str) -> Any:
         """One tuple of (action, option, …, explicit value), or since Python 3.12 a list of them."""
@@ -97,6 +118,7 @@ def add_list(group: Any, *names: str, **how: Any) -> None:
 
 
 def hint(word: str, known: Iterable[str]) -> str:
-    """What may have been meant, to be put behind a message; "" where nothing is like it."""
-    like = get_close_matches(word, list(known), n=3)
+    """What may have been meant, to be put behind a message; "" where nothing is much like it."""
+    bare = {name.lstrip("-"): name for name in known}  # or any two options would be alike in these
+    like = [bare[name] for name in get_close_matches(word.lstrip("-"), bare, n=3, cutoff=ALIKE)]
     return f"; did you mean {' or '.join(like)}?" if like else ""

@@ -29,6 +29,7 @@ FROM_NOW: Final = {"stdout": -1, "stderr": -1}
 MAIN: Final = "main"
 FIELDS: Final = ("ID", "PID", "State", "Status", "Label", "Command")
 FILTERS: Final = {"id": "ID", "status": "State", "label": "Label"}
+STATES: Final = ("running", "exited")
 COLUMNS: Final = ("ID", "PID", "Status", "Label", "Command")
 LOOK_EVERY: Final = 0.1  # seconds between looks at a machine's state
 
@@ -84,7 +85,9 @@ def list_processes(options: argparse.Namespace) -> int:
         return list_machines(options)
     with agent_of(options.target) as agent:
         listed = [row(each) for each in agent.processes() if options.all or each.exited is None]
-    print_rows(options, filtered(listed, options.filter, FILTERS), FIELDS, COLUMNS)
+    print_rows(
+        options, filtered(listed, options.filter, FILTERS, {"status": STATES}), FIELDS, COLUMNS
+    )
     return 0
 
 
@@ -109,7 +112,8 @@ def status(process: ProcessInfo) -> str:
         word
         for word, applies in (
             ("terminal", process.tty),
-            ("kept", process.kept),
+            ("console", on_console(process)),  # its output is there: nobody can attach to it
+            ("kept", process.kept and not on_console(process)),
             ("attached", process.attached > 0),
         )
         if applies

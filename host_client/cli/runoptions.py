@@ -67,8 +67,8 @@ def machine_options(options: argparse.Namespace) -> MachineOptions:
         "dns": options.dns,
         "dns_search": options.dns_search,
         "dns_options": options.dns_option,
-        "hosts": dict(_pair(text, "add-host", ":=") for text in options.add_host),
-        "sysctls": dict(_pair(text, "sysctl", "=") for text in options.sysctl),
+        "hosts": dict(_pair(text, "add-host", "NAME:ADDRESS") for text in options.add_host),
+        "sysctls": dict(_pair(text, "sysctl", "NAME=VALUE") for text in options.sysctl),
         "hardening": options.hardening,
         "modules": options.modules,
     }
@@ -106,7 +106,12 @@ def _add_privileges(group: Any) -> None:
 def _add_life(group: Any) -> None:
     add = group.add_argument
     add("--stop-signal", metavar="SIGNAL", help="instead of the image's")
-    add("--restart", default="no", metavar="POLICY", help="no, on-failure[:N], always")
+    add(
+        "--restart",
+        default="no",
+        metavar="POLICY",
+        help="no, on-failure[:N], always or unless-stopped, which are one here",
+    )
     add_switch(group, "--handoff", help="it is an init of its own, and becomes PID 1")
 
 
@@ -139,11 +144,12 @@ def _rlimit(text: str) -> tuple[str, tuple[int, int]]:
         raise MachineError(f"ulimit {text!r:.100}: expected NAME=SOFT[:HARD]") from None
 
 
-def _pair(text: str, option: str, separators: str) -> tuple[str, str]:
-    """The words before and behind the first of the separators."""
+def _pair(text: str, option: str, form: str) -> tuple[str, str]:
+    """The words before and behind the separator that the form has; "=" is always one."""
+    separators = {":", "="} & {*form, "="}
     at = min((at for separator in separators if (at := text.find(separator)) > 0), default=0)
     if not at or not text[at + 1 :]:
-        raise MachineError(f"{option} {text!r:.100}: expected NAME{separators[0]}VALUE")
+        raise MachineError(f"{option} {text!r:.100}: expected {form}")
     return text[:at], text[at + 1 :]
 
 

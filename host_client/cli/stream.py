@@ -18,7 +18,15 @@ from host_client.cli.output import Outputs
 from host_client.cli.terminal import Terminal
 from host_client.process import ProcessStream
 
-__all__ = ["FORWARDED", "Detached", "Interrupted", "ended_in_order", "join", "passed_signals"]
+__all__ = [
+    "FORWARDED",
+    "Detached",
+    "Insisted",
+    "Interrupted",
+    "ended_in_order",
+    "join",
+    "passed_signals",
+]
 
 FORWARDED: Final = (
     signal.SIGINT,
@@ -31,7 +39,9 @@ FORWARDED: Final = (
 OF_TERMINALS: Final = (signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT)
 # With a terminal these are for us: a shell ignores TERM, and nobody types them.
 ENDING_TERMINALS: Final = (signal.SIGTERM, signal.SIGHUP)
-TWICE_WITHIN: Final = 2.0  # seconds between two Ctrl-C that mean: give up
+# Seconds between two of the same that mean: give up. TERM is sent by programs, which wait a while.
+TWICE_WITHIN: Final = {signal.SIGINT: 2.0, signal.SIGTERM: 10.0}
+ONCE_WITHIN: Final = 0.1  # and these are one: timeout(1) sends it to us, and again to our group
 STDIN_CHUNK: Final = 64 * 1024
 CHECK_EVERY: Final = 1.0  # seconds between looks at whether the machine lives
 # Seconds without a byte that our readers take, after a TERM, until it ends us: how the process has
@@ -41,6 +51,10 @@ STUCK_WAIT: Final = 2.0
 
 class Interrupted(Exception):
     """A second Ctrl-C came soon after the first: the process does not react."""
+
+
+class Insisted(Killed):
+    """A second SIGTERM came soon after the first: it is ours, and there is nothing to wait for."""
 
 
 class Detached(Exception):
@@ -114,7 +128,7 @@ def join(
     """Until the process has ended and all it wrote is written here. `stdin`: pass ours on.
 
     `terminal`: ours, which is raw and belongs to the process; `keys` detach from it then.
-    ConnectionLost where the machine dies; Interrupted, Detached; Killed where a
+    ConnectionLost where the machine dies; Interrupted, Insisted, Detached; Killed where a
     signal ends us and not the process, as SIGPIPE does where nobody reads our output.
     """
     joint = _Joint(process, signals, stdin=stdin, terminal=terminal, keys=keys)
@@ -141,7 +155,7 @@ class _Joint:
         self._terminal = terminal
         self._keys = DetachKeys(keys)
         self._release_at = math.inf  # when keys that are held back have waited long enough
-        self._interrupted_at = float("-inf")
+        self._came_at: dict[int, float] = {}  # when a signal was passed on last
         self._asked_to_end_at = math.inf  # by a TERM, which was passed on
 
     def run(self) -> Exited:
@@ -236,12 +250,16 @@ class _Joint:
     def _forward(self, number: int) -> None:
         if self._process.exited is not None:  # it is for us, who wait for a reader of ours only
             raise Interrupted if number == signal.SIGINT else Killed(number)
+        if number in TWICE_WITHIN:
+            now = time.monotonic()
+            since = now - self._came_at.get(number, -math.inf)
+            if since < ONCE_WITHIN:
+                return
+            if since < TWICE_WITHIN[signal.Signals(number)]:
+                raise Interrupted if number == signal.SIGINT else Insisted(number)
+            self._came_at[number] = now
         if number == signal.SIGTERM:
             self._asked_to_end_at = min(self._asked_to_end_at, time.monotonic())
-        if number == signal.SIGINT:
-            if time.monotonic() - self._interrupted_at < TWICE_WITHIN:
-                raise Interrupted
-            self._interrupted_at = time.monotonic()
         self._process.signal(number)
 
     def _with_terminal(self, terminal: Terminal, number: int) -> None:

@@ -8,6 +8,7 @@ from typing import Final
 
 from guest.errors import printable
 from host_client.cli.output import write_all
+from host_client.errors import MachineError
 
 __all__ = ["complain", "say"]
 
@@ -21,8 +22,11 @@ def say(text: str) -> None:
 
 
 def complain(message: str, program: str = "microguest") -> None:
-    """One line on stderr. Killed as `say`."""
-    _tell(STDERR, printable(f"{program}: {' '.join(message.split())}"))
+    """One line on stderr, unless that takes nothing. Killed as `say`."""
+    try:
+        _tell(STDERR, printable(f"{program}: {' '.join(message.split())}"))
+    except MachineError:
+        pass  # there is nowhere else to say it; the exit code tells
 
 
 def _tell(fd: int, text: str) -> None:

@@ -80,17 +80,27 @@ def value_of(action: str, row: Row) -> str:
     return {"upper": text.upper, "lower": text.lower}.get(function or "", lambda: text)()
 
 
-def filtered(rows: Sequence[Row], filters: Sequence[str], keys: Mapping[str, str]) -> list[Row]:
+def filtered(
+    rows: Sequence[Row],
+    filters: Sequence[str],
+    keys: Mapping[str, str],
+    known: Mapping[str, Sequence[str]],
+) -> list[Row]:
     """Those that fit: one of the values of each key that is given. MachineError.
 
     keys: by key of a filter, the field that it looks at. A mapping has to have KEY, or KEY=VALUE;
-    of a Name a part is enough.
+    of a Name a part is enough. known: all values that there are, of a key that has few.
     """
     wanted: dict[str, list[str]] = {}
     for text in filters:
         key, equals, value = text.partition("=")
         if not equals or key not in keys:
             raise MachineError(f"filter {text!r:.80}: write KEY=VALUE; KEY is {', '.join(keys)}")
+        if value not in known.get(key, (value,)):
+            raise MachineError(
+                f"filter {text!r:.80}: there is no {key} {value!r:.40}{hint(value, known[key])}: "
+                f"there are {', '.join(known[key])}"
+            )
         wanted.setdefault(key, []).append(value)
     return [
         row

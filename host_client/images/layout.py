@@ -18,7 +18,7 @@ from host_client.errors import ImageError
 from host_client.images import limits
 from host_client.images.budget import Budget
 from host_client.images.sparse import Pieces, stored_bytes
-from host_client.images.tarformat import Entry, Kind, read_entries
+from host_client.images.tarformat import BLOCK, Entry, Kind, begins_archive, read_entries
 from host_client.shortage import reason
 
 _MAX_DIGITS = 20  # of a number: more than 64 bits hold
@@ -153,6 +153,10 @@ class _Directory:
 
 
 _PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0", b"BZh")
+_WRITERS = {
+    "docker-archive": "docker save or podman save",
+    "oci-archive": "skopeo copy ... oci-archive:FILE",
+}
 _MEMBER_BYTES = 300  # what a listed member takes beside its name
 
 
@@ -166,6 +170,10 @@ class _Archive:
         with self._file() as (fd, length):
             if os.pread(fd, 6, 0).startswith(_PACKED):
                 raise ImageError(f"{path} is compressed: an archive is a plain tar, unpack it")
+            if not begins_archive(os.pread(fd, BLOCK, 0)):
+                raise ImageError(
+                    f"{path} is no tar archive: {transport} takes what {_WRITERS[transport]} writes"
+                )
             self._index(fd, length)
         lists = [name for name in ("oci-layout", "manifest.json") if self.has(name)]
         if not lists:

@@ -130,6 +130,16 @@ class _Archive:
         return block
 
 
+def begins_archive(block: bytes) -> bool:
+    """Whether a file whose first BLOCK bytes these are can be a tar archive."""
+    if block == _ZERO_BLOCK:
+        return True
+    try:
+        return len(block) == BLOCK and bool(_Header(block, 0))
+    except ImageError:
+        return False
+
+
 def _padded(size: int) -> int:
     return (size + BLOCK - 1) // BLOCK * BLOCK
 

@@ -38,8 +38,13 @@ class NamespacesBackend:
             raise MachineError("machine namespaces runs on the host's kernel: leave kernel out")
         if settings.memory != MEMORY or settings.cpus != 1:
             raise MachineError(
-                "machine namespaces has this host's memory and processors: leave memory and cpus "
-                "out, or use qemu"
+                "machine namespaces has this host's memory and processors, and limits neither: "
+                "leave memory (-m) and cpus out, or use qemu"
+            )
+        if settings.processes is not None:
+            raise MachineError(
+                "machine namespaces has no cgroup to limit processes in: leave processes "
+                "(--pids-limit) out, or use qemu"
             )
         if settings.network != "none":
             raise MachineError("machine namespaces has no network: leave network out, or use qemu")

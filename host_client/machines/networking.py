@@ -4,12 +4,17 @@ QEMU's user network is a small network of the machine's own, always the same: th
 10.0.2.2, a name server that asks this host's is 10.0.2.3. What the guest dials is dialled by QEMU.
 """
 
-from typing import Final
+import socket
+from typing import TYPE_CHECKING, Final
 
 from guest.netplan import Interface, Network, Route
-from host_client.machines.settings import Settings
+from guest.record import RecordError
+from host_client.errors import MachineError
 
-__all__ = ["MAC", "network_of"]
+if TYPE_CHECKING:
+    from host_client.machines.settings import Settings
+
+__all__ = ["MAC", "check_network", "network_of"]
 
 MAC: Final = "52:54:00:12:34:56"  # QEMU's own default; nobody else is on this network
 ADDRESS: Final = "10.0.2.15/24"
@@ -18,7 +23,31 @@ NAME_SERVER: Final = "10.0.2.3"
 HOST_GATEWAY: Final = "host-gateway"  # docker's word for the address of the host
 
 
-def network_of(settings: Settings) -> Network:
+def check_network(settings: "Settings") -> None:
+    """MachineError for what a guest would refuse after its boot, naming the option."""
+    for server in settings.dns:
+        check_address(server, f"dns {server!r:.60}", "10.0.0.53")
+    for name, address in settings.hosts.items():
+        about = f"hosts: {name!r:.60} at {address!r:.60}"
+        if address != HOST_GATEWAY:
+            check_address(address, about, "10.0.0.5")
+        elif settings.network != "user":
+            raise MachineError(f"{about}: only a machine with network user can reach this host")
+    try:
+        network_of(settings)
+    except RecordError as error:
+        raise MachineError(f"network: {error}") from None
+
+
+def check_address(text: str, about: str, example: str) -> None:
+    """As PID 1 takes it. MachineError."""
+    try:
+        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+    except (OSError, ValueError):
+        raise MachineError(f"{about}: not an IP address, as {example} or fd00::5") from None
+
+
+def network_of(settings: "Settings") -> Network:
     """RecordError for words that cannot be in the files that are written."""
     wired = settings.network == "user"
     eth0 = Interface(name="eth0", mac=MAC, addresses=(ADDRESS,), routes=(Route(via=GATEWAY),))

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -104,9 +105,9 @@ class Preparation:
 
     @property
     def command(self) -> str:
-        """The workload for people, shortened."""
+        """The workload for people, as a shell would take it, shortened."""
         workload = self._workload()
-        return " ".join(workload.argv)[:COMMAND_SHOWN] if workload else ""
+        return shlex.join(workload.argv)[:COMMAND_SHOWN] if workload else ""
 
     @property
     def token_proof(self) -> str:

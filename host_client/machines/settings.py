@@ -13,6 +13,7 @@ from guest.rootplan import Upper
 from guest.workload import Restart
 from host_client.errors import MachineError
 from host_client.machines.mounts import Mount, byte_size
+from host_client.machines.networking import check_network
 from host_client.values import Argument, identity, listed, nearest, path, word_of
 
 __all__ = ["MEMORY", "MachineOptions", "Settings", "mebibytes", "restart_of"]
@@ -214,6 +215,7 @@ class Settings:
                 raise MachineError(f"{name!r:.80} cannot be the name of an environment variable")
         if self.network not in ("none", "user"):
             raise MachineError(f"network {self.network!r:.40} is not none or user")
+        check_network(self)
         if self.writable and not self.read_only:
             raise MachineError("writable: the root is not read_only, all of it can be written to")
         restart_of(self.restart)
@@ -263,4 +265,6 @@ def restart_of(text: str) -> Restart:
         return Restart(policy="on-failure", limit=int(limit or 0))
     if text in ("always", "unless-stopped"):  # a machine that was stopped is gone
         return Restart(policy="always")
-    raise MachineError(f"restart {text!r:.40} is none of: no, on-failure, on-failure:N, always")
+    raise MachineError(
+        f"restart {text!r:.40} is none of: no, on-failure, on-failure:N, always, unless-stopped"
+    )

@@ -1,0 +1,175 @@
+"""Words that this program does not have, and values that nothing can be made of: what it says."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import machinekit
+import pytest
+from clikit import PROGRAM, microguest
+
+from host_client.cli.arguments import make_parser
+from host_client.cli.completion import commands_of
+from host_client.cli.dockerwords import COMMANDS, OPTIONS
+
+pytestmark = pytest.mark.usefixtures("machines_home")
+BOX = ("run", "--rm", "--machine", "namespaces")
+
+
+def refused(*words: str) -> str:
+    """The one line of an error of ours; nothing was started for it."""
+    done = microguest(*words)
+    assert (done.returncode, done.stdout) == (125, b"")
+    text = done.stderr.decode()
+    assert text.startswith("microguest")
+    assert text.count("\n") == 1
+    return text
+
+
+# ── docker's words ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "-p", "80:80", "x"], "unknown option -p; no connections come in"),
+        (["run", "-p80:80", "x"], "unknown option -p80:80; no connections come in"),
+        (["run", "--publish=80:80", "x"], "--publish=80:80; no connections come in"),
+        (["run", "--gpus", "all", "x"], "--gpus; no device of this host"),
+        (["run", "--net=host", "x"], "--network user"),
+        (["run", "--network", "host", "x"], "'host' is none of: none, user; user is"),
+        (["run", "--machine", "vm", "x"], "'vm' is none of: qemu, namespaces"),
+        (["run", "--hardening", "x", "y"], "'x' is none of: default, strict, off: see"),
+        (["run", "--dns-opt", "x", "y"], "that is --dns-option here"),
+        (["inspect", "x"], "'inspect' is no command; microguest ls -a --format json"),
+        (["cp", "a", "b"], "run -v shares a directory"),
+        (["images"], "run names one as oci:DIR:TAG"),
+        (["pull", "x"], "skopeo copy"),
+        (["build", "."], "docker-archive:FILE"),
+        (["help", "cp"], "run -v shares a directory"),
+        (["stop", "--timeout", "1", "x"], "that is --time here"),
+        (["kill", "x"], "required: ID; microguest stop -t 0 NAME"),
+    ],
+)
+def test_what_does_here_what_docker_s_word_does(words: list[str], message: str) -> None:
+    text = refused(*words)
+    assert message in text
+    assert "did you mean" not in text
+
+
+@pytest.mark.parametrize("word", ["--zebra", "--cups-of-tea", "--", "--x"])
+def test_no_guess_is_better_than_a_wrong_one(word: str) -> None:
+    assert "did you mean" not in refused("run", f"{word}-", "x")
+
+
+def test_docker_s_words_are_none_of_ours() -> None:
+    """Or the sentence about them would be wrong."""
+    ours = commands_of(make_parser())
+    assert COMMANDS.keys() & ours.keys() == set()
+    assert OPTIONS.keys() <= ours.keys()
+    for name, options in OPTIONS.items():
+        assert options.keys() & set(ours[name]._option_string_actions) == set()
+
+
+# ── values ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dns", "foo"], "dns 'foo': not an IP address, as 10.0.0.53"),
+        (["--dns", "1.2.3"], "dns '1.2.3': not an IP address"),
+        (["--dns", "fe80::1%eth0"], "not an IP address"),
+        (["--dns-search", "a b"], "search: at most"),
+        (["--dns-option", "a b"], "options: at most"),
+        (["--add-host", "bad"], "add-host 'bad': expected NAME:ADDRESS"),
+        (["--add-host", "db:foo"], "hosts: 'db' at 'foo': not an IP address"),
+        (["--add-host", "db:"], "expected NAME:ADDRESS"),
+        (["--add-host", "a b:1.1.1.1"], "names without spaces"),
+        (["--add-host", "me:host-gateway"], "only a machine with network user"),
+        (["--sysctl", "a:b"], "expected NAME=VALUE"),
+        (["--restart", "sometimes"], "on-failure:N, always, unless-stopped"),
+        (["--pids-limit", "5"], "no cgroup to limit processes in: leave processes (--pids-limit)"),
+        (["-m", "256M"], "limits neither: leave memory (-m) and cpus out"),
+    ],
+)
+def test_values_are_looked_at_before_a_boot(
+    image: str, machines_home: Path, words: list[str], message: str
+) -> None:
+    assert message in refused(*BOX, *words, image, "true")
+    assert not machines_home.exists() or os.listdir(machines_home) == []
+
+
+def test_addresses_of_either_family(image: str) -> None:
+    words = ("--dns", "fd00::53", "--dns", "1.1.1.1", "--add-host", "db:fd00::5")
+    files = ("cat", "/etc/resolv.conf", "/etc/hosts")
+    told = microguest(*BOX, *words, "--add-host", "web=1.1.1.2", image, *files).stdout.decode()
+    assert told.startswith("nameserver fd00::53\nnameserver 1.1.1.1\n")
+    assert "fd00::5\tdb\n" in told
+    assert "1.1.1.2\tweb\n" in told
+
+
+@pytest.mark.parametrize("kind", ["docker-archive", "oci-archive"])
+@pytest.mark.parametrize("content", [b"", b"root:x:0:0\n" * 100, b"\0" * 600 + b"x" * 600])
+def test_what_is_no_archive(tmp_path: Path, kind: str, content: bytes) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(content)
+    text = refused(*BOX, f"{kind}:{file}", "true")
+    assert f"{file} is no " in text
+    if content[:1] != b"\0":
+        assert "is no tar archive" in text
+        assert {"docker-archive": "docker save", "oci-archive": "skopeo copy"}[kind] in text
+
+
+@pytest.mark.parametrize("words", [["ls"], ["version"]])
+def test_stdout_that_takes_nothing(words: list[str]) -> None:
+    done = on_full(words, "stdout")
+    assert done.returncode == 125
+    assert done.stderr.startswith(b"microguest: cannot write to stdout: No space left on device")
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["frobnicate"], 125), (["stop", "nobody"], 1), (["ls", "--x"], 125)]
+)
+def test_stderr_that_takes_nothing_changes_no_exit_code(words: list[str], code: int) -> None:
+    assert on_full(words, "stderr").returncode == code
+
+
+def on_full(words: list[str], stream: str) -> "subprocess.CompletedProcess[bytes]":
+    """With one of the standard streams on a disk that is full."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with open("/dev/full", "wb") as full:
+        return subprocess.run([PROGRAM, *words], check=False, **{**streams, stream: full})  # type: ignore[call-overload,no-any-return]
+
+
+# ── listings ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_states_and_commands_of_listings(image: str) -> None:
+    script = "sleep 1000; : a  b"
+    words = ("-d", "--name", "box", image, "sh", "-c", script)
+    assert microguest(*BOX, *words).returncode == 0
+    for listing in (["ls"], ["ps"]):
+        text = refused(*listing, "-f", "status=runing")
+        assert "there is no status 'runing'; did you mean running?: there are created" in text
+        assert "exited" in text
+    assert "there are qemu, namespaces" in refused("ls", "-f", "machine=vm")
+    assert "there are running, exited" in refused("ps", "-f", "status=paused", "box")
+    command = f"sh -c '{script}'\n"
+    assert microguest("ls", "--format", "{{.Command}}").stdout.decode() == command
+    listed = microguest("ps", "--format", "{{.ID}} {{.Status}}: {{.Command}}", "box")
+    (line,) = listed.stdout.decode().splitlines(keepends=True)
+    assert line.startswith("main up ")
+    assert line.endswith(f" (console): {command}")  # not kept: `attach` denies it
+    assert "microguest logs box" in refused("attach", "box")
+    assert microguest("stop", "-t", "0", "box").returncode == 0
+
+
+def test_restart_in_docker_s_words(image: str) -> None:
+    words = ("-d", "--name", "again", "--restart", "unless-stopped", image, "sh", "-c")
+    assert microguest(*BOX, *words, "echo life").returncode == 0
+    machinekit.wait_until(
+        "it lives again", lambda: microguest("logs", "again").stdout.count(b"life") > 1
+    )
+    assert microguest("stop", "-t", "0", "again").returncode == 0
