@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import pytest
 from clikit import PROGRAM, Done, microguest
 from machinekit import wait_until
 from patience import PATIENCE
+
+from host_client.cli.stream import ONCE_WITHIN
 
 pytestmark = pytest.mark.usefixtures("machines_home")
 KIND = pytest.mark.parametrize("kind", machinekit.KINDS)
@@ -205,6 +208,7 @@ def test_second_interrupt_kills_the_machine(image: str, machines_home: Path) -> 
         program.send_signal(signal.SIGINT)
         assert program.stdout is not None
         assert program.stdout.readline() == b"heard\n"
+        time.sleep(ONCE_WITHIN)  # sooner it would be the same
         assert program.poll() is None
         program.send_signal(signal.SIGINT)
         program.communicate(timeout=PATIENCE)
@@ -212,13 +216,15 @@ def test_second_interrupt_kills_the_machine(image: str, machines_home: Path) -> 
     assert os.listdir(machines_home) == []
 
 
-STUBBORN = "trap '' TERM; echo up; while :; do sleep 0.1; done"
+STUBBORN = "trap 'echo heard' TERM; echo up; while :; do sleep 0.1; done"
 
 
 def test_second_term_kills_the_machine(image: str, machines_home: Path) -> None:
     with foreground(image, STUBBORN) as program:
         program.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"heard\n"
+        time.sleep(ONCE_WITHIN)
         assert program.poll() is None
         program.send_signal(signal.SIGTERM)
         program.communicate(timeout=PATIENCE)
@@ -243,7 +249,8 @@ def test_second_term_ends_exec_and_its_command(image: str) -> None:
             assert program.stdout is not None
             assert program.stdout.readline() == b"up\n"
             program.send_signal(signal.SIGTERM)
-            time.sleep(0.5)
+            assert program.stdout.readline() == b"heard\n"
+            time.sleep(ONCE_WITHIN)
             assert program.poll() is None
             guest = machinekit.family(monitor) - {monitor} if deaf else set()
             send_each(guest, signal.SIGSTOP)

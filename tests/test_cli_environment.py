@@ -389,7 +389,7 @@ def test_listings_are_harmless_and_output_is_as_it_was(box: str, image: str) -> 
 MAY_WRITE = {
     "host_client/cli/output.py",  # data: what commands write
     "host_client/cli/progress.py",  # a bar, which moves the cursor itself
-    "host_client/cli/foreground.py",  # what undoes a program's screen modes, made here
+    "host_client/cli/terminal.py",  # what undoes a program's screen modes, made here
     "host_client/machines/monitor.py",  # `note`, into monitor.log
     "host_client/vhost_vsock/__main__.py",  # not the command line's
 }

@@ -218,6 +218,34 @@ def test_killed(box: str) -> None:
         person.wait_until("the modes are back", lambda: person.is_as_before)
 
 
+SHOWN = "printf '\\033[?1049h\\033[?25l'"
+HIDDEN = "printf '\\033[?25h\\033[?1049l'"
+BACK = b"\x1b[0m\x1b[?25h\x1b[?1049l"
+
+
+@pytest.mark.parametrize(
+    ("script", "back"), [(f"{SHOWN}; vi /tmp/of-nobody", True), (f"{SHOWN}; {HIDDEN}; vi", False)]
+)
+def test_killed_in_an_editor(box: str, script: str, back: bool) -> None:
+    """By a shell's user, whose terminal stays. What the command has unset is left alone."""
+    argv = ["bash", "--norc", "--noprofile", "-i"]
+    with Person(argv, env={"PS1": "host$ ", "MG": PROGRAM, "HISTFILE": ""}) as person:
+        person.see("host$")
+        person.type(f"$MG exec -it {box} sh\r")
+        person.see(PROMPT)
+        person.type(f"{script}\r")
+        person.see("~")
+        before = len(person.raw)
+        job = min(machinekit.family(person.program.pid) - {person.program.pid})
+        guards = machinekit.family(job) - {job}
+        os.kill(job, signal.SIGKILL)
+        person.wait_until("the shell is back", lambda: b"host$" in person.raw[before:])
+        person.wait_until("its guard is gone", lambda: not any(map(machinekit.runs, guards)))
+        while person.look():
+            pass
+        assert (BACK in person.raw[before:]) == back
+
+
 def test_window_closed(box: str) -> None:
     with in_shell(box) as person:
         person.type("sleep 2000\r")

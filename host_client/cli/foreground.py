@@ -1,6 +1,5 @@
 """A process of a guest in the foreground: our streams, our signals and our terminal are its own."""
 
-import os
 import select
 import signal
 import socket
@@ -20,7 +19,7 @@ from host_client.cli.stream import (
     passed_signals,
 )
 from host_client.cli.tell import complain
-from host_client.cli.terminal import Terminal
+from host_client.cli.terminal import Terminal, write_undo
 from host_client.deadline import Deadline
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
 from host_client.process import ProcessStream
@@ -133,13 +132,4 @@ def forget(agent: Agent, name: str) -> None:
 
 def tidy_screen(terminal: Terminal) -> None:
     """Undo what the process did to the screen and did not undo itself."""
-    undo = terminal.modes.undo()
-    if not undo or not os.isatty(1):
-        return
-    poll = select.poll()
-    poll.register(1, select.POLLOUT)
-    if poll.poll(0):
-        try:
-            os.write(1, undo)
-        except OSError:
-            pass  # the terminal is gone
+    write_undo(terminal.modes.undo())

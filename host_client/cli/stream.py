@@ -212,7 +212,7 @@ class _Joint:
             if isinstance(event, Data):
                 self.outputs.put(event.stream, event.data)
                 if self._terminal is not None:
-                    self._terminal.modes.feed(event.data)
+                    self._terminal.watch_screen(event.data)
 
     # ── to the process ───────────────────────────────────────────────────────────────────────────
 

@@ -1,22 +1,26 @@
 """The caller's terminal: raw while a process of the guest has it, and as it was in every way out.
 
-Three things are put back. The modes of the line discipline, by this program; where it is killed
-before it can, by a small process that waits for its end. And the screen's own modes (alternate
-screen, mouse, hidden cursor), where the process that set them did not live to unset them.
+Two things are put back: the modes of the line discipline, and the screen's own (alternate screen,
+mouse, hidden cursor), where the process that set them did not live to unset them. By this program;
+where it is killed before it can, by a small process that waits for its end.
 """
 
 import errno
+import mmap
 import os
 import re
+import select
 import signal
 import termios
 from typing import Any, Final, Self
 
 from guest.messages import Winsize
 
-__all__ = ["NoTerminal", "ScreenModes", "Terminal", "size_of"]
+__all__ = ["NoTerminal", "ScreenModes", "Terminal", "size_of", "write_undo"]
 
 USUAL: Final = Winsize(rows=24, columns=80)  # where nobody knows better
+UNDO_MAX: Final = 256  # bytes, with their count: every mode below takes less than 10
+LAST_FD: Final = os.sysconf("SC_OPEN_MAX")
 IFLAG, OFLAG, CFLAG, LFLAG, CC = 0, 1, 2, 3, 6  # indices of tcgetattr's list
 
 
@@ -64,6 +68,11 @@ class Terminal:
         if self._guard is not None:
             self._guard.dismiss()
             self._guard = None
+
+    def watch_screen(self, output: bytes) -> None:
+        """Look at bytes on their way to the screen."""
+        if self.modes.feed(output) and self._guard is not None:
+            self._guard.note(self.modes.resets)
 
     @property
     def size(self) -> Winsize:
@@ -133,34 +142,56 @@ class _Guard:
     """A process that puts the terminal back where ours died without doing it."""
 
     def __init__(self, fd: int, before: list[Any], raw: list[Any]) -> None:
+        self._undo = mmap.mmap(-1, UNDO_MAX)  # is the child's as well
         reader, self._writer = os.pipe()
         self._pid = os.fork()
         if self._pid:
             os.close(reader)
             return
         try:
-            _watch(reader, fd, before, raw)
+            _watch(reader, fd, before, raw, self._undo)
         finally:
             os._exit(0)
 
+    def note(self, undo: bytes) -> None:
+        """What the screen needs from now on. Killed within this, we leave it as it is."""
+        self._undo[0] = 0
+        self._undo[1 : 1 + len(undo)] = undo
+        self._undo[0] = len(undo)
+
     def dismiss(self) -> None:
-        """It is not needed any more."""
+        """It is not needed any more; the screen is its owner's affair."""
+        self._undo[0] = 0
         os.close(self._writer)
         os.waitpid(self._pid, 0)
+        self._undo.close()
 
 
-def _watch(reader: int, fd: int, before: list[Any], raw: list[Any]) -> None:
+def _watch(reader: int, fd: int, before: list[Any], raw: list[Any], undo: mmap.mmap) -> None:
     """Wait for the other end's close; put back what nobody else has changed since."""
     signal.set_wakeup_fd(-1)
     os.setsid()  # out of reach of the terminal's signals, and of its job control
-    low, high = sorted((reader, fd))
-    last = os.sysconf("SC_OPEN_MAX")
-    for first, end in ((0, low), (low + 1, high), (high + 1, last)):
+    kept = sorted({reader, fd, *((1,) if os.isatty(1) else ())})
+    for first, end in zip((0, *(each + 1 for each in kept)), (*kept, LAST_FD), strict=True):
         if first < end:  # an empty range that ends at 0 would be everything
             os.closerange(first, end)
     os.read(reader, 1)
     if termios.tcgetattr(fd) == raw:
         termios.tcsetattr(fd, termios.TCSANOW, before)
+    write_undo(undo[1 : 1 + undo[0]])
+
+
+def write_undo(undo: bytes) -> None:
+    """Bring the screen of stdout back, where that is a terminal that takes it at once."""
+    if not undo or not os.isatty(1):
+        return
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    if poll.poll(0):
+        try:
+            os.write(1, undo)
+        except OSError:
+            pass  # the terminal is gone
 
 
 # ── the screen ───────────────────────────────────────────────────────────────────────────────────
@@ -195,12 +226,13 @@ class ScreenModes:
         self._unusual: set[int] = set()
         self._rest = b""
 
-    def feed(self, output: bytes) -> None:
-        """Look at bytes on their way to the screen."""
+    def feed(self, output: bytes) -> bool:
+        """Look at bytes on their way to the screen. Whether something is to be undone otherwise."""
         data = self._rest + output
         self._rest = b""
         if b"\x1b" not in data:
-            return
+            return False
+        before = set(self._unusual)
         for numbers, how in PRIVATE_MODES.findall(data):
             for mode in map(int, filter(None, numbers.split(b";"))):
                 if mode in USUALLY and USUALLY[mode] == (how == b"h"):
@@ -209,8 +241,10 @@ class ScreenModes:
                     self._unusual.add(mode)
         if unfinished := UNFINISHED.search(data):
             self._rest = unfinished[0]
+        return self._unusual != before
 
-    def undo(self) -> bytes:
+    @property
+    def resets(self) -> bytes:
         """What brings the screen back to its usual state; empty where it is in it."""
         if not self._unusual:
             return b""
@@ -218,5 +252,10 @@ class ScreenModes:
             b"\x1b[?%d%s" % (mode, b"h" if USUALLY[mode] else b"l")
             for mode in sorted(self._unusual)
         ]
-        self._unusual.clear()
         return b"".join((ATTRIBUTES_OFF, *resets))
+
+    def undo(self) -> bytes:
+        """The same once: from now on the screen counts as usual."""
+        resets = self.resets
+        self._unusual.clear()
+        return resets
