@@ -108,12 +108,11 @@ class DebianKernel:
         """See KernelSource."""
         package = self.package_file or self._fetched(cache, arch)
         try:
-            key = digest_of(
-                file_sha256(package), WANTED_MODULES, read_bytes(os.path.abspath(__file__))
-            )
+            content = file_sha256(package)
         except OSError as error:
             raise BuildError(f"cannot read the kernel package: {error}") from error
-        folder = cache.stage(f"kernel-{arch}", key, lambda to: _unpack_kernel(package, to))
+        key = digest_of(content, WANTED_MODULES, read_bytes(os.path.abspath(__file__)))
+        folder = cache.stage(f"kernel-{arch}", key, lambda to: _unpack_kernel(package, content, to))
         return _load_kernel(folder)
 
     def forget(self, cache: Cache, arch: str) -> None:
@@ -152,19 +151,25 @@ def load_order(wanted: tuple[str, ...], depends: Mapping[str, tuple[str, ...]]) 
     return ordered
 
 
-def _unpack_kernel(package: str, folder: str) -> None:
+def _unpack_kernel(package: str, content: str, folder: str) -> None:
+    """`content`: the package's SHA-256, under which the result is kept."""
     with tempfile.TemporaryDirectory(prefix="microguest-kernel-") as work:
         run(["dpkg-deb", "-x", package, work])
+        if file_sha256(package) != content:
+            raise BuildError(f"{package} was written to while it was read: try once more")
         images = glob.glob(os.path.join(work, "boot", "vmlinu[xz]-*"))
         if len(images) != 1:
             raise BuildError(f"{package} holds no kernel image; is it a linux-image package?")
         release = os.path.basename(images[0]).partition("-")[2]
         shutil.copy(images[0], os.path.join(folder, "vmlinuz"))
         # Merged-/usr packages have their modules below usr/.
-        tree = next(
-            iter(glob.glob(os.path.join(work, f"**/lib/modules/{release}"), recursive=True))
-        )
-        modules = _copy_modules(tree, os.path.join(folder, "modules"))
+        trees = glob.glob(os.path.join(work, f"**/lib/modules/{release}"), recursive=True)
+        if not trees or not os.path.exists(os.path.join(trees[0], "modules.builtin")):
+            raise BuildError(
+                f"{package} has no lib/modules/{release}/modules.builtin, which says what is built "
+                "in; is it a whole linux-image package?"
+            )
+        modules = _copy_modules(trees[0], os.path.join(folder, "modules"))
     description = {
         "release": release,
         "source": os.path.basename(package),

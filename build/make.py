@@ -5,6 +5,7 @@ Run as a script, so that its neighbours are importable by name; `build` itself i
 
 import argparse
 import os
+import subprocess
 import sys
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -18,6 +19,8 @@ from pins import load_pins  # noqa: E402
 from stages import BuildError, open_cache, say  # noqa: E402
 from toolchain import TARGETS  # noqa: E402
 
+from host_client.shortage import explain  # noqa: E402
+
 
 def main(argv: list[str]) -> int:
     """Parse, build, report. Exit status 1 and one message where the build failed."""
@@ -30,9 +33,15 @@ def main(argv: list[str]) -> int:
             refresh_kernel=options.refresh_kernel,
             sizes=options.print_sizes,
         )
-    except BuildError as error:
+    except OSError as error:
+        say(f"failed: {explain(error, move='MICROGUEST_CACHE')}")
+        return 1
+    except (BuildError, subprocess.SubprocessError) as error:
         say(f"failed: {error}")
         return 1
+    except KeyboardInterrupt:
+        say("interrupted; what was finished is in the cache, and the next build goes on from there")
+        return 130
     return 0
 
 

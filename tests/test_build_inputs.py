@@ -4,11 +4,15 @@ import builtins
 import importlib.util
 import inspect
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import types
+from pathlib import Path
 
+import imagefactory
 import pytest
 
 BUILD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "build")
@@ -103,6 +107,74 @@ def test_a_source_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
         cpython_source(Cache(root=str(tmp_path / "cache")), load_pins())
     assert str(wrong) in str(caught.value)
     assert os.listdir(tmp_path / "cache") == []
+
+
+def kernel_package(tmp_path: Path, *files: str) -> Path:
+    """A Debian package with empty files; none of Debian's kernels is as small."""
+    root = tmp_path / "package"
+    for name in ("DEBIAN/control", *files):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "DEBIAN/control").write_text(
+        "Package: linux-image-test\nVersion: 1\nArchitecture: all\n"
+        "Maintainer: nobody <nobody@example.org>\nDescription: a kernel\n"
+    )
+    package = tmp_path / "linux-image-test.deb"
+    run(["dpkg-deb", "--root-owner-group", "--build", str(root), str(package)])
+    return package
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "holds no kernel image"),
+        (["boot/vmlinuz-1"], "has no lib/modules/1/modules.builtin"),
+        (["boot/vmlinuz-1", "lib/modules/1/x.ko"], "has no lib/modules/1/modules.builtin"),
+        (["boot/vmlinuz-1", "lib/modules/1/modules.builtin"], "the kernel has no .*virtio_blk"),
+    ],
+)
+def test_a_package_that_is_no_whole_kernel(tmp_path, files, message):
+    imagefactory.require("dpkg-deb")
+    source = kernel_source(str(kernel_package(tmp_path, *files)), load_pins())
+    with pytest.raises(BuildError, match=message):
+        source.make(Cache(root=str(tmp_path)), "x86_64")
+    assert not list(tmp_path.glob("kernel-*"))
+
+
+def test_a_kernel_package_that_is_written_to_while_it_is_read(tmp_path, monkeypatch):
+    """Else what was read of it is kept under the name of what it was before."""
+    imagefactory.require("dpkg-deb")
+    package = kernel_package(tmp_path, "boot/vmlinuz-1")
+    wrapper = tmp_path / "dpkg-deb"
+    wrapper.write_text(f'#!/bin/sh\n{shutil.which("dpkg-deb")} "$@" && echo >>{package}\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(BuildError, match="was written to while it was read"):
+        kernel_source(str(package), load_pins()).make(Cache(root=str(tmp_path)), "x86_64")
+
+
+def test_an_error_of_the_system_is_one_line(tmp_path):
+    """As of a full disk: whoever builds gets no traceback."""
+    imagefactory.require("prlimit")
+    command = ["prlimit", "--fsize=0", sys.executable, os.path.join(BUILD, "make.py"), "guest"]
+    environment = {**os.environ, "MICROGUEST_CACHE": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "build: failed: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path / "build") == ["lock"]
+
+
+def test_an_interrupted_build_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("MICROGUEST_CACHE", str(tmp_path))
+    command = [sys.executable, os.path.join(BUILD, "make.py"), "guest"]
+    with open_cache(), subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        assert "waiting for another build" in child.stderr.readline()
+        child.send_signal(signal.SIGINT)
+        said = child.stderr.read()
+    assert child.returncode == 130
+    assert said.startswith("build: interrupted; what was finished is in the cache")
+    assert "Traceback" not in said
 
 
 def test_a_failed_stage_leaves_nothing(tmp_path):
