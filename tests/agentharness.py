@@ -293,10 +293,11 @@ class Host:
         raise AssertionError(f"expected an error frame, got {event!r}")
 
     def write(self, data: bytes, *, end: bool = False) -> None:
-        if data:
-            self.send(Data(stream=0, data=data))
+        """Both in one piece: what reads no further may have ended before a second one is sent."""
+        events: list[Event] = [Data(stream=0, data=data)] if data else []
         if end:
-            self.send(End(stream=0))
+            events.append(End(stream=0))
+        self.send(*events)
 
     def signal(self, number: int, target: str = "group") -> None:
         self.send(Signal(signal=number, target=target))

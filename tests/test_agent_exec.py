@@ -107,12 +107,14 @@ def test_stdin_arrives_with_the_request(agent: AgentProcess) -> None:
         assert host.collect().stdout == b"one two"
 
 
-def test_stdin_that_nobody_reads_is_discarded(agent: AgentProcess) -> None:
+def test_stdin_that_nobody_reads_is_discarded(agent: AgentProcess, tmp_path: pathlib.Path) -> None:
+    script = f"exec <&-; until test -e {tmp_path}/sent; do sleep 0.05; done; echo done"
     with Host(agent) as host:
-        host.start("sh", "-c", "exec <&-; sleep 0.2; echo done", stdin=True)
+        host.start("sh", "-c", script, stdin=True)
         for _ in range(4):
             host.write(b"x" * MIB)
         host.write(b"", end=True)
+        (tmp_path / "sent").touch()
         assert host.collect().stdout == b"done\n"
 
 

@@ -424,7 +424,7 @@ def test_input_that_a_full_pipe_did_not_take_outlives_its_writer(agent: KeepingA
     with Host(agent) as host:
         process_id = host.start(sys.executable, "-c", code, stdin=True, keep=Keep()).id
         host.write(bytes(size))
-        host.send(Detach())
+        send_while_it_runs(host, Detach())
     assert wait(agent, process_id).code == 0
     with Host(agent) as host:
         attach(host, process_id)

@@ -123,12 +123,16 @@ def test_resize_without_a_terminal_is_ignored(agent: AgentProcess) -> None:
         assert host.collect().stdout == b"on"
 
 
-def test_resize_of_an_ended_terminal_is_ignored(agent: AgentProcess) -> None:
+def test_resize_of_an_ended_terminal_is_ignored(
+    agent: AgentProcess, tmp_path: pathlib.Path
+) -> None:
     with Host(agent) as host:
-        script = "exec 0<&- 1<&- 2<&-; sleep 0.3; exit 3"
+        waits = f"until test -e {tmp_path}/resized; do sleep 0.05; done"
+        script = f"exec 0<&- 1<&- 2<&-; {waits}; exit 3"
         host.start("sh", "-c", script, tty=SIZE, stdin=True)
         assert [host.receive(), host.receive()] == [End(stream=2), End(stream=1)]
         host.resize(10, 10)
+        (tmp_path / "resized").touch()
         assert host.collect().exited.code == 3
 
 
