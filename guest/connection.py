@@ -377,7 +377,8 @@ class Connection:
         if head.channel not in (HOST_STREAMS if by_host else AGENT_STREAMS):
             return f"stream {head.channel} belongs to the other side or does not exist"
         if head.channel in self._ended:
-            return f"stream {STREAMS[head.channel]} has ended or was not asked for"
+            asked = " (stdin=True)" if by_host else ""
+            return f"stream {STREAMS[head.channel]} has ended or was not asked for{asked}"
         if head.kind == Kind.END:
             return ""
         if head.length == 0:

@@ -52,8 +52,13 @@ class Record:
         cls._defaults = {name: getattr(cls, name) for name in cls._fields if hasattr(cls, name)}
         cls._required = frozenset(cls._fields.keys() - cls._defaults.keys())
 
-    def __init__(self, **values: "Any") -> None:
+    def __init__(self, *unnamed: "Any", **values: "Any") -> None:
         given = values.keys()
+        if unnamed:
+            fields = ", ".join(f"{name}=..." for name in self._fields if name in self._required)
+            raise TypeError(
+                f"{type(self).__name__} takes its fields by name: {fields or 'NAME=...'}"
+            )
         if not self._required <= given:
             missing = next(name for name in self._fields if name not in values | self._defaults)
             raise TypeError(f"{type(self).__name__} needs {missing}")

@@ -144,11 +144,22 @@ def start_record(
     return start
 
 
+# What Python's subprocess takes there.
+OF_SUBPROCESS: Final = {
+    **dict.fromkeys(("text", "encoding", "universal_newlines"), "output is bytes: decode it"),
+    **dict.fromkeys(("stdout", "stderr", "capture_output"), "both outputs are always passed on"),
+    "input": "exec takes it, and of start the process's stdin.write",
+    "stdin": "exec takes input, and start(stdin=True) makes a stdin to write to",
+    "check": "exec raises CommandFailed where check is True; what start returns has an exit status",
+}
+
+
 def _check_names(options: Options) -> None:
     """TypeError for an option that there is not."""
     for name in options:
         if name not in Options.__annotations__:
-            raise TypeError(f"there is no option {name}: {nearest(name, Options.__annotations__)}")
+            about = OF_SUBPROCESS.get(name) or nearest(name, Options.__annotations__)
+            raise TypeError(f"there is no option {name}: {about}")
 
 
 def _check_size(start: Start) -> None:

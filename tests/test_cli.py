@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import struct
@@ -421,6 +422,34 @@ def test_ended_machine_keeps_its_name_until_it_is_used_again(image: str) -> None
         )
         assert done.returncode == code
         assert f"exited ({code})" in microguest("ls", "-a").stdout.decode()
+
+
+def agent_of(name: str) -> int:
+    """The process id that a machine's agent has on this host."""
+    inside = microguest("exec", name, "sh", "-c", "echo $PPID").stdout.decode().strip()
+    monitor = machinekit.state_of(name).monitor
+    for pid in machinekit.family(monitor) - {monitor}:
+        status = Path(f"/proc/{pid}/status").read_text()
+        spaces = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[1:]
+        if len(spaces) > 1 and spaces[-1] == inside:
+            return pid
+    raise LookupError(name)
+
+
+def test_exec_where_the_guest_has_run_out(image: str) -> None:
+    """Of descriptors: the command cannot be started, which says of what, and what to do."""
+    run(image, "sleep", "600", options=("-d", "--name", "short"))
+    agent = agent_of("short")
+    usual = resource.prlimit(agent, resource.RLIMIT_NOFILE)
+    few = len(os.listdir(f"/proc/{agent}/fd")) + 4  # a connection, but no pipes
+    resource.prlimit(agent, resource.RLIMIT_NOFILE, (few, usual[1]))
+    for words in (("exec", "short"), ("exec", "-i", "short"), ("exec", "-d", "short")):
+        done = microguest(*words, "true")
+        assert (done.returncode, done.stdout) == (126, b"")
+        assert "'true': too many files are open for one process (nofile); end" in complaint(done)
+    resource.prlimit(agent, resource.RLIMIT_NOFILE, usual)
+    assert microguest("exec", "short", "true").returncode == 0
+    assert microguest("stop", "-t", "0", "short").returncode == 0
 
 
 def test_exec_signal(image: str) -> None:

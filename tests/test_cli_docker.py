@@ -277,11 +277,13 @@ def test_completion_of_bash(image: str, tmp_path: Path) -> None:
         complete_words microguest logs --si
         complete_words microguest stop My
         complete_words microguest exec My
+        complete_words microguest run --machine n
+        complete_words microguest run --restart un
     """
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == ["stop", "--memory", "--since", "My_App.1", "My_App.1"], (
-        done.stderr
-    )
+    assert done.stdout.splitlines() == [
+        *("stop", "--memory", "--since", "My_App.1", "My_App.1", "namespaces", "unless-stopped"),
+    ], done.stderr
     assert output("completion", "zsh").startswith("#compdef microguest")
     end("My_App.1")
 

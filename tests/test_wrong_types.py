@@ -98,6 +98,19 @@ def check_machine(name: str, value: Any) -> None:
         named(error, name, value)
 
 
+def test_none_is_the_default_of_a_machine_s_option() -> None:
+    names = sorted(MachineOptions.__annotations__.keys() - {"timeout"})
+    assert Settings.of("oci:x", dict.fromkeys(names)) == Settings.of("oci:x", {})  # type: ignore[arg-type]
+
+
+def test_fields_have_names() -> None:
+    wrong = r"StagedFile takes its fields by name: path=\.\.\., data=\.\.\."
+    with pytest.raises(TypeError, match=wrong):
+        StagedFile("path", b"data")  # type: ignore[misc]
+    with pytest.raises(TypeError, match=r"Limits takes its fields by name: NAME=\.\.\."):
+        Limits(5)  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("name", MachineOptions.__annotations__)
 def test_every_option_of_a_machine(name: str) -> None:
     for value in ODD:
@@ -143,6 +156,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("exec", {"timeout": "5"}, "timeout: expected float | None, got str"),
     ("exec", {"tty": True}, "no option tty"),
     ("exec", {"timout": 5}, "did you mean timeout"),
+    ("exec", {"text": True}, "no option text: output is bytes: decode it"),
+    ("start", {"text": True}, "no option text: output is bytes: decode it"),
+    ("exec", {"stdin": True}, r"no option stdin: exec takes input, and start\(stdin=True\)"),
+    ("exec", {"capture_output": True}, "both outputs are always"),
+    ("start", {"input": b"x"}, r"no option input: .* stdin\.write"),
     ("exec", {"env": {"A": 1}}, "env: 'A'"),
     ("exec", {"env": ["A=1"]}, "env: expected a mapping"),
     ("exec", {"files": {"f": 5}}, "files: 'f': expected bytes, got int"),
@@ -213,6 +231,7 @@ def test_connect_takes_what_it_says(given: dict[str, Any], message: str) -> None
     ("given", "message"),
     [
         ({"memory": 512}, "memory: 512 of what"),
+        ({"timeout": None}, "timeout: expected float"),
         ({"cpus": "2"}, "cpus: expected int, got str"),
         ({"command": "sleep 5"}, "command: expected a list"),
         ({"command": ["sleep", 5]}, 'command: .*write "5"'),

@@ -20,6 +20,7 @@ MAC: Final = "52:54:00:12:34:56"  # QEMU's own default; nobody else is on this n
 ADDRESS: Final = "10.0.2.15/24"
 GATEWAY: Final = "10.0.2.2"
 NAME_SERVER: Final = "10.0.2.3"
+OPTIONS: Final = {"nameservers": "dns", "search": "dns_search", "options": "dns_options"}
 HOST_GATEWAY: Final = "host-gateway"  # docker's word for the address of the host
 
 
@@ -36,7 +37,8 @@ def check_network(settings: "Settings") -> None:
     try:
         network_of(settings)
     except RecordError as error:
-        raise MachineError(f"network: {error}") from None
+        field, _, wrong = str(error).partition(": ")
+        raise MachineError(f"{OPTIONS.get(field, field)}: {wrong}") from None
 
 
 def check_address(text: str, about: str, example: str) -> None:

@@ -177,6 +177,7 @@ class Settings:
     def of(cls, image: str, options: MachineOptions, **own: Any) -> Self:
         """What a caller of `boot` has chosen. TypeError, naming the option, for wrong types.
 
+        None is an option's default, but of `timeout`, where it is an error.
         Paths and ids are taken in every form that a person writes them. `own`: what is no option.
         """
         given = dict(own)
@@ -184,9 +185,9 @@ class Settings:
             if name not in MachineOptions.__annotations__:
                 known = nearest(name, MachineOptions.__annotations__)
                 raise TypeError(f"there is no option {name}: {known}")
-            given[name] = value
-            if value is None:
+            if value is None and name != "timeout":  # that could be meant as no limit
                 continue
+            given[name] = value
             if name in ("kernel", "upper", "cwd"):
                 given[name] = path(value, name)
             elif name == "user":
