@@ -350,7 +350,8 @@ def test_seccomp_profile_of_docker(image: str, tmp_path: Path) -> None:
         ({"restart": "sometimes"}, "none of: no, on-failure"),
         ({"restart": "on-failure:x"}, "none of: no, on-failure"),
         ({"restart": "on-failure:" + "9" * 5000}, "none of: no, on-failure"),
-        ({"processes": 10**30}, "processes: must be an integer"),
+        ({"processes": 5}, "no cgroup to limit processes in"),
+        ({"machine": "qemu", "processes": 10**30}, "processes: must be an integer"),
         ({"stop_signal": "BLINK"}, "stop_signal: 'BLINK'"),
         ({"network": "user"}, "no network"),
         ({"network": "wifi"}, "none or user"),
@@ -376,7 +377,7 @@ def test_refused_before_anything_is_started(
     image: str, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(MachineError) as caught:
-        boot(image, machine="namespaces", command=["true"], **options)  # type: ignore[arg-type]
+        boot(image, command=["true"], **{"machine": "namespaces", **options})  # type: ignore[arg-type]
     assert message in str(caught.value)
     assert names() == []
 
@@ -455,7 +456,7 @@ def test_volumes_as_docker_writes_them(tmp_path: Path, monkeypatch: pytest.Monke
         (["--security-opt", "apparmor=x"], "none of: no-new-privileges"),
         (["--security-opt", "seccomp=/no/such"], "cannot read the seccomp profile /no/such"),
         (["--ulimit", "nofile"], "NAME=SOFT"),
-        (["--add-host", "db"], "NAME:VALUE"),
+        (["--add-host", "db"], "NAME:ADDRESS"),
         (["--sysctl", "x"], "NAME=VALUE"),
         (["--restart", "always"], "run -d"),
         (["--restart", "sometimes"], "none of: no, on-failure"),
