@@ -26,8 +26,6 @@ STORE = f"{OWN}/etc"  # where files lie that are mounted over those of a root th
 # A root that is full, over somebody's quota, read-only or broken: it takes no file, and is left to
 # its owner to mend from inside.
 TAKES_NOTHING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-MOUNTS = "/proc/self/mounts"
-MOUNTS_SIZE = 1024 * 1024  # bytes of it that are looked through
 STORE_SIZE = "4m"  # holds the image's longest hosts file, and the few others
 LONGEST_KEPT = 1024 * 1024  # bytes of an image's /etc/hosts; a larger one is left alone
 OWN_ADDRESS = "127.0.1.1"  # of a host that has no other; Debian's convention
@@ -153,8 +151,8 @@ def cover(root: RootFolder, etc: Opened, name: str, data: bytes, mode: int) -> N
 
 def has_store() -> bool:
     """Whether OWN is the tmpfs that `make_store` makes: nobody but root can have mounted one."""
-    with call("open", MOUNTS), open(MOUNTS, "rb", buffering=0) as file:
-        lines = (file.read(MOUNTS_SIZE) or b"").split(b"\n")
+    with call("open", "/proc/self/mounts"):
+        lines = mounts.mount_table()
     return any(line.split(b" ")[1:3] == [OWN.encode(), b"tmpfs"] for line in lines)
 
 

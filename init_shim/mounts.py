@@ -31,6 +31,7 @@ __all__ = [
     "mount",
     "mount_api",
     "mount_share",
+    "mount_table",
     "open_proc",
     "restrict",
     "restrict_tree",
@@ -70,6 +71,7 @@ API = (
     ("/run", "tmpfs", NOSUID | NODEV, "mode=0755", False),
     ("/sys/fs/cgroup", "cgroup2", NOSUID | NODEV | NOEXEC, "nsdelegate", True),
 )
+TABLE_SIZE = 1024 * 1024  # bytes of the list of mounts
 API_MOVED = ("/proc", "/sys", "/dev", "/run")  # the others are inside these
 ABSENT = (errno.ENODEV, errno.ENOENT, errno.EPERM, errno.EBUSY, errno.EROFS)
 
@@ -93,6 +95,21 @@ def mount_api() -> None:
             take_console()
     with call("open", "/proc"):
         proc_folder()
+
+
+def mount_table() -> list[bytes]:
+    """The lines of /proc/self/mounts, as proc_pid_mounts(5). Raises OSError.
+
+    The kernel gives a page of it at a time, whatever is asked for. Whoever mounts more than
+    TABLE_SIZE loses the rest.
+    """
+    fd, table = open_proc("self/mounts"), b""
+    try:
+        while len(table) < TABLE_SIZE and (more := os.read(fd, TABLE_SIZE - len(table))):
+            table += more
+    finally:
+        os.close(fd)
+    return table.splitlines()
 
 
 def open_proc(path: str) -> int:

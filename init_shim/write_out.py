@@ -11,7 +11,7 @@ import time
 
 import _guestsys
 
-from init_shim.mounts import READ_ONLY, REMOUNT, open_proc
+from init_shim.mounts import READ_ONLY, REMOUNT, mount_table, open_proc
 from init_shim.reporter import say
 from init_shim.signals import fork
 
@@ -26,7 +26,6 @@ __all__ = ["remember", "write_out"]
 NO_FOLLOW = 0x8  # umount2(2): UMOUNT_NOFOLLOW
 
 STEP_WAIT = 1.0  # seconds for one file system, unless all of them have less
-MOUNTS_SIZE = 1024 * 1024  # bytes of /proc/self/mounts; whoever mounts more loses the rest
 
 MEMINFO_SIZE = 16 * 1024  # bytes; it has 1.5 KiB
 UNWRITTEN = (b"Dirty:", b"Writeback:")  # proc_meminfo(5)
@@ -158,8 +157,7 @@ class Settle:
 def mounted() -> list[tuple[str, str]]:
     """(source, target) of every mount that has a name in this root, in the order of mounting."""
     try:
-        with open(open_proc("self/mounts"), "rb", buffering=0) as file:
-            lines = (file.read(MOUNTS_SIZE) or b"").split(b"\n")
+        lines = mount_table()
     except OSError:
         return []
     found = []
