@@ -57,6 +57,8 @@ ACCOUNT_FILE = 1024 * 1024  # the image's /etc/passwd and /etc/group; larger one
 
 # ── reports from PID 1 to the host, and between PID 1 and the agent ─────────────────────────────
 REPORT_LINE = 64 * 1024
+LEFT_OUT = 16  # sentences on what a boot did without
+LEFT_OUT_TEXT = 256  # characters of each
 REPORT_CONNECT_TIMEOUT = 5.0  # the host listens before it starts the machine; it may be slow
 SUPERVISION_MESSAGE = 64 * 1024
 KEPT_META = 16 * 1024  # what the agent deposits with PID 1 about a kept process, printable ASCII

@@ -6,7 +6,7 @@ else PID 1 says on the console begins with `line_mark`.
 """
 
 from guest import limits
-from guest.record import Catalogue, Record
+from guest.record import Catalogue, Record, RecordError
 from guest.status import ExitStatus
 
 __all__ = [
@@ -51,10 +51,22 @@ class Step(Record):
 
 
 class Ready(Record):
-    """The agent serves and the root is in place. `token_proof` is the agent token's SHA-256."""
+    """The agent serves and the root is in place. `token_proof` is the agent token's SHA-256.
+
+    `left_out`: a sentence for each thing that was wanted and could not be, and that no boot needs.
+    """
 
     steps: tuple[Step, ...]
     token_proof: str
+    left_out: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        if len(self.left_out) > limits.LEFT_OUT or any(
+            len(sentence) > limits.LEFT_OUT_TEXT for sentence in self.left_out
+        ):
+            raise RecordError(
+                f"left_out: at most {limits.LEFT_OUT} texts of {limits.LEFT_OUT_TEXT} characters"
+            )
 
 
 class BootFailed(Record):

@@ -11,7 +11,7 @@ from guest import limits
 from init_shim import mounts
 from init_shim.failure import Failure, call
 from init_shim.mounts import mount
-from init_shim.reporter import say
+from init_shim.reporter import leave_out
 
 __all__ = ["find_disk", "is_read_only", "mount_disk"]
 
@@ -57,7 +57,7 @@ def mount_disk(serial: str, fstype: str, target: str, flags: int, policy: str = 
         try:
             blank_disk.grow(device, target)
         except Failure as failure:  # what is on it can be used as it is, and mended
-            say(f"disk {serial!r} ({device}) does not grow: {failure.message}")
+            leave_out(f"disk {serial!r} ({device}) does not grow: {failure.message}")
 
 
 def find_disk(serial: str) -> str:

@@ -12,7 +12,7 @@ import stat
 from init_shim import mounts
 from init_shim.confined import Opened, RootFolder
 from init_shim.failure import Failure, call
-from init_shim.reporter import say
+from init_shim.reporter import leave_out, say
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def write(name: str, text: str, mode: int = 0o644) -> None:
     try:
         put(name, text.encode("utf-8", "surrogateescape"), mode)
     except NotTaken as failure:
-        say(f"{ETC}/{name} is not as the machine was told: {failure}")
+        leave_out(f"{ETC}/{name} is not as the machine was told: {failure}")
 
 
 class NotTaken(Failure):

@@ -9,11 +9,10 @@ import _guestsys
 
 from guest import process
 from guest.bootconfig import BootConfig
-from guest.report import Ready
 from guest.workload import Workload
 from init_shim import keeper, workload
 from init_shim.agent_process import AgentProcess
-from init_shim.main import proof
+from init_shim.main import announcement
 from init_shim.reporter import Reporter
 from init_shim.signals import Signals
 from init_shim.timeline import Timeline
@@ -47,7 +46,7 @@ def hand_off(
     with timeline.step("agent-ready"):
         if not kept.await_agent(signals):
             return
-    reporter.send(Ready(steps=tuple(timeline.steps), token_proof=proof(config.agent.token)))
+    reporter.send(announcement(config, timeline))
     signals.end_deadline()
     try:
         become_init(config.workload, config)

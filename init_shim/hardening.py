@@ -15,7 +15,7 @@ from guest.bootconfig import BootConfig
 from init_shim import power
 from init_shim.failure import Failure, call
 from init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, REMOUNT, mount
-from init_shim.reporter import say
+from init_shim.reporter import leave_out
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def attempt(name: str, measure: "Callable[..., None]", *arguments: str) -> None:
         measure(*arguments)
     except Failure as failure:
         if failure.errno not in ABSENT:
-            say(f"hardening: {name} is left out: {failure}")
+            leave_out(f"hardening: {name} is left out: {failure}")
 
 
 # ── measures that are no sysctls ─────────────────────────────────────────────────────────────────

@@ -11,7 +11,7 @@ import stat
 from guest import limits
 from init_shim.confined import Opened
 from init_shim.failure import call
-from init_shim.reporter import say
+from init_shim.reporter import leave_out
 
 __all__ = ["copy"]
 
@@ -35,7 +35,9 @@ def copy(source: str, target: str) -> None:
         copy_entries(there.fd, here.fd, room, limits.RUN_DEPTH)
         give(here.fd, os.fstat(there.fd))
     if room.left_out:
-        say(f"{room.left_out} entries of the image's /run are not there, {room.first} among them")
+        leave_out(
+            f"{room.left_out} entries of the image's /run are not there, {room.first} among them"
+        )
 
 
 class Room:

@@ -25,7 +25,7 @@ from init_shim.agent_process import AgentProcess
 from init_shim.failure import Failure, call
 from init_shim.listener import open_listener
 from init_shim.main_process import MainProcess, failed_start
-from init_shim.reporter import Reporter, mark_lines, say
+from init_shim.reporter import Reporter, left_out, mark_lines, say
 from init_shim.signals import Signals
 from init_shim.supervisor import Supervisor
 from init_shim.timeline import Timeline
@@ -118,7 +118,7 @@ def bootstrap(supervisor: Supervisor, timeline: Timeline) -> None:
     with step("agent-ready"):
         await_agent(supervisor, agent)
     if agent.ready:
-        reporter.send(Ready(steps=tuple(timeline.steps), token_proof=proof(config.agent.token)))
+        reporter.send(announcement(config, timeline))
     if refusal is not None:
         raise refusal
     signals.end_deadline()
@@ -177,6 +177,15 @@ def await_agent(supervisor: Supervisor, agent: AgentProcess) -> None:
         return
     after = f"{agent.crashes} crashes" if in_time else f"{limits.AGENT_READY_TIMEOUT:g} s"
     raise Failure(f"the agent does not serve after {after}; what it said is on the console")
+
+
+def announcement(config: BootConfig, timeline: Timeline) -> Ready:
+    """What the host is told when the agent serves."""
+    return Ready(
+        steps=tuple(timeline.steps),
+        token_proof=proof(config.agent.token),
+        left_out=tuple(left_out),
+    )
 
 
 def proof(token: str) -> str:

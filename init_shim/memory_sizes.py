@@ -9,7 +9,7 @@ import os
 from guest import limits
 from guest.bootconfig import BootConfig
 from guest.rootplan import Upper
-from init_shim.reporter import say
+from init_shim.reporter import leave_out
 
 __all__ = ["Sizes", "measured", "sizes_of"]
 
@@ -49,7 +49,7 @@ def sizes_of(config: BootConfig, memory: int, free: int) -> Sizes:
     root, shm, run = (size and max(size * most // sum(wanted), LEAST) for size in wanted)
     if config.shm_size != BootConfig.shm_size or (upper is not None and upper.size != Upper.size):
         what = f"/ has {root >> 10} KiB and /dev/shm {shm >> 10} KiB"
-        say(f"the file systems in memory would take all of it: {what}")
+        leave_out(f"the file systems in memory would take all of it: {what}")
     return Sizes(root, shm, run)
 
 

@@ -21,6 +21,8 @@ from init_shim.listener import VMADDR_CID_HOST, address_of, socket_for
 __all__ = [
     "Reporter",
     "copy_to_console",
+    "leave_out",
+    "left_out",
     "mark_lines",
     "open_node",
     "own_console",
@@ -156,6 +158,16 @@ def say(line: str) -> None:
         line = f"{line_mark(_token) if _token else 'microguest: '}{line}"
     data = line.encode("utf-8", "backslashreplace").replace(b"\n", b" ")[: CONSOLE_LINE - 1]
     write_console(data + b"\n", CONSOLE_WAIT)
+
+
+def leave_out(line: str) -> None:
+    """`say` what the boot does without, and tell the host when the machine is ready."""
+    say(line)
+    if len(left_out) < limits.LEFT_OUT:
+        left_out.append(line[: limits.LEFT_OUT_TEXT])
+
+
+left_out: list[str] = []
 
 
 def copy_to_console(data: bytes) -> None:

@@ -12,7 +12,7 @@ from init_shim import disks, mounts
 from init_shim.confined import Opened, RootFolder
 from init_shim.failure import Failure, call
 from init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, RECURSIVE, mount
-from init_shim.reporter import say
+from init_shim.reporter import leave_out
 from init_shim.root import NEW_ROOT
 
 __all__ = ["mount_volumes"]
@@ -54,7 +54,7 @@ def make_directory(root: RootFolder, path: str) -> None:
     try:
         os.close(root.open_target(path, directory=True, create=True).fd)
     except Failure as failure:
-        say(f"{path} is not made: {failure.message}")
+        leave_out(f"{path} is not made: {failure.message}")
 
 
 def make_writable(root: RootFolder, path: str) -> None:

@@ -129,6 +129,24 @@ def test_a_run_without_end_is_cut_and_that_is_said(root: Path) -> None:
 # ── its volumes ──────────────────────────────────────────────────────────────────────────────────
 
 
+def test_what_a_boot_does_without_is_reported(root: Path) -> None:
+    """A sentence of each, and no more than the contract has."""
+    for number in range(limits.LEFT_OUT + 5):
+        (root / f"file-{number}").touch()
+    (root / ("x" * 200)).touch()
+    paths = ["/" + "x" * 200, *(f"/file-{number}" for number in range(limits.LEFT_OUT + 5))]
+    config = boot_config(["true"])
+    config["root"]["directories"] = paths
+    with Machine(root, config) as machine:
+        left_out = machine.report("ready")["left_out"]
+        assert machine.wait() == 0
+    assert len(left_out) == limits.LEFT_OUT
+    assert max(map(len, left_out)) == limits.LEFT_OUT_TEXT
+    assert left_out[1] == (
+        "/file-0 is not made: /file-0 is a file and a directory is to be mounted there"
+    )
+
+
 def test_directories_are_made_where_they_are_missing(root: Path) -> None:
     (root / "there").mkdir()
     (root / "there").chmod(0o700)

@@ -11,6 +11,7 @@ import socket
 import stat
 import sys
 import time
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import machinekit
@@ -20,12 +21,13 @@ from patience import PATIENCE, SLACK
 
 from guest.report import CONSOLE_MARK
 from host_client import boot
+from host_client.chart import boot_chart
 from host_client.errors import BootFailed, MachineError
 from host_client.machines.console import HALF_MAX, LogReader, RotatingLog, printable_lines, read_log
 from host_client.machines.folder import claim, is_alive, names, read_state
 from host_client.machines.machine import Machine
 from host_client.machines.monitor import FAILED_WAIT
-from host_client.machines.plan import AGENT_EXITS_MAX, EVENTS_MAX, cut
+from host_client.machines.plan import AGENT_EXITS_MAX, EVENT_MAX, EVENTS_MAX, cut
 from host_client.machines.qmp import Qmp
 from host_client.vhost_vsock.loop import EventLoop
 
@@ -261,6 +263,59 @@ sys.exit(1)
     assert state.boot_failed is not None
     assert (len(state.agent_exits), len(state.events)) == (AGENT_EXITS_MAX, EVENTS_MAX)
     assert state.status == "boot-failed"
+
+
+@pytest.mark.parametrize("moment", [9.2e18, -9.2e18, 5e-324])
+def test_a_clock_that_no_guest_has_harms_nobody(tmp_path: Path, root: str, moment: float) -> None:
+    """Every report with a moment: the machine, its state, its list and its chart are as ever."""
+    script = f"""
+r = dial()
+at = {moment!r}
+tell(r, "workload_started", pid=7, boot_ms=at)
+ready(r, steps=[dict(name="a", start_ms=at, end_ms=at), dict(name="b", start_ms=-at, end_ms=-at)])
+tell(r, "agent_exited", signal=9, crashes=1, restart_in=abs(at))
+tell(r, "agent_serves", starts=2, boot_ms=-at)
+tell(r, "first_exec", boot_ms=at)
+tell(r, "oom_killed", pid=9, name="x", cgroup="/x", boot_ms=at)
+tell(r, "handed_off", boot_ms=-at)
+tell(r, "workload_exited", code=5, restart_in=abs(at), boot_ms=at)
+time.sleep(60)
+"""
+    with booted(tmp_path, root, script) as machine:
+        name = machine.name
+        machinekit.wait_until("it is written", lambda: len(machinekit.state_of(name).events) == 5)
+        state = machinekit.state_of(name)
+        assert state == machine.state
+        assert state.workload_exited is not None
+        starts = [step.start_ms for step in state.timeline[1:]]
+        assert starts == sorted(starts)
+        chart = boot_chart(state.timeline, title="Boot")
+        ET.fromstring(chart)
+        assert len(chart) < 100_000
+        machine.kill()
+
+
+def test_what_a_boot_did_without_is_told(tmp_path: Path, root: str) -> None:
+    script = r"""
+r = dial()
+ready(r, left_out=["/etc/hosts is not as the machine was told", "\x1b[2J" * 60])
+time.sleep(60)
+"""
+    with booted(tmp_path, root, script) as machine:
+        hosts, hostile = machine.state.events
+        assert (hosts.kind, hosts.message) == (
+            "left-out",
+            "/etc/hosts is not as the machine was told",
+        )
+        assert len(hostile.message) <= EVENT_MAX
+        machine.kill()
+
+
+def test_too_much_that_a_boot_did_without_is_no_report(tmp_path: Path, root: str) -> None:
+    script = "r = dial(); ready(r, left_out=['x'] * 17); time.sleep(60)"
+    bundle = bundle_of(tmp_path / "bundle", script)
+    with pytest.raises(BootFailed):
+        boot(root, machine="namespaces", bundle=bundle, timeout=2.0)
 
 
 def test_what_happens_is_told(tmp_path: Path, root: str) -> None:

@@ -9,6 +9,7 @@ from guest.report import (
     AgentServes,
     HandedOff,
     OomKilled,
+    Ready,
     WorkloadExited,
     WorkloadFailed,
     WorkloadStarted,
@@ -22,7 +23,7 @@ from host_client.machines.plan import (
     cut,
 )
 
-__all__ = ["changes"]
+__all__ = ["changes", "left_out"]
 
 Changes = dict[str, object]
 
@@ -86,6 +87,14 @@ def oom_killed(state: MachineState, report: OomKilled, at_ms: float) -> Changes:
     why = "its own limit" if report.limit else "the machine's memory"
     message = f"the kernel killed {report.name[:40]!r} (pid {report.pid}) for want of memory: {why}"
     return event(state, "oom-killed", at_ms, message)
+
+
+def left_out(state: MachineState, report: Ready, at_ms: float) -> Changes:
+    """What its boot did without."""
+    events = state.events
+    for sentence in report.left_out:
+        events += (Event(kind="left-out", at_ms=at_ms, message=cut(sentence, EVENT_MAX)),)
+    return {"events": events[-EVENTS_MAX:]}
 
 
 def event(state: MachineState, kind: str, at_ms: float, message: str) -> Changes:

@@ -25,7 +25,7 @@ from guest.report import BootFailed, Ready, Stopping
 from host_client.machines.boottime import BootTimeline
 from host_client.machines.console import RotatingLog, printable_lines
 from host_client.machines.folder import STATE_VARIABLE, remove_all, remove_running, write_file
-from host_client.machines.history import changes
+from host_client.machines.history import changes, left_out
 from host_client.machines.plan import (
     COMMANDS,
     CONSOLE_SHOWN,
@@ -393,7 +393,12 @@ class Monitor:
             return
         for name in self.plan.boot_files:
             os.unlink(name)
-        self._change(phase="running", agent="serving", timeline=self._timeline.steps)
+        self._change(
+            phase="running",
+            agent="serving",
+            timeline=self._timeline.steps,
+            **left_out(self.state, report, self._timeline.now()),
+        )
 
     def _on_boot_failed(self, report: BootFailed) -> None:
         self._change(boot_failed=report)

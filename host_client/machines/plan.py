@@ -132,7 +132,7 @@ class Event(Record):
     """Something that happened to a machine after its start.
 
     kind: "agent-exited", "agent-serves", "workload-restarts" (it ended and is started again),
-    "oom-killed", "handed-off".
+    "oom-killed", "handed-off", "left-out" (its boot did without something).
     """
 
     kind: str
@@ -223,9 +223,9 @@ def clipped(report: Record) -> Record:
             changes[name] = cut(value)
         elif isinstance(value, tuple):
             changes[name] = tuple(
-                step.replace(name=cut(step.name, 64))
-                for step in value[:STEPS_MAX]
-                if isinstance(step, Step)
+                item.replace(name=cut(item.name, 64)) if isinstance(item, Step) else cut(item)
+                for item in value[:STEPS_MAX]
+                if isinstance(item, Step | str)
             )
     return report.replace(**changes)
 
