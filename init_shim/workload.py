@@ -42,12 +42,11 @@ def start_workload(workload: Workload, image: ImageDefaults, most: Most) -> "Run
     """
     plan = make_plan(workload, image)
     privileges = Privileges(workload)
-    make_directory(plan)
     cgroup = own_cgroup(workload, most)
     try:
         streams = Streams(workload, plan.identity.uid)
         try:
-            pid = spawn(plan, workload, privileges, streams, cgroup)
+            pid = spawn_in_place(plan, workload, privileges, streams, cgroup)
         except BaseException:
             streams.close()
             raise
@@ -162,19 +161,6 @@ class Privileges:
             raise WorkloadNotStarted(error.code, error.message) from None
 
 
-def make_directory(plan: process.Plan) -> None:
-    """A working directory that is missing, owned by root, as docker does. WorkloadNotStarted.
-
-    What is there but is no directory is left for the start to find.
-    """
-    try:
-        if not os.path.lexists(plan.cwd):
-            with RootFolder("/") as root:
-                root.open_trusted(os.fsdecode(plan.cwd), make="directory").close()
-    except OSError as error:
-        raise not_started(plan, "mkdir", error.errno or 0) from None
-
-
 def own_cgroup(workload: Workload, most: Most) -> WorkloadCgroup | None:
     """Where there can be one. Raises WorkloadNotStarted where its limits need it."""
     try:
@@ -239,6 +225,41 @@ class Streams:
                 os.close(fd)
 
 
+def spawn_in_place(
+    plan: process.Plan,
+    workload: Workload,
+    privileges: Privileges,
+    streams: Streams,
+    cgroup: WorkloadCgroup | None,
+) -> int:
+    """As `spawn`, where the working directory may have to be made. Raises WorkloadNotStarted.
+
+    The child looks for it first, and is killed where it hangs: by now it may be a share whose
+    server is gone, and PID 1 would wait for that without an end.
+    """
+    try:
+        return spawn(plan, workload, privileges, streams, cgroup)
+    except WorkloadNotStarted as refused:
+        if refused.step != "chdir" or not make_directory(plan):
+            raise
+    return spawn(plan, workload, privileges, streams, cgroup)
+
+
+def make_directory(plan: process.Plan) -> bool:
+    """A working directory that is missing, owned by root, as docker does. WorkloadNotStarted.
+
+    False where something is there, which is no directory.
+    """
+    try:
+        if os.path.lexists(plan.cwd):
+            return False
+        with RootFolder("/") as root:
+            root.open_trusted(os.fsdecode(plan.cwd), make="directory").close()
+    except OSError as error:
+        raise not_started(plan, "mkdir", error.errno or 0) from None
+    return True
+
+
 def spawn(
     plan: process.Plan,
     workload: Workload,
@@ -281,6 +302,7 @@ def not_started(plan: process.Plan, step: str, errno: int) -> WorkloadNotStarted
         errno,
         os.fsdecode(plan.argv[0]),
         os.fsdecode(plan.cwd),
-        program_exists=any(os.path.exists(path) for path in plan.program_paths()),
+        # At another step nobody has looked for it yet: it could hang.
+        program_exists=step == "exec" and any(map(os.path.exists, plan.program_paths())),
     )
     return WorkloadNotStarted(code, message, step=step, errno=errno)

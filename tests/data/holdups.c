@@ -119,18 +119,18 @@ look(void *unused)
     return unused;
 }
 
-/* A file system over /proc that never answers; it hangs on itself, so that nobody can kill it. */
-static void
-cover(const char *told)
+static char request[64 * 1024];
+
+/* A file system that never answers. Returns its device. */
+static int
+mount_dead(const char *path)
 {
-    static char request[64 * 1024];
     struct { struct fuse_out_header header; struct fuse_init_out init; } answer = {0};
     char options[128];
-    pthread_t thread;
     int device = open("/dev/fuse", O_RDWR);
     need(device >= 0, "/dev/fuse");
     snprintf(options, sizeof options, "fd=%d,rootmode=40000,user_id=0,group_id=0", device);
-    need(!mount("cover", "/proc", "fuse", 0, options), "mount");
+    need(!mount("dead", path, "fuse", 0, options), "mount");
     need(read(device, request, sizeof request) > 0, "init");
     answer.header.len = sizeof answer;
     answer.header.unique = ((struct fuse_in_header *)request)->unique;
@@ -138,16 +138,46 @@ cover(const char *told)
     answer.init.minor = FUSE_KERNEL_MINOR_VERSION;
     answer.init.max_write = 4096;
     need(write(device, &answer, sizeof answer) == sizeof answer, "answer");
+    return device;
+}
+
+/* One over /proc, which hangs on itself, so that nobody can kill it. */
+static void
+cover(const char *told)
+{
+    pthread_t thread;
+    int device = mount_dead("/proc");
     pthread_create(&thread, NULL, look, NULL);
     need(read(device, request, sizeof request) > 0, "lookup");
     need(!kill(1, SIGTERM), "kill"); /* no shell could: it looks into /proc */
     stay(told);
 }
 
+/* One over a directory, as a share whose server is gone. It ends the machine when others have met it. */
+static void
+stall(const char *place)
+{
+    int mounted[2];
+    char done;
+    need(!pipe(mounted), "pipe");
+    if (fork() == 0) {
+        setsid();
+        mount_dead(place);
+        need(write(mounted[1], "", 1) == 1, "write");
+        sleep(3);
+        need(!kill(1, SIGTERM), "kill");
+        for (;;)
+            pause();
+    }
+    need(read(mounted[0], &done, 1) == 1, "read");
+    printf("stalled\n");
+    exit(1);
+}
+
 int
 main(int count, char **words)
 {
-    need(count == 3, "holdups redirect|stop|terminals|cover FILE");
+    need(count == 3, "holdups redirect|stop|terminals|stall|cover PATH");
     signal(SIGHUP, SIG_IGN);
     if (!strcmp(words[1], "redirect"))
         redirect(words[2]);
@@ -155,5 +185,7 @@ main(int count, char **words)
         stop(words[2]);
     if (!strcmp(words[1], "terminals"))
         terminals(words[2]);
+    if (!strcmp(words[1], "stall"))
+        stall(words[2]);
     cover(words[2]);
 }
