@@ -23,9 +23,6 @@ __all__ = ["hosts_text", "name_host", "resolv_conf_text", "write"]
 ETC = "/etc"
 OWN = "/run/microguest"  # a tmpfs: /run may be anybody's in an image, what is mounted is not moved
 STORE = f"{OWN}/etc"  # where files lie that are mounted over those of a root that takes none
-# A root that is full, over somebody's quota, read-only or broken: it takes no file, and is left to
-# its owner to mend from inside.
-TAKES_NOTHING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 STORE_SIZE = "4m"  # holds the image's longest hosts file, and the few others
 LONGEST_KEPT = 1024 * 1024  # bytes of an image's /etc/hosts; a larger one is left alone
 OWN_ADDRESS = "127.0.1.1"  # of a host that has no other; Debian's convention
@@ -36,11 +33,12 @@ LOCALHOST = """\
 
 
 def write(name: str, text: str, mode: int = 0o644) -> None:
-    """Make /etc/`name` a file with this text, owned by root. Raises Failure.
+    """Make /etc/`name` a file with this text, owned by root. Raises nothing.
 
     A symlink is replaced, not followed. A file that is a mount of its own stays as it is. Where
-    the root takes nothing, the new file is mounted over the old one; where that cannot be either,
-    it is said: nobody shall be locked out of a machine by what it has filled.
+    /etc does not take it (a full or read-only root, chattr(1)'s +i, a directory of that name), the
+    new file is mounted over the old one; where that cannot be either, it is said: nobody shall be
+    locked out of a machine by what was done inside.
     """
     try:
         put(name, text.encode("utf-8", "surrogateescape"), mode)
@@ -49,7 +47,7 @@ def write(name: str, text: str, mode: int = 0o644) -> None:
 
 
 class NotTaken(Failure):
-    """The root takes nothing, and there is nothing to mount over."""
+    """/etc does not take the file, and there is nothing to mount over."""
 
 
 def put(name: str, data: bytes, mode: int) -> None:
@@ -61,25 +59,20 @@ def put(name: str, data: bytes, mode: int) -> None:
         except OSError as error:
             if error.errno == errno.EBUSY:
                 say(f"{path} is a mount of its own and stays as it is")
-            elif error.errno in TAKES_NOTHING:
-                try:
-                    cover(root, etc, name, data, mode)
-                except Failure as failure:
-                    why = f"{os.strerror(error.errno)}; {failure.message}"
-                    raise NotTaken(why) from None
-            else:
-                with call("write", path):
-                    raise
+                return
+            try:
+                cover(root, etc, name, data, mode)
+            except Failure as failure:
+                why = f"{os.strerror(error.errno or 0)}; {failure.message}"
+                raise NotTaken(why) from None
 
 
 def open_etc(root: RootFolder) -> Opened:
-    """The image's /etc, which is made where it is missing. Raises Failure."""
+    """The image's /etc, which is made where it is missing. Raises NotTaken."""
     try:
         return root.open_target(ETC, directory=True, create=True)
     except Failure as failure:
-        if failure.errno in TAKES_NOTHING:
-            raise NotTaken(failure.message) from None
-        raise
+        raise NotTaken(failure.message) from None
 
 
 def has(folder: int, name: str, data: bytes, mode: int) -> bool:

@@ -402,6 +402,31 @@ def test_resolv_conf_of_a_read_only_root_is_not_written_through_a_users_link(
     assert told == "untouched"
 
 
+def test_what_was_made_of_etc_locks_nobody_out(root: Path) -> None:
+    """As root in the machine may have done it on a disk that is kept: by directories of a name."""
+    (root / "etc" / "hosts").mkdir()
+    (root / "etc" / ".hostname.microguest").mkdir()
+    config = boot_config(shell("cat /etc/hostname; hostname"))
+    config["hostname"] = "web"
+    with Machine(root, config) as machine:
+        (left_out,) = machine.report("ready")["left_out"]
+        assert left_out.startswith("/etc/hosts is not as the machine was told: Is a directory")
+        assert machine.wait() == 0
+        assert machine.console.splitlines()[-2:] == ["web", "web"]
+
+
+def test_an_etc_that_is_a_file_locks_nobody_out(root: Path) -> None:
+    shutil.rmtree(root / "etc")
+    (root / "etc").touch()
+    config = boot_config(shell("hostname"), user="0:0")
+    config["network"], config["hostname"] = NAMES, "web"
+    with Machine(root, config) as machine:
+        left_out = machine.report("ready")["left_out"]
+        assert {text.split()[0] for text in left_out} >= {"/etc/hostname", "/etc/resolv.conf"}
+        assert machine.wait() == 0
+        assert machine.console.splitlines()[-1] == "web"
+
+
 def test_a_read_only_root_that_has_no_such_file_boots_and_says_so(root: Path) -> None:
     config: Config = {"network": NAMES, "hostname": "web"}
     config["root"] = {**boot_config()["root"], "upper": None}
