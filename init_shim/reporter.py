@@ -163,8 +163,9 @@ def say(line: str) -> None:
 def leave_out(line: str) -> None:
     """`say` what the boot does without, and tell the host when the machine is ready."""
     say(line)
-    if len(left_out) < limits.LEFT_OUT:
-        left_out.append(line[: limits.LEFT_OUT_TEXT])
+    sentence = line[: limits.LEFT_OUT_TEXT]
+    if sentence not in left_out and len(left_out) < limits.LEFT_OUT:
+        left_out.append(sentence)
 
 
 left_out: list[str] = []
