@@ -197,6 +197,7 @@ class KeptProcess(Process):
         self._alone.set()
         # What is deposited changed while nobody could wait for PID 1 to hear of it.
         self._deposit_due = False
+        self._parting: list[tuple[Process, int]] = []
 
     # ── its life ─────────────────────────────────────────────────────────────────────────────────
 
@@ -305,13 +306,21 @@ class KeptProcess(Process):
         await self._child.end()
         self._agent.processes.pop(self.id, None)
         with claimed(self._agent, self.id):  # the next one's deposit comes after
-            await self._agent.link.deliver(lambda: (Withdraw(id=self.id), ()))
+            await self._agent.link.deliver(lambda: (Withdraw(id=self.id), ()), self._take_parting)
         self._released.set()
 
     async def _deposit(self) -> None:
         """Give PID 1 everything as it is now."""
         self._deposit_due = False
-        await self._agent.link.deliver(self._as_deposit)
+        await self._agent.link.deliver(self._as_deposit, self._take_parting)
+
+    def let_go(self, fd: int) -> None:
+        """See `Process.let_go`. PID 1 closes its copy first, with the next deposit."""
+        self._parting.append((self, fd))
+
+    def _take_parting(self) -> list[tuple[Process, int]]:
+        parting, self._parting = self._parting, []
+        return parting
 
     def _as_deposit(self) -> tuple[Deposit, Sequence[int]] | None:
         if self._gone:
@@ -435,7 +444,7 @@ class KeptProcess(Process):
     def _end_output(self, stream: int, state: int) -> None:
         self._unwatch(stream)
         self.rings[stream].end(state)
-        os.close(self.outputs.pop(stream))
+        self.let_go(self.outputs.pop(stream))
         self._deposit_due = self.exited is None
         for attachment in tuple(self.attachments):
             attachment.push()
@@ -502,6 +511,10 @@ class KeptProcess(Process):
     async def deliver(self, number: int, target: str) -> bool:
         """See `Process.deliver`."""
         return self.exited is None and await self._child.deliver(number, target)
+
+    def put_down(self) -> None:
+        """See `Process.put_down`."""
+        self._child.put_down()
 
     def resize(self, rows: int, columns: int) -> None:
         """See `Process.resize`."""

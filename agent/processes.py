@@ -183,15 +183,23 @@ class ChildProcess(Process):
             max_rss_kib=usage.ru_maxrss,
         )
 
+    def put_down(self) -> None:
+        """See `Process.put_down`. The event loop stands, so that nobody reaps it meanwhile."""
+        if self.leaf is not None and self.leaf.kill():
+            return
+        if not self._reaped:
+            kill_now(self.pid)
+            tree.run([tree.Hunt(self.pid, self.mark or tree.UNMARKED)])
+
     async def end(self) -> None:
-        """Kill what still runs, reap it, close every descriptor."""
-        self.close_streams()
+        """Kill what still runs, reap it, close every descriptor: what is dead locks no pipe."""
         if not self._reaped:
             self.signal(signal.SIGKILL, "tree")
             with trio.CancelScope(shield=True):
                 await self.settled()
                 await trio.lowlevel.wait_readable(self.exit_fd)
             self.finish(self.status())
+        self.close_streams()
         os.close(self.exit_fd)
 
 
@@ -354,6 +362,13 @@ def not_started(planned: Plan, step: str, error: OSError) -> OperationError:
         message = f"no terminal: {error.filename}: {error.strerror}; {terminals.advice(error)}"
         fields["path"] = error.filename
     return operation_error(code, message, fields)
+
+
+def kill_now(pid: int) -> None:
+    """It and its group, which are looked for by nobody first."""
+    for kill in (os.kill, os.killpg):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
 
 
 def close_all(descriptors: Iterable[int]) -> None:

@@ -88,7 +88,7 @@ class OutputPump:
         if self._process.tty:  # whose descriptor is not the only one of that description: epoll(7)
             self.unwatch()
         del self._process.outputs[self.stream]
-        os.close(self.fd)
+        self._process.let_go(self.fd)
 
     def _read(self, buffer: memoryview) -> int:
         """0 at the end, -1 where nothing is there."""
@@ -190,8 +190,8 @@ class InputPump:
         self.unwatch()
         self._ended = True
         if not self._process.tty and self._process.stdin >= 0:
-            os.close(self._process.stdin)
-            self._process.stdin = -1
+            stdin, self._process.stdin = self._process.stdin, -1
+            self._process.let_go(stdin)
 
 
 def enlarge(pipe: int) -> None:

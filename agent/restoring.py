@@ -61,7 +61,10 @@ async def restore_deposit(agent: Agent, message: Restored, descriptors: list[int
     except (OSError, RecordError, KeyError, ValueError) as error:
         log(f"process {message.id} is not kept any more: {type(error).__name__}: {error}")
     else:
+        for fd in left:
+            process.let_go(fd)
         await process.begin()
+        return
     for fd in left:
         os.close(fd)
 

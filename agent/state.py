@@ -47,6 +47,8 @@ class Process:
 
     kept = False
     tty = False
+    # Whose descriptor is being closed, and its inode: what the guard cannot see in any other way.
+    letting_go: "tuple[Process, int] | None" = None
 
     def __init__(
         self,
@@ -125,13 +127,28 @@ class Process:
             exited=exited,
         )
 
+    def put_down(self) -> None:
+        """SIGKILL to all that descends from it, now. From any thread, while no other does more."""
+
     def close_streams(self) -> None:
         """Close what is still open of its pipes."""
-        for fd in (self.stdin, *self.outputs.values()):
-            if fd >= 0:
-                os.close(fd)
+        descriptors = [fd for fd in (self.stdin, *self.outputs.values()) if fd >= 0]
         self.stdin = -1
         self.outputs.clear()
+        for fd in descriptors:
+            self.let_go(fd)
+
+    def let_go(self, fd: int) -> None:
+        """Close a descriptor of one of its streams, which is out of `stdin` and `outputs`."""
+        self.close(fd)
+
+    def close(self, fd: int) -> None:
+        """Close it now. That may stand, like all that touches a stream: `agent.guard`."""
+        Process.letting_go = self, os.fstat(fd).st_ino
+        try:
+            os.close(fd)
+        finally:
+            Process.letting_go = None
 
 
 class Agent:

@@ -7,6 +7,7 @@ understood, the agent ends: there is nobody left who would reap for it or power 
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import trio
@@ -14,12 +15,13 @@ import trio
 from agent.kept import MAIN_ID, KeptProcess
 from agent.main_process import ConsoleMain, take_main
 from agent.restoring import restore_all
-from agent.state import Agent
+from agent.state import Agent, Process
 from guest import limits
 from guest.supervision import (
     AGENT_FD,
     MESSAGES,
     AreYouThere,
+    Deposit,
     ExecStarted,
     Here,
     KeptExited,
@@ -28,11 +30,14 @@ from guest.supervision import (
     Message,
     Restored,
     RootReady,
+    Taken,
+    Withdraw,
 )
 
 __all__ = ["Link", "follow"]
 
 Packet = tuple[Message, Sequence[int]]  # with the descriptors that go with it
+Parting = list[tuple[Process, int]]  # descriptors to close, each with whose stream it is
 
 
 class Link:
@@ -42,6 +47,7 @@ class Link:
         self.sock = sock
         self._turn = trio.Lock()
         self._exec_told = False
+        self._parting: deque[Parting] = deque()  # for each deposit and withdrawal under way
 
     @classmethod
     def inherited(cls) -> "Link":
@@ -93,10 +99,13 @@ class Link:
             return  # there is no room, and later there may be; a PID 1 that is gone, `follow` sees
         self._exec_told = True
 
-    async def deliver(self, build: Callable[[], Packet | None]) -> None:
+    async def deliver(
+        self, build: Callable[[], Packet | None], parting: Callable[[], Parting] = list
+    ) -> None:
         """Tell PID 1, in the order of the calls, as soon as it has room.
 
         `build` is called at that moment, so that its descriptors are open then; None is not sent.
+        `parting` is called then for what to close once PID 1 has done what the message says.
         Raises OSError, but not where PID 1 is gone: `follow` sees that.
         """
         async with self._turn:
@@ -112,7 +121,14 @@ class Link:
                 except (BrokenPipeError, ConnectionResetError):
                     return
                 else:
+                    if isinstance(message, Deposit | Withdraw):
+                        self._parting.append(parting())
                     return
+
+    def taken(self) -> None:
+        """PID 1 has done what the oldest of these messages says."""
+        for process, fd in self._parting.popleft():
+            process.close(fd)
 
 
 async def follow(agent: Agent) -> None:
@@ -136,6 +152,8 @@ async def follow(agent: Agent) -> None:
                     process.reaped(message)
                 elif isinstance(process, ConsoleMain) and isinstance(message, MainExited):
                     process.ended(message)
+            case Taken():
+                agent.link.taken()
             case AreYouThere():
                 answer(agent, message)
             case _:

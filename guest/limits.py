@@ -53,6 +53,10 @@ HOSTS_TERMINALS = 1024  # beside them, for hosts' processes once those are taken
 REMEMBERED_IDENTITIES = 256  # users that were looked up in the image's files
 MAIN_WAIT = 5.0  # from an attach, and the root's being ready, for the workload to be started
 COLLECT_WAIT = 5.0  # where the end was asked for: for a reader to take the rest and close
+LOCK_HELD = 4.0  # of each LOCK_MINUTE the lock of a process's stream may keep the agent standing
+LOCK_MINUTE = 60.0
+LOCK_KILL_WAIT = 2.0  # from each measure against who holds it to the next one
+LOCK_SEARCH = 5.0  # for those who have the pipe open
 ACCOUNT_FILE = 1024 * 1024  # the image's /etc/passwd and /etc/group; larger ones are not read
 
 # ── reports from PID 1 to the host, and between PID 1 and the agent ─────────────────────────────

@@ -33,6 +33,7 @@ __all__ = [
     "Restored",
     "RootReady",
     "ShutdownRequest",
+    "Taken",
     "Withdraw",
 ]
 
@@ -119,7 +120,7 @@ class ExecStarted(Record):
 class Deposit(Record):
     """From the agent: keep this for the next agent. Descriptors: the pidfd, then one per name.
 
-    The same `id` again replaces what was there, and its descriptors are closed.
+    The same `id` again replaces what was there, and its descriptors are closed. See `Taken`.
     """
 
     id: str
@@ -148,6 +149,14 @@ class Withdraw(Record):
     """From the agent: forget the process and close its descriptors. An unknown id is no error."""
 
     id: str
+
+
+class Taken(Record):
+    """From PID 1, for each `Deposit` and `Withdraw` in their order: it has closed what it had to.
+
+    Only then does the agent close its own copies. Who closes a pipe last may have to wait for its
+    lock, which is the process's to hold; PID 1 may not wait.
+    """
 
 
 class KeptStatus(ExitStatus):
@@ -192,6 +201,7 @@ Message = (
     | ExecStarted
     | Deposit
     | Withdraw
+    | Taken
     | KeptExited
     | Restored
 )
@@ -211,6 +221,7 @@ MESSAGES = Catalogue(
         "exec_started": ExecStarted,
         "deposit": Deposit,
         "withdraw": Withdraw,
+        "taken": Taken,
         "kept_exited": KeptExited,
         "restored": Restored,
     },

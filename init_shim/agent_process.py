@@ -25,6 +25,7 @@ from guest.supervision import (
     MainExited,
     MainStarted,
     RootReady,
+    Taken,
     Withdraw,
 )
 from init_shim import deposits
@@ -317,6 +318,7 @@ class AgentProcess:
             taken = self.deposits.take(message, fds)
             if taken and self.workload is not None and message.pid == self.workload.pid:
                 self.workload.close_stdin()
+            self._send(Taken())
             return message
         deposits.close_all(fds)
         self._note(message)
@@ -330,6 +332,7 @@ class AgentProcess:
             self.watchdog.answer(message.number)
         elif isinstance(message, Withdraw):
             self.deposits.withdraw(message.id)
+            self._send(Taken())
         elif isinstance(message, KeptExited):
             self.deposits.note_exit(message)
 

@@ -45,6 +45,7 @@ from guest.supervision import (
     Deposit,
     ExecStarted,
     RootReady,
+    Taken,
 )
 from guest.workload import ImageDefaults
 
@@ -117,6 +118,8 @@ class AgentProcess:
     def receive(self) -> Record:
         """The agent's next message, its deposit of itself and its first exec passed over."""
         message = MESSAGES.decode(self.pid1.recv(65536))
+        if isinstance(message, Deposit):
+            self.send(Taken())
         if isinstance(message, ExecStarted) or (
             isinstance(message, Deposit) and message.id == "agent"
         ):

@@ -41,6 +41,7 @@ from guest.supervision import (
     ExecStarted,
     KeptExited,
     Restored,
+    Taken,
     Withdraw,
 )
 
@@ -70,8 +71,10 @@ class KeepingAgent(AgentProcess):
             message = MESSAGES.decode(self.pid1.recv(65536))
             if isinstance(message, Deposit):
                 self.deposits[message.id] = message
+                super().send(Taken())
             elif isinstance(message, Withdraw):
                 self.deposits.pop(message.id, None)
+                super().send(Taken())
             else:
                 assert isinstance(message, KeptExited | ExecStarted)
 

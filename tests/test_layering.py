@@ -79,7 +79,7 @@ PUBLIC = {
     "guest.supervision": [
         "AGENT_FD", "MESSAGES", "AgentReady", "AreYouThere", "Configure", "Deposit", "ExecStarted",
         "Here", "KeptExited", "KeptStatus", "MainCollected", "MainExited", "MainReader",
-        "MainStarted", "Message", "Restored", "RootReady", "ShutdownRequest", "Withdraw",
+        "MainStarted", "Message", "Restored", "RootReady", "ShutdownRequest", "Taken", "Withdraw",
     ],
     "guest.workload": [
         "Capabilities", "ImageDefaults", "Restart", "Workload", "check_init", "check_limits",

@@ -2,7 +2,9 @@
 
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -356,3 +358,58 @@ def test_the_workload_is_kept_as_well(root: Path) -> None:
         assert machine.report("workload_exited")["code"] == 3
         assert machine.report("stopping")["status"] == "done"
         assert machine.wait() == 0
+
+
+SPLICE = {"x86_64": "275", "aarch64": "76"}[os.uname().machine]
+
+
+@pytest.fixture(scope="module")
+def holder(root: Path) -> str:
+    """A program in the image that holds the lock of its own pipe: tests/data/holder.c."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs a C compiler: apt install gcc")
+    source = Path(__file__).parent / "data" / "holder.c"
+    subprocess.run(["gcc", "-static", "-o", str(root / "bin" / "holder"), str(source)], check=True)
+    return "holder"
+
+
+def holders(machine: Machine) -> list[int]:
+    """Those that wait in splice(2), with the lock."""
+    return [pid for pid in descendants(machine.process.pid) if splices(pid)]
+
+
+def splices(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/syscall").read_text().split()[0] == SPLICE
+    except OSError:
+        return False
+
+
+def test_input_that_ends_while_its_pipe_is_held_stops_neither_pid_1_nor_the_agent(
+    machine: Machine, holder: str
+) -> None:
+    process_id = start(machine, holder, "stdin", stdin=True).id
+    host, _ = attach(machine, process_id)
+    with host:
+        host.write(b"go on")
+        wait_for(lambda: holders(machine), "the lock to be held")
+        host.write(b"", end=True)
+        assert host.collect().exited.signal == signal.SIGKILL
+    assert listed(machine)[process_id].exited is not None
+    ask(machine, "forget", Forget(id=process_id))
+    pid_1_turns(machine)
+
+
+def test_output_that_is_cut_while_its_pipe_is_held_stops_neither_pid_1_nor_the_agent(
+    machine: Machine, holder: str
+) -> None:
+    started = start(machine, holder, "orphan")
+    assert wait(machine, started.id).code == 7
+    wait_for(lambda: not holders(machine), "the end of who held it")
+    pid_1_turns(machine)
+
+
+def pid_1_turns(machine: Machine) -> None:
+    """It starts another agent, which serves."""
+    kill_agent(machine)
+    listed(machine)

@@ -1,0 +1,149 @@
+"""A thread that ends who makes the event loop stand: by the lock of a pipe, or of a terminal.
+
+splice(2) holds its pipe's mutex while it waits for its other side, and a page that never comes (of
+userfaultfd, of a FUSE file) makes read(2) and write(2) hold it too. Whoever else touches that pipe
+waits uninterruptibly: to read, write, ask how much is in it, resize or close it. No call says first
+whether the lock is free. The pipes are the processes' own, so a process can do that to the agent.
+
+The thread looks at the system call that the event loop is in, and whose stream that is about. It
+reads nothing of other processes that could make it stand as well: their memory's lock is theirs
+(/proc/PID/cmdline, environ), and so is the lock that execve(2) takes (syscall, stack).
+"""
+
+import os
+import signal
+import threading
+import time
+
+from agent.state import Agent, Process, log
+from guest import limits
+
+__all__ = ["Guard"]
+
+LOOK_EVERY = 0.5  # seconds; a look is two reads in /proc
+
+
+class Guard:
+    """Of the thread that makes it. `start` once."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._parent = os.getppid()  # has the streams of kept processes as well
+        self._call = self._switches = -1
+        self._before = b""
+        self._stood: dict[Process, float] = {}  # seconds in this LOCK_MINUTE
+        self._forget_at = 0.0  # time.monotonic()
+        self._measures = 0  # that were taken while it stands
+
+    def start(self) -> None:
+        """Begin to look. Where the guest has no thread left for it, it says so and does nothing."""
+        thread = f"/proc/self/task/{threading.get_native_id()}"
+        try:
+            self._call = os.open(f"{thread}/syscall", os.O_RDONLY | os.O_CLOEXEC)
+            self._switches = os.open(f"{thread}/status", os.O_RDONLY | os.O_CLOEXEC)
+            threading.Thread(target=self._run, name="guard", daemon=True).start()
+        except (OSError, RuntimeError) as error:
+            log(f"nobody looks after pipes that processes lock: {error}")
+
+    def _run(self) -> None:
+        before = time.monotonic()
+        while True:
+            time.sleep(LOOK_EVERY)
+            now = time.monotonic()
+            try:
+                # A guest that was slow itself has seen nobody stand for longer than one look.
+                self._look(now, min(now - before, 2 * LOOK_EVERY))
+            except Exception as error:  # noqa: BLE001  it goes on, whatever it was
+                log(f"guard: {type(error).__name__}: {error}")
+            before = now
+
+    def _look(self, now: float, seconds: float) -> None:
+        call = os.pread(self._call, 256, 0)
+        about = self._about(call)
+        state = call + self._switched() if about else b""
+        stands = about is not None and state == self._before
+        self._before = state
+        if about is None or not stands:
+            self._measures = 0
+            return
+        if now >= self._forget_at:
+            self._stood.clear()
+            self._forget_at = now + limits.LOCK_MINUTE
+        process, inode = about
+        self._stood[process] = stood = self._stood.get(process, 0.0) + seconds
+        if stood >= limits.LOCK_HELD + self._measures * limits.LOCK_KILL_WAIT:
+            self._measures += 1
+            self._end(process, inode)
+
+    def _about(self, call: bytes) -> tuple[Process, int] | None:
+        """Whose stream the event loop is at, and the pipe's inode, 0 where it is none."""
+        if Process.letting_go is not None:
+            return Process.letting_go
+        words = call.split()
+        if len(words) < 2 or words[0] == b"-1":  # it runs, or waits for a page
+            return None
+        fd = int(words[1], 16)  # the first of every call that can stand
+        for process in tuple(self._agent.processes.values()):
+            if fd == process.stdin or fd in tuple(process.outputs.values()):
+                try:
+                    return process, os.fstat(fd).st_ino
+                except OSError:
+                    return None  # it has gone on
+        return None
+
+    def _switched(self) -> bytes:
+        """How often it has given up its processor: as often as before, if it stood all the time."""
+        lines = os.pread(self._switches, 8192, 0).splitlines()
+        return b"".join(line for line in lines if b"ctxt_switches:" in line)
+
+    def _end(self, process: Process, inode: int) -> None:
+        """The pipe is the process's, which has let its lock be held: first its tree has to end,
+        then who got the pipe from it otherwise, and, as nobody is served meanwhile, all."""
+        if self._measures == 1:
+            log(
+                f"process {process.id} is killed with all that it started: for"
+                f" {limits.LOCK_HELD:.0f} s the lock of one of its streams was held"
+            )
+            process.put_down()
+        elif self._measures == 2:
+            killed = [pid for pid in self._openers(inode) if kill(pid)]
+            log(f"killed as they have a stream of process {process.id} open: {killed}")
+        else:
+            log("all processes of hosts are killed: the lock of a stream is still held")
+            for each in tuple(self._agent.processes.values()):
+                each.put_down()
+
+    def _openers(self, inode: int) -> list[int]:
+        """Processes that have the pipe open, but for PID 1, the agent and who keeps its pipes."""
+        name = f"pipe:[{inode}]"
+        found: list[int] = []
+        until = time.monotonic() + limits.LOCK_SEARCH
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            if pid not in (1, self._parent, os.getpid()) and has_open(pid, name, until):
+                found.append(pid)
+        return found
+
+
+def has_open(pid: int, name: str, until: float) -> bool:
+    """Whether one of its descriptors is called that; looked for until then: time.monotonic()."""
+    try:
+        with os.scandir(f"/proc/{pid}/fd") as entries:
+            for entry in entries:
+                if time.monotonic() >= until:
+                    return False
+                try:
+                    if os.readlink(entry.path) == name:
+                        return True
+                except OSError:
+                    continue
+    except OSError:
+        pass  # it has ended, or is not ours to look at
+    return False
+
+
+def kill(pid: int) -> bool:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except OSError:
+        return False
+    return True
