@@ -16,6 +16,7 @@ import threading
 import time
 
 from agent.state import Agent, Process, log
+from agent.threads import run_beside
 from guest import limits
 
 __all__ = ["Guard"]
@@ -29,7 +30,7 @@ class Guard:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._parent = os.getppid()  # has the streams of kept processes as well
-        self._call = self._switches = -1
+        self._proc = self._call = self._switches = -1
         self._before = b""
         self._stood: dict[Process, float] = {}  # seconds in this LOCK_MINUTE
         self._forget_at = 0.0  # time.monotonic()
@@ -37,13 +38,17 @@ class Guard:
 
     def start(self) -> None:
         """Begin to look. Where the guest has no thread left for it, it says so and does nothing."""
-        thread = f"/proc/self/task/{threading.get_native_id()}"
+        thread = f"self/task/{threading.get_native_id()}"
         try:
-            self._call = os.open(f"{thread}/syscall", os.O_RDONLY | os.O_CLOEXEC)
-            self._switches = os.open(f"{thread}/status", os.O_RDONLY | os.O_CLOEXEC)
-            threading.Thread(target=self._run, name="guard", daemon=True).start()
-        except (OSError, RuntimeError) as error:
+            # Now, as the image's root may mount over it later what never answers.
+            self._proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._call = open_in(self._proc, f"{thread}/syscall")
+            self._switches = open_in(self._proc, f"{thread}/status")
+        except OSError as error:
             log(f"nobody looks after pipes that processes lock: {error}")
+            return
+        if not run_beside(self._run, "guard"):
+            log("nobody looks after pipes that processes lock: the guest has no thread left")
 
     def _run(self) -> None:
         before = time.monotonic()
@@ -118,26 +123,41 @@ class Guard:
         name = f"pipe:[{inode}]"
         found: list[int] = []
         until = time.monotonic() + limits.LOCK_SEARCH
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-            if pid not in (1, self._parent, os.getpid()) and has_open(pid, name, until):
-                found.append(pid)
+        folder = open_in(self._proc, ".")
+        try:
+            for pid in map(int, filter(str.isdigit, os.listdir(folder))):
+                if pid not in (1, self._parent, os.getpid()) and has_open(folder, pid, name, until):
+                    found.append(pid)
+        finally:
+            os.close(folder)
         return found
 
 
-def has_open(pid: int, name: str, until: float) -> bool:
+def open_in(folder: int, path: str) -> int:
+    """To read it. Raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+
+
+def has_open(proc: int, pid: int, name: str, until: float) -> bool:
     """Whether one of its descriptors is called that; looked for until then: time.monotonic()."""
     try:
-        with os.scandir(f"/proc/{pid}/fd") as entries:
+        folder = open_in(proc, f"{pid}/fd")
+    except OSError:
+        return False  # it has ended, or is not ours to look at
+    try:
+        with os.scandir(folder) as entries:
             for entry in entries:
                 if time.monotonic() >= until:
                     return False
                 try:
-                    if os.readlink(entry.path) == name:
+                    if os.readlink(entry.name, dir_fd=folder) == name:
                         return True
                 except OSError:
                     continue
     except OSError:
-        pass  # it has ended, or is not ours to look at
+        pass
+    finally:
+        os.close(folder)
     return False
 
 

@@ -9,10 +9,10 @@ from agent.hunting import Hunters
 from agent.kept import KeptProcess, Notes
 from agent.leaf import Leaf
 from agent.ring import OPEN, Ring
-from agent.state import AGENT_ID, Agent, log
+from agent.state import Agent, log
 from guest.messages import STREAMS
 from guest.record import RecordError
-from guest.supervision import Restored
+from guest.supervision import AGENT_ID, Restored
 
 __all__ = ["restore_all"]
 

@@ -22,15 +22,13 @@ from agent.leaf import Leaf
 from guest import limits
 from guest.errors import OperationError
 from guest.messages import Exited, Limits, ProcessInfo
-from guest.supervision import Configure, Deposit
+from guest.supervision import AGENT_ID, Configure, Deposit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.supervision import Link
 
-__all__ = ["AGENT_ID", "Agent", "Process", "listed_argv", "log"]
-
-AGENT_ID = "agent"  # of the agent's own deposit; no process has it
+__all__ = ["Agent", "Process", "listed_argv", "log"]
 
 
 class Process:

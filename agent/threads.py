@@ -5,6 +5,7 @@ that is an answer for the host, not a fault of the agent's.
 """
 
 import errno
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ import trio
 
 from guest.errors import operation_error
 
-__all__ = ["in_thread"]
+__all__ = ["in_thread", "run_beside"]
 
 T = TypeVar("T")
 
@@ -41,3 +42,12 @@ async def in_thread(work: Callable[[], T], *, abandon_on_cancel: bool = False) -
             " processes and threads as it may; end some of them or raise the limit, and try again",
             {"step": "thread", "errno": errno.EAGAIN},
         ) from error
+
+
+def run_beside(work: Callable[[], None], name: str) -> bool:
+    """Start a thread that ends with the agent. False where the guest has none left for it."""
+    try:
+        threading.Thread(target=work, name=name, daemon=True).start()
+    except RuntimeError:
+        return False
+    return True

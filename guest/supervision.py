@@ -16,6 +16,7 @@ from guest.workload import ImageDefaults
 
 __all__ = [
     "AGENT_FD",
+    "AGENT_ID",
     "MESSAGES",
     "AgentReady",
     "AreYouThere",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 AGENT_FD = 3
+AGENT_ID = "agent"  # of the agent's deposit of itself, whose `meta` is the path of its cgroups
 
 
 class Configure(Record):

@@ -171,6 +171,11 @@ class AgentProcess:
             say(f"agent {self.pid} hangs; it is replaced")
             self._hung = True
             os.kill(self.pid, KILL)
+        if self.watchdog.ends and not self.reaped:
+            from init_shim.dying import kill_others
+
+            killed = kill_others(self.pid, self.deposits.agents_meta(), self.deposits.pids())
+            say(f"agent {self.pid} cannot end; {killed} of its processes are killed first")
 
     def _ask(self, number: int) -> None:
         self._send(AreYouThere(number=number))

@@ -10,7 +10,7 @@ import resource
 
 from guest import limits
 from guest.status import exit_fields
-from guest.supervision import Deposit, KeptExited, KeptStatus, Restored
+from guest.supervision import AGENT_ID, Deposit, KeptExited, KeptStatus, Restored
 from init_shim.reporter import say
 from init_shim.timeline import boot_ms
 
@@ -95,6 +95,15 @@ class Deposits:
     def ids(self) -> list[str]:
         """In order."""
         return list(self._entries)
+
+    def pids(self) -> set[int]:
+        """Of kept processes, and the agent's own."""
+        return {entry.message.pid for entry in self._entries.values()}
+
+    def agents_meta(self) -> str:
+        """What the agent has deposited about itself: the path of its cgroups, "" for none."""
+        entry = self._entries.get(AGENT_ID)
+        return "" if entry is None else entry.message.meta
 
     def restored(self, process_id: str) -> "tuple[Restored, list[int]] | None":
         """What to tell a new agent, with the descriptors, which stay; None where it is gone."""

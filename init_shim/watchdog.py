@@ -22,6 +22,8 @@ __all__ = ["Watchdog"]
 # at by a debugger: none of them hangs.
 STOPPED = "T"
 HANGING = "ST"
+ENDED = "Z"  # but not for waitpid(2), while another thread of it is on its way
+EXITING = 0x4  # PF_EXITING of the flags there, in the kernel's sched.h
 
 
 class Watchdog:
@@ -32,6 +34,7 @@ class Watchdog:
 
     def __init__(self, interval: float, ask: "Callable[[int], None]") -> None:
         self.look_at: float | None = None  # time.monotonic()
+        self.ends = False  # at the last look it was ending, and it was not reaped yet
         self._interval = interval
         self._ask = ask
         self._pid = 0
@@ -59,13 +62,15 @@ class Watchdog:
     def look(self) -> bool:
         """When it is time to. Returns whether the agent hangs."""
         self._plan()
+        self.ends = False
         if self._answered:
             self._misses = 0
             self._answered = False
             self._number += 1
             self._ask(self._number)
             return False
-        state, did = activity(self._pid)
+        state, flags, did = activity(self._pid)
+        self.ends = state == ENDED or bool(flags & EXITING)
         idle = state in HANGING and did == self._seen
         self._misses = self._misses + 1 if idle else 0
         self._seen = did
@@ -77,8 +82,8 @@ class Watchdog:
         self.look_at = time.monotonic() + self._interval if self._interval else None
 
 
-def activity(pid: int) -> tuple[str, tuple[int, ...]]:
-    """Its state, "" where it cannot be seen, and what it has had of the processor so far.
+def activity(pid: int) -> tuple[str, int, tuple[int, ...]]:
+    """Its state, "" where it cannot be seen, its flags, and what it has had of the processor.
 
     The latter are numbers that only grow, of the time that it ran and that it waited for its turn.
     """
@@ -86,11 +91,11 @@ def activity(pid: int) -> tuple[str, tuple[int, ...]]:
         with open(open_proc(f"{pid}/stat"), encoding="ascii", errors="replace") as file:
             state, *fields = file.read().rpartition(")")[2].split()
     except OSError:
-        return "", ()
+        return "", 0, ()
     used = tuple(int(field) for field in fields[10:12])  # utime and stime, of all its threads
     try:
         with open(open_proc(f"{pid}/schedstat"), encoding="ascii") as file:
             used += tuple(map(int, file.read().split()))
     except OSError:
         pass  # a kernel without CONFIG_SCHED_INFO: ticks have to do
-    return state, used
+    return state, int(fields[5]), used

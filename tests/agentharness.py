@@ -46,6 +46,7 @@ from guest.supervision import (
     ExecStarted,
     RootReady,
     Taken,
+    Withdraw,
 )
 from guest.workload import ImageDefaults
 
@@ -117,13 +118,18 @@ class AgentProcess:
 
     def receive(self) -> Record:
         """The agent's next message, its deposit of itself and its first exec passed over."""
-        message = MESSAGES.decode(self.pid1.recv(65536))
-        if isinstance(message, Deposit):
-            self.send(Taken())
+        message = self.receive_any()
         if isinstance(message, ExecStarted) or (
             isinstance(message, Deposit) and message.id == "agent"
         ):
             return self.receive()
+        return message
+
+    def receive_any(self) -> Record:
+        """The agent's next message. A deposit's descriptors are closed, and it is told so."""
+        message = MESSAGES.decode(self.pid1.recv(65536))
+        if isinstance(message, Deposit | Withdraw):
+            AgentProcess.send(self, Taken())
         return message
 
     def send_root(self, root: str) -> None:

@@ -34,14 +34,12 @@ from guest.messages import (
     Winsize,
 )
 from guest.supervision import (
-    MESSAGES,
     AreYouThere,
     Configure,
     Deposit,
     ExecStarted,
     KeptExited,
     Restored,
-    Taken,
     Withdraw,
 )
 
@@ -68,13 +66,11 @@ class KeepingAgent(AgentProcess):
     def hear(self) -> None:
         """Take what the agent has said to PID 1, before the pair is full."""
         while select.select([self.pid1], [], [], 0)[0]:
-            message = MESSAGES.decode(self.pid1.recv(65536))
+            message = self.receive_any()
             if isinstance(message, Deposit):
                 self.deposits[message.id] = message
-                super().send(Taken())
             elif isinstance(message, Withdraw):
                 self.deposits.pop(message.id, None)
-                super().send(Taken())
             else:
                 assert isinstance(message, KeptExited | ExecStarted)
 
@@ -347,7 +343,7 @@ def test_drop_counts_only_what_was_not_acknowledged(agent: KeepingAgent) -> None
     with host:
         host.send(Acknowledge(stdout=size))
         host.write(b"", end=True)
-        agent.hear()
+        eventually(lambda: input_ended(agent, process_id), "the end of its input")
         exited = host.collect().exited
     assert exited.dropped == {"stdout": size - buffer}
 
@@ -653,7 +649,7 @@ def test_who_comes_to_what_is_being_forgotten_is_told(agent: KeepingAgent) -> No
         host.send(Request(op="attach", args=Attach(id=process_id)))
         while not select.select([forgetting.sock], [], [], 0)[0]:
             if select.select([agent.pid1], [], [], 0.01)[0]:
-                agent.pid1.recv(65536)
+                agent.receive_any()
         assert isinstance(forgetting.receive(), Response)
         refusal = host.refusal()
     assert refusal.code == "no_such_process"

@@ -15,7 +15,6 @@ from guest.connection import Data, Request
 from guest.messages import Attach
 from guest.status import exit_fields
 from guest.supervision import (
-    MESSAGES,
     Deposit,
     ExecStarted,
     MainCollected,
@@ -56,7 +55,7 @@ class Workload:
 
 def discard_deposits(agent: AgentProcess) -> None:
     while select.select([agent.pid1], [], [], 0)[0]:
-        assert isinstance(MESSAGES.decode(agent.pid1.recv(65536)), ASIDES)
+        assert isinstance(agent.receive_any(), ASIDES)
 
 
 def expect_collected(agent: AgentProcess) -> None:

@@ -20,7 +20,6 @@ from guest.messages import (
     Wait,
 )
 from guest.supervision import (
-    MESSAGES,
     AreYouThere,
     Deposit,
     ExecStarted,
@@ -35,7 +34,7 @@ from guest.supervision import (
 def heard(agent: AgentProcess) -> Message:
     """The next message but for the agent's deposit of itself."""
     while True:
-        message = MESSAGES.decode(agent.pid1.recv(65536))
+        message = agent.receive_any()
         if not isinstance(message, Deposit):
             assert isinstance(message, Message)
             return message

@@ -65,7 +65,7 @@ def heard(process: AgentProcess) -> Iterator[None]:
     def hear() -> None:
         while not over.is_set():
             if select.select([process.pid1], [], [], 0.05)[0]:
-                process.pid1.recv(65536)
+                process.receive_any()
 
     thread = threading.Thread(target=hear)
     thread.start()

@@ -413,3 +413,18 @@ def pid_1_turns(machine: Machine) -> None:
     """It starts another agent, which serves."""
     kill_agent(machine)
     listed(machine)
+
+
+def test_a_killed_agent_whose_pipe_is_held_is_replaced(root: Path, holder: str) -> None:
+    config = boot_config()
+    config["agent"]["watchdog"] = 0.2
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        kept = start(machine, "sleep", "4343").id
+        with dial(machine) as host:
+            host.start(holder, "stdout")
+            wait_for(lambda: holders(machine), "the lock to be held")
+            kill_agent(machine)
+        assert list(listed(machine)) == [kept]
+        assert len(sleepers(machine)) == 1
+        assert not holders(machine)
