@@ -5,7 +5,9 @@ import contextlib
 import datetime as dt
 import os
 import re
+import signal
 import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -43,6 +45,7 @@ SCRIPT = "echo one; echo two; sleep 0.2; echo three; exit 3"
 GATED = "echo one; echo two; until test -e /go; do sleep 0.05; done; printf three; exit 3"
 
 
+MACHINES = 10  # that follow each other under one name, at most
 LEFT: list[int] = []  # monitors of machines that were detached
 
 
@@ -109,6 +112,35 @@ def test_machines_are_listed_found_and_stopped(image: str) -> None:
     nothing_is_left("first", pids, within=PATIENCE)
     find("second").kill()
     assert list_machines(all=True) == []
+
+
+WAITERS = {
+    "command line": [PROGRAM, "wait", "again"],
+    "library": [
+        *(sys.executable, "-c"),
+        "from host_client import find; assert find('again').wait().ended; exit(1)",
+    ],
+}
+
+
+@pytest.mark.parametrize("words", WAITERS.values(), ids=WAITERS)
+def test_who_waits_for_a_machine_does_not_wait_for_the_next_of_its_name(
+    image: str, words: list[str]
+) -> None:
+    detached(image, "again")
+    with subprocess.Popen(words, stderr=subprocess.PIPE) as waiter:
+        for _ in range(MACHINES):  # it sees one of them, and then another
+            waiter.send_signal(signal.SIGSTOP)
+            find("again").stop(grace=0.0)
+            detached(image, "again")
+            waiter.send_signal(signal.SIGCONT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                waiter.wait(1.0)
+                break
+        _, said = waiter.communicate(timeout=PATIENCE)
+    assert waiter.returncode == 1
+    assert said.startswith(b"microguest: machine again has ended" if words[0] == PROGRAM else b"")
+    assert find("again").info.running
 
 
 def test_what_has_ended_is_found_while_it_is_kept(image: str) -> None:

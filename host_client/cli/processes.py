@@ -21,6 +21,7 @@ from host_client.errors import ConnectionLost, MachineError
 from host_client.machines.find import agent_of
 from host_client.machines.folder import is_alive
 from host_client.machines.named import find as find_machine
+from host_client.machines.named import is_another
 from host_client.request import attach_record, signal_number
 
 __all__ = ["attach", "kill", "list_processes", "wait"]
@@ -160,11 +161,16 @@ def of_process(target: str, name: str) -> int:
 def of_workload(target: str) -> int:
     """The exit code of the machine's own command, also where the machine has ended with it."""
     machine = find_machine(target)
+    before = machine.state
     while True:
         alive = is_alive(target)  # before the last look, so that it misses nothing
-        exited = machine.state.workload_exited
+        state = machine.state
+        if is_another(state, before):
+            raise ConnectionLost(f"machine {target} has ended, and another one has its name")
+        before = state
+        exited = state.workload_exited
         if exited is not None and exited.restart_in is None:
             return exited.shell_code
         if not alive:
-            raise ConnectionLost(machine.state.describe_end() or f"machine {target} has ended")
+            raise ConnectionLost(state.describe_end() or f"machine {target} has ended")
         time.sleep(LOOK_EVERY)

@@ -29,7 +29,7 @@ from host_client.machines.when import Moment
 from host_client.renewal import GuestClock
 from host_client.values import check_flag, check_seconds, text
 
-__all__ = ["MachineInfo", "NamedMachine", "find", "list_machines"]
+__all__ = ["MachineInfo", "NamedMachine", "find", "is_another", "list_machines"]
 
 ENDED_SHOWN: Final = 40  # characters of how it ended, in a list
 LOOK_EVERY: Final = 0.05  # seconds between looks at the state of a machine that is awaited
@@ -111,6 +111,11 @@ def find(name: str) -> "NamedMachine":
     if read_state(name) is None and not is_alive(name):
         raise MachineError(f"no machine named {name}: microguest ls -a lists all")
     return NamedMachine(name)
+
+
+def is_another(state: MachineState, than: MachineState) -> bool:
+    """Whether it is of a later machine of that name. One that is only being started has no time."""
+    return than.created > 0 and state.created > than.created
 
 
 class NamedMachine:
@@ -215,19 +220,31 @@ class NamedMachine:
         """Until it has ended. DeadlineExceeded after `timeout` seconds.
 
         The state says how, and has the exit code in `workload_exited`. Of a machine that keeps
-        nothing it is what was known last.
+        nothing it is what was known last, and so it is where another one has got its name since.
         """
         check_seconds(timeout, "timeout")
         deadline = None if timeout is None else time.monotonic() + timeout
-        while is_alive(self.name):
+        last = self.state
+
+        def is_there() -> bool:
+            nonlocal last
+            found = self.state
+            if is_another(found, last):
+                return False
+            last = found
+            return is_alive(self.name)
+
+        while is_there():
             try:
                 with Watch(self._running()) as watch:
-                    while not watch.wait(LOOK_EVERY):
+                    while is_there() and not watch.wait(LOOK_EVERY):
                         self._look(deadline, timeout)
             except MachineError:  # it is only being started, or has just ended
                 time.sleep(LOOK_EVERY)
             self._look(deadline, timeout)
-        return self.state
+        found = self.state
+        last = last if is_another(found, last) else found
+        return last if last.ended else last.replace(phase="ended")
 
     def _look(self, deadline: float | None, timeout: float | None) -> None:
         """Remember its state while it is there. DeadlineExceeded."""
