@@ -454,7 +454,10 @@ def test_volumes_as_docker_writes_them(tmp_path: Path, monkeypatch: pytest.Monke
         (["--mount", "type=bind,src=/x"], "say where"),
         (["--mount", "type=bind,src=/x,dst=/y,bind-propagation=shared"], "'bind-propagation'"),
         (["--security-opt", "apparmor=x"], "none of: no-new-privileges"),
-        (["--security-opt", "seccomp=/no/such"], "cannot read the seccomp profile /no/such"),
+        (["--security-opt", "no-new-privileges:maybe"], "none of: no-new-privileges"),
+        (["--security-opt", "seccomp=/no/such"], "cannot read the seccomp profile /no/such: No"),
+        (["--security-opt", "seccomp=/etc/passwd"], "profile /etc/passwd is no JSON"),
+        (["--security-opt", "seccomp=/dev/zero"], "profile /dev/zero has more than 1 MiB"),
         (["--ulimit", "nofile"], "NAME=SOFT"),
         (["--add-host", "db"], "NAME:ADDRESS"),
         (["--sysctl", "x"], "NAME=VALUE"),
@@ -477,7 +480,12 @@ def test_run_with_options(image: str, tmp_path: Path) -> None:
     done = microguest(
         *("run", "--rm", "--machine", "namespaces", "--read-only", "--tmpfs", "/tmp:size=1m"),
         *("-v", f"{tmp_path}/data:/data", "--cap-drop", "ALL", "--ulimit", "nofile=50"),
-        *("--security-opt", "no-new-privileges", "--security-opt", "mask=/proc/keys:/proc/kcore"),
+        *(
+            "--security-opt",
+            "no-new-privileges:true",
+            "--security-opt",
+            "mask=/proc/keys:/proc/kcore",
+        ),
         *("--add-host", "db:192.0.2.1", "--dns", "192.0.2.53", "--umask", "027"),
         *("--group-add", "7", "--pids-limit", "-1", image, "sh", "-c"),
         "touch /tmp/x /data/x; ulimit -n; umask; id -G; grep NoNew /proc/self/status; grep db "

@@ -60,7 +60,11 @@ def replace(path: str, data: bytes) -> None:
     path = os.path.realpath(path)
     # In /tmp others can make a link of a name that they guess, and we would write where it leads.
     temporary = f"{path}.{os.urandom(8).hex()}"
-    with open(temporary, "xb") as file:
+    try:
+        file = open(temporary, "xb")  # noqa: SIM115
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
+    with file:
         try:
             file.write(data)
             file.flush()

@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterable
 from typing import Final
 
+from host_client.cli.files import read_named
 from host_client.errors import MachineError
-from host_client.shortage import explain
 
 __all__ = ["environment"]
 
@@ -36,13 +36,7 @@ def taken(texts: Iterable[str]) -> dict[str, str]:
 
 def read(path: str) -> list[str]:
     """The lines that are neither empty nor comments. Nothing in them is quoted or replaced."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(FILE_MAX + 1)
-    except OSError as error:
-        raise MachineError(f"cannot read the env-file {explain(error, path)}") from error
-    if len(data) > FILE_MAX:
-        raise MachineError(f"the env-file {path} has more than {FILE_MAX >> 20} MiB")
+    data = read_named(path, "env-file", FILE_MAX)
     lines = []
     for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         line = os.fsdecode(raw).removesuffix("\r").lstrip()

@@ -5,9 +5,11 @@ other commands need not import what knows them.
 """
 
 import argparse
+import json
 from typing import Any, Final
 
 from host_client.cli.environment import environment
+from host_client.cli.files import read_named
 from host_client.cli.parser import add_list, add_switch
 from host_client.errors import MachineError
 from host_client.machines.settings import MachineOptions
@@ -158,7 +160,8 @@ def _security(texts: list[str]) -> MachineOptions:
     found: MachineOptions = {}
     masked: list[str] = []
     for text in texts:
-        name, _, value = text.partition("=")
+        at = min((at for sign in "=:" if (at := text.find(sign)) > 0), default=len(text))
+        name, value = text[:at], text[at + 1 :]  # docker's older form has a colon
         if name == "no-new-privileges" and value in ("", "true", "false"):
             found["no_new_privileges"] = value != "false"
         elif name == "seccomp" and value:
@@ -177,13 +180,14 @@ def _security(texts: list[str]) -> MachineOptions:
 
 
 def _profile(path: str) -> str:
-    """A file of docker's format."""
+    """A file of docker's format, of which only is known here that it is JSON."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read(PROFILE_MAX)
-    except (OSError, UnicodeDecodeError) as error:
-        raise MachineError(f"cannot read the seccomp profile {path}: {error}") from error
+        text = read_named(path, "seccomp profile", PROFILE_MAX).decode("utf-8")
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MachineError(f"the seccomp profile {path} is no JSON: {error}") from error
+    return text
 
 
-PROFILE_MAX: Final = 1024 * 1024  # characters; docker's own has 15 thousand
+PROFILE_MAX: Final = 1024 * 1024  # bytes; docker's own has 15 thousand
 UNCONFINED: Final = "unconfined"
