@@ -11,6 +11,7 @@ from typing import Any
 __all__ = [
     "Argument",
     "Buffer",
+    "absolute_path",
     "check_bytes",
     "check_count",
     "check_flag",
@@ -87,6 +88,15 @@ def path(value: object, name: str) -> str:
     if not isinstance(value, str | bytes | os.PathLike):
         raise TypeError(f"{name}: expected a path, got {kind_of(value)}")
     return sendable(os.fsdecode(value), name)
+
+
+def absolute_path(path: str | os.PathLike[str]) -> str:
+    """As os.path.abspath; the OSError says why there is none, of which Python's has no word."""
+    try:
+        return os.path.abspath(path)
+    except OSError as error:
+        why = "this is below the current directory, which has been removed"
+        raise OSError(error.errno, why, os.fspath(path)) from None
 
 
 def kind_of(value: object) -> str:

@@ -446,3 +446,21 @@ def test_one_long_cell_does_not_swell_every_row(capfd: pytest.CaptureFixture[str
     shown = capfd.readouterr().out
     assert "x" * 5000 in shown
     assert len(shown) < 5000 + 102 * 3 * (table.PADDED + table.GAP)
+
+
+@pytest.mark.parametrize(
+    "words", [["oci:image"], ["dir:root"], ["-v", "./data:/x", "dir:/"], ["-v", ".:/x", "dir:/"]]
+)
+def test_a_current_directory_that_is_gone_is_named(
+    words: list[str], tmp_path: Path, machines_home: Path
+) -> None:
+    script = 'cd "$1" && rmdir "$1" && shift && exec "$@"'
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    typed = [PROGRAM, "run", "--rm", "--machine", "namespaces", *words, "true"]
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", str(gone), *typed], capture_output=True, check=False
+    )
+    assert done.returncode == 125
+    assert b"the current directory, which has been removed" in done.stderr
+    assert done.stderr.count(b"\n") == 1

@@ -29,6 +29,7 @@ from host_client.images.reference import ImageReference, parse_reference
 from host_client.images.tarformat import read_entries
 from host_client.images.tree import Tree
 from host_client.shortage import explain
+from host_client.values import absolute_path
 
 _Recipe = Callable[[Merged, str], None]
 _CONTENT = "root"  # the disk or directory in its cache entry
@@ -179,7 +180,8 @@ def open_image(text: str, platform: str = "linux/amd64") -> Image:
     """
     reference = parse_reference(text)
     wanted = parse_platform(platform)
-    path = Path(os.path.abspath(reference.path))
+    with _readable_errors(f"{reference}"):
+        path = Path(absolute_path(reference.path))
     if reference.transport == "dir":
         return Image(reference, _checked_root(path), config=ImageConfig())
     with _readable_errors(f"{reference}"):
@@ -215,7 +217,7 @@ def as_disk(
         if Path(work_dir).resolve().is_relative_to(image.path.resolve()):
             raise ImageError(f"{image.reference} holds {work_dir}, where its disk is to be made")
         with _readable_errors(f"{image.reference}"):
-            stem = os.path.join(os.path.abspath(work_dir), "root")
+            stem = os.path.join(absolute_path(work_dir), "root")
             path, made = image.disk_of_directory(stem, progress)
         return Disk(Path(path), made)
     fstype = fstype or recipes.disk_format()

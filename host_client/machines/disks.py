@@ -8,6 +8,7 @@ from typing import Final
 from host_client.errors import MachineError
 from host_client.machines.mounts import byte_size
 from host_client.shortage import explain
+from host_client.values import absolute_path
 
 __all__ = ["GuestDisk", "image_disk"]
 
@@ -30,7 +31,7 @@ def image_disk(path: str, serial: str, *, size: str, read_only: bool = False) ->
 
     MachineError where it cannot be used.
     """
-    absolute = os.path.abspath(path)
+    absolute = absolute_path(path)
     try:
         if size and not read_only:
             make_sparse(absolute, size)

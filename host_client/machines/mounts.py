@@ -4,7 +4,6 @@ Pure but for what is relative to the current directory. Whether a source is ther
 the machine is prepared.
 """
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -12,6 +11,7 @@ from typing import Any, Final
 
 from guest.record import misfit
 from host_client.errors import MachineError
+from host_client.values import absolute_path
 
 __all__ = ["Mount", "byte_size", "parse_mount", "parse_tmpfs", "parse_volume"]
 
@@ -94,7 +94,7 @@ def parse_volume(text: str) -> Mount:
         raise MachineError(
             f"volume {text!r:.200}: there are no named volumes: give a directory, as ./{source}"
         )
-    return Mount(target=target, source=os.path.abspath(source), **_flags(options, "volume", text))
+    return Mount(target=target, source=absolute_path(source), **_flags(options, "volume", text))
 
 
 def parse_tmpfs(text: str) -> Mount:
@@ -119,7 +119,7 @@ def parse_mount(text: str) -> Mount:
     if "target" not in given:
         raise MachineError(f"mount {text!r:.200}: say where, as dst=/data")
     if given.get("source"):
-        given["source"] = os.path.abspath(given["source"])
+        given["source"] = absolute_path(given["source"])
     return Mount(**given)
 
 

@@ -19,6 +19,7 @@ from host_client.machines.mounts import Mount, byte_size
 from host_client.machines.networking import network_of
 from host_client.machines.settings import TMPFS_SIZE, Settings
 from host_client.machines.workload import defaults_of, workload_of
+from host_client.values import absolute_path
 
 __all__ = ["Preparation", "directory", "lease_of"]
 
@@ -141,7 +142,7 @@ class Preparation:
 
 def directory(path: str, target: str) -> str:
     """The absolute path of a mount's source. MachineError where it is no directory."""
-    absolute = os.path.abspath(path)
+    absolute = absolute_path(path)
     if not os.path.isdir(absolute):
         found = "is no directory" if os.path.lexists(absolute) else "does not exist"
         raise MachineError(f"mount {target}: {absolute} {found}")

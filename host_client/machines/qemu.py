@@ -27,6 +27,7 @@ from host_client.machines.prepare import Preparation, directory, lease_of
 from host_client.machines.settings import UPPER_SIZE, Settings, mebibytes
 from host_client.machines.shares import share_command, virtiofsd
 from host_client.shortage import explain
+from host_client.values import absolute_path
 
 __all__ = ["QemuBackend"]
 
@@ -136,7 +137,7 @@ class QemuBackend:
             volumes=supplies.volumes,
         )
         write_initramfs(preparation.bundle.initramfs, os.path.join(folder.run, INITRAMFS), config)
-        kernel = os.path.abspath(settings.kernel or preparation.bundle.kernel)
+        kernel = absolute_path(settings.kernel or preparation.bundle.kernel)
         address = (
             VsockAddress(cid, AGENT_PORT)
             if vsock.kind == "kernel"
