@@ -114,7 +114,7 @@ def _requirements(pins: Sequence[PackagePin], work: str) -> str:
 
 
 def _pip(command: str, *arguments: str, python_path: str | None = None) -> None:
-    environment = dict(os.environ)
+    environment = {**os.environ, "TMPDIR": tempfile.gettempdir()}  # which the next build sweeps
     if python_path is not None:
         environment["PYTHONPATH"] = python_path
     prefix = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", command]

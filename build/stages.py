@@ -23,6 +23,8 @@ from dataclasses import dataclass
 COMMAND_TIMEOUT = 1800.0
 # What a failed command's log may contribute to the error message.
 LOG_TAIL = 4000
+# How programs say that a disk is full: it is that, whatever else they say.
+NO_ROOM = (b"No space left on device", b"Disk quota exceeded")
 _PARTIAL = ".partial-"
 
 
@@ -166,6 +168,11 @@ def run(
         return done.stdout.decode(errors="replace") if log is None else ""
     said = done.stderr if log is None else read_bytes(log)
     tail = said[-LOG_TAIL:].decode(errors="replace")
+    if any(words in said for words in NO_ROOM):
+        raise BuildError(
+            f"no space left on the device: free some, or set MICROGUEST_CACHE to a directory on "
+            f"another one ({cache_root()} is where builds are kept): {shell_line(argv, cwd)}"
+        )
     raise BuildError(f"exit {done.returncode} from: {shell_line(argv, cwd)}\n{tail}")
 
 

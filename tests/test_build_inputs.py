@@ -280,6 +280,11 @@ def load(path, name):
     return module
 
 
+def test_a_full_disk_says_what_to_do():
+    with pytest.raises(BuildError, match=r"^no space left .* MICROGUEST_CACHE .*: dd if="):
+        run(["dd", "if=/dev/zero", "of=/dev/full", "count=1"], env={**os.environ, "LC_ALL": "C"})
+
+
 def test_the_front_of_inspect_agrees_with_the_original():
     front = load("standins/stdlib/inspect.py", "inspect_front")
     states = []
