@@ -44,8 +44,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_erofs(tree, tree.parent / "image.erofs")
 
 
-def held(image: Path, argv: list[str]) -> Ended:
-    config = vm_config(argv)
+def held(image: Path, argv: list[str], **workload: object) -> Ended:
+    config = vm_config(argv, **workload)
     config["root"]["upper"] = {"kind": "tmpfs"}
     ended = run_vm(config, disks={"root": image}, timeout=PATIENCE)
     assert ended.code == 0, ended.console[-3000:]
@@ -70,3 +70,10 @@ def test_a_console_that_a_user_has_stopped_tells_what_pid_1_says(image: Path) ->
 def test_a_proc_that_hangs_does_not_stop_the_power_off(image: Path) -> None:
     ended = held(image, ["holdups", "cover", "/tmp/held"])
     assert "cannot be killed" in ended.console
+
+
+def test_a_working_directory_that_hangs_does_not_stop_the_power_off(image: Path) -> None:
+    """The workload is to be started again in a share whose server is gone."""
+    restart = {"policy": "always", "delay": 0.01, "delay_max": 0.01}
+    ended = held(image, ["holdups", "stall", "/srv/place"], cwd="/srv/place", restart=restart)
+    assert ended.lines.count("stalled") == 1

@@ -153,10 +153,33 @@ cover(const char *told)
     stay(told);
 }
 
+/* One over a directory, as a share whose server is gone. It ends the machine when others have met it. */
+static void
+stall(const char *place)
+{
+    int mounted[2];
+    char done;
+    need(!pipe(mounted), "pipe");
+    if (fork() == 0) {
+        setsid();
+        int group = open("/sys/fs/cgroup/cgroup.procs", O_WRONLY); /* a next start kills what is in it */
+        need(group >= 0 && write(group, "0", 1) == 1, "cgroup.procs");
+        mount_dead(place);
+        need(write(mounted[1], "", 1) == 1, "write");
+        sleep(3);
+        need(!kill(1, SIGTERM), "kill");
+        for (;;)
+            pause();
+    }
+    need(read(mounted[0], &done, 1) == 1, "read");
+    printf("stalled\n");
+    exit(1);
+}
+
 int
 main(int count, char **words)
 {
-    need(count == 3, "holdups redirect|stop|terminals|cover PATH");
+    need(count == 3, "holdups redirect|stop|terminals|stall|cover PATH");
     signal(SIGHUP, SIG_IGN);
     if (!strcmp(words[1], "redirect"))
         redirect(words[2]);
@@ -164,5 +187,7 @@ main(int count, char **words)
         stop(words[2]);
     if (!strcmp(words[1], "terminals"))
         terminals(words[2]);
+    if (!strcmp(words[1], "stall"))
+        stall(words[2]);
     cover(words[2]);
 }
