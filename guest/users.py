@@ -64,7 +64,7 @@ def resolve(
             raise _bad_user(spec, _unusable(GROUPS_FILE))
         gid = account.gid
         others = _memberships(account.name, group)
-    others += [_explicit_group(spec, wanted, group) for wanted in more_groups]
+    others += [_explicit_group("", wanted, group) for wanted in more_groups]
     return Identity(
         uid=account.uid,
         gid=gid,
@@ -101,15 +101,16 @@ def _memberships(name: str, text: bytes | None) -> list[int]:
 
 
 def _explicit_group(spec: str, wanted: str, text: bytes | None) -> int:
+    """spec: of the user whose it is; "" where it is one of its own."""
     gid = _number(wanted)
     if gid is not None:
         return gid
     if not _is_usable(text):
-        raise _bad_user(spec, _unusable(GROUPS_FILE))
+        raise _bad_user(spec, _unusable(GROUPS_FILE), wanted)
     for fields in _lines(text, f"{wanted}:"):
         if fields[0] == wanted and (found := _group(fields)) is not None:
             return found
-    raise _bad_user(spec, f"no group {wanted!r:.200} in the image's {GROUPS_FILE}")
+    raise _bad_user(spec, f"no group {wanted!r:.200} in the image's {GROUPS_FILE}", wanted)
 
 
 def _account(fields: list[str]) -> _Account | None:
@@ -167,7 +168,9 @@ def _number(text: str) -> int | None:
     return int(text) if int(text) <= MAXIMUM_ID else None
 
 
-def _bad_user(spec: str, reason: str) -> OperationError:
+def _bad_user(spec: str, reason: str, group: str = "") -> OperationError:
+    """group: what is wrong where there is no user in it."""
+    named = f"user {spec!r:.200}" if spec or not group else f"group {group!r:.200}"
     return operation_error(
-        "bad_user", f"user {spec!r:.200}: {reason}", {"user": spec[: limits.ERROR_MESSAGE]}
+        "bad_user", f"{named}: {reason}", {"user": (spec or group)[: limits.ERROR_MESSAGE]}
     )

@@ -13,6 +13,7 @@ from host_client.channel import Obituary
 from host_client.driver import Driver
 from host_client.errors import ConnectError
 from host_client.exchange import Exchange
+from host_client.forking import Rooted
 from host_client.process import Process, ProcessStream
 from host_client.renewal import GuestClock
 from host_client.request import (
@@ -51,7 +52,7 @@ def connect(
     return agent
 
 
-class Agent:
+class Agent(Rooted):
     """Runs commands in a guest. Thread-safe; a context manager that closes what is kept open."""
 
     def __init__(
@@ -101,8 +102,12 @@ class Agent:
         return self.driver.first_exec_at
 
     def close(self) -> None:
-        """Close the kept connections. Commands that run in other threads end by themselves."""
-        self.driver.close()
+        """Close the kept connections, and end what runs in other threads: ConnectionLost there.
+
+        A `Process` has a connection of its own, and goes on. So does this object: the next call
+        connects anew.
+        """
+        self.driver.end()
 
     def exec(
         self,

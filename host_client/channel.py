@@ -206,6 +206,11 @@ class Channel:
         except OSError:
             pass  # it has ended already, which they notice as well
 
+    def fail(self, error: MicroguestError) -> None:
+        """Have whoever waits on it, in whatever thread, raise this."""
+        self._failed = error
+        self.wake()
+
     def flush(self) -> None:
         """Give the kernel what it takes now.
 

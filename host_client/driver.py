@@ -7,6 +7,8 @@ no event loop.
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from guest import limits
@@ -101,6 +103,8 @@ class Driver:
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._idle: list[Channel] = []
+        self._busy: set[Channel] = set()  # what `end` ends
+        self._ends = 0  # how often it did
         self._closed = False
         self._clock_looked_at = -CLOCK_EVERY  # monotonic clock
         self._asks_for_clock = False  # in a hello that no welcome has answered yet
@@ -114,6 +118,31 @@ class Driver:
         for channel in self._idle:
             channel.close()
         self._idle = []
+        self._busy = set()
+
+    def end(self) -> None:
+        """Close the kept connections, and end what is being asked or run: ConnectionLost there."""
+        self.close()
+        with self._lock:
+            self._ends += 1
+            for channel in self._busy:
+                channel.fail(self._ended_here())
+
+    def _ended_here(self) -> ConnectionLost:
+        return ConnectionLost(f"the connection to {self.address} was closed here, by Agent.close")
+
+    @contextmanager
+    def _ending(self, channel: Channel, ends: int) -> Iterator[None]:
+        """What runs in this on the channel is ended by `end`. `ends`: how often when it began."""
+        with self._lock:
+            if self._ends != ends:
+                raise self._ended_here()
+            self._busy.add(channel)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy.discard(channel)
 
     def close(self) -> None:
         """Close the kept connections."""
@@ -130,14 +159,15 @@ class Driver:
         seconds = None
         if start.timeout is not None:
             seconds = start.timeout + start.grace + self.timeout + KILL_ALLOWANCE
-        deadline = Deadline(seconds)
+        deadline, ends = Deadline(seconds), self._ends
         exchange = yield from self.open(start, Exchange)
         output = Output(max_output)
         try:
-            if stdin is not None:
-                exchange.write(memoryview(stdin).cast("B"))
-                exchange.end_input()
-            exited = yield from _collected(exchange, output, deadline)
+            with self._ending(exchange.channel, ends):
+                if stdin is not None:
+                    exchange.write(memoryview(stdin).cast("B"))
+                    exchange.end_input()
+                exited = yield from _collected(exchange, output, deadline)
         except DeadlineExceeded:
             raise _timed_out(start, output, "and the agent did not report its end") from None
         finally:
@@ -150,6 +180,7 @@ class Driver:
 
     def open(self, args: Start | Attach, kind: type[E], *, acknowledge: bool = False) -> Steps[E]:
         """Start or attach, and keep the connection. `acknowledge`: begin to, with what we have."""
+        ends = self._ends
         yield from self._require(args)
         if acknowledge and self._features is None:
             yield from self.ping()  # only newer agents take acknowledgements
@@ -165,9 +196,10 @@ class Driver:
         try:
             if acknowledge and FEATURES[0] in (self._features or ()):
                 channel.queue(_first_acknowledgement(args))
-            yield from exchange.answer(
-                Deadline(self.timeout), Deadline(self.timeout + limits.ROOT_WAIT)
-            )
+            with self._ending(channel, ends):
+                yield from exchange.answer(
+                    Deadline(self.timeout), Deadline(self.timeout + limits.ROOT_WAIT)
+                )
             if exchange.welcome is not None:
                 self._welcomed(exchange.welcome, began)
             yield from self._correct_clock()
@@ -185,8 +217,10 @@ class Driver:
         """Until the process has ended. DeadlineExceeded after `timeout` seconds."""
         text(process, "process")
         check_seconds(timeout, "timeout")
-        deadline = Deadline(timeout)
+        deadline, ends = Deadline(timeout), self._ends
         while True:
+            if self._ends != ends:
+                raise self._ended_here()
             seconds = deadline.within(WAIT_SLICE)
             args, asked = Wait(id=process, timeout=seconds), Deadline(seconds)
             try:
@@ -243,40 +277,42 @@ class Driver:
         `repeatable`: asking twice does no harm, so that a kept connection may be tried, which can
         turn out to be stale, as after a guest's reboot or restore.
         """
-        request = Request(op=op, args=args)
+        request, ends = Request(op=op, args=args), self._ends
         channel = self._take_idle() if repeatable else None
         if channel is not None:
             deadline = Deadline(min(REUSED_WAIT, self.timeout) + allowance)
             try:
-                return (yield from self._ask(channel, request, kind, deadline))
+                return (yield from self._ask(channel, request, kind, deadline, ends))
             except (ConnectionLost, DeadlineExceeded):
-                pass
+                if self._ends != ends:
+                    raise
         deadline = Deadline(self.timeout + allowance)
         channel = yield from self._dial(deadline)
         channel.queue(self._greeting())
-        answer = yield from self._ask(channel, request, kind, deadline)
+        answer = yield from self._ask(channel, request, kind, deadline, ends)
         yield from self._correct_clock()
         return answer
 
     def _ask(
-        self, channel: Channel, request: Request, kind: type[R], deadline: Deadline
+        self, channel: Channel, request: Request, kind: type[R], deadline: Deadline, ends: int
     ) -> Steps[R]:
         """Send one request and wait for its answer; keep the connection where it stays usable."""
         began = time.monotonic_ns()
         try:
-            channel.queue(request)
-            while True:
-                for event in (yield from channel.step(deadline)):
-                    match event:
-                        case Welcome():
-                            self._welcomed(event, began)
-                        case Failure():
-                            raise operation_error(event.code, event.message, event.fields)
-                        case Response(result=result) if isinstance(result, kind):
-                            return result
-                        case _:
-                            name = type(event).__name__
-                            raise RemoteProtocolError(f"{name} in answer to {request.op}")
+            with self._ending(channel, ends):
+                channel.queue(request)
+                while True:
+                    for event in (yield from channel.step(deadline)):
+                        match event:
+                            case Welcome():
+                                self._welcomed(event, began)
+                            case Failure():
+                                raise operation_error(event.code, event.message, event.fields)
+                            case Response(result=result) if isinstance(result, kind):
+                                return result
+                            case _:
+                                name = type(event).__name__
+                                raise RemoteProtocolError(f"{name} in answer to {request.op}")
         finally:
             if not (channel.ready and self._keep_idle(channel)):
                 channel.close()
@@ -369,7 +405,12 @@ class Driver:
                 return Channel(sock, self.address.__str__, self._obituary, probe)
 
     def _probe(self) -> Steps[None]:
-        yield from self.ping()
+        ends = self._ends
+        try:
+            yield from self.ping()
+        except ConnectionLost:
+            if self._ends == ends:  # else it is this question that was ended, and is asked again
+                raise
 
     def _take_idle(self) -> Channel | None:
         if os.getpid() != self._owner:

@@ -9,9 +9,9 @@ needs some. For a fork that Python does not know of, owners compare process ids.
 import os
 import socket
 import weakref
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-__all__ = ["Owner", "close_in_children", "tell_children"]
+__all__ = ["Owner", "Rooted", "close_in_children", "tell_children"]
 
 
 class Owner(Protocol):
@@ -23,6 +23,19 @@ class Owner(Protocol):
 
 _sockets: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
 _owners: "weakref.WeakSet[Owner]" = weakref.WeakSet()
+
+
+class Rooted:
+    """What has connections of this process, and can be neither pickled nor copied. A base class."""
+
+    _elsewhere = "connect by the machine's name, or its URL, in the other process"
+
+    def __reduce__(self) -> NoReturn:
+        """For pickle and copy alike: TypeError."""
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled or copied, as it has connections of this "
+            f"process: {self._elsewhere}"
+        )
 
 
 def close_in_children(sock: socket.socket) -> socket.socket:

@@ -13,7 +13,7 @@ from guest.messages import Resize, Signal
 from host_client.channel import Broken
 from host_client.deadline import Deadline
 from host_client.exchange import Exchange
-from host_client.forking import tell_children
+from host_client.forking import Rooted, tell_children
 from host_client.request import signal_number
 from host_client.result import Result
 from host_client.session import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
@@ -33,7 +33,7 @@ class Runner(Protocol):
     def __call__(self, steps: Steps[R], /) -> R: ...
 
 
-class Process:
+class Process(Rooted):
     """A process in a guest, started or attached to. Thread-safe; a context manager.
 
     Leaving the context kills it, unless it is kept or has ended. Its outputs are read one by one,
@@ -45,6 +45,8 @@ class Process:
     child every call but `close` does, and the process stays the parent's.
     """
 
+    _elsewhere = "keep it, and attach to it by its id in the other process"
+
     def __init__(
         self, exchange: Exchange, *, acknowledge: bool = True, max_unread: int = MAX_UNREAD
     ) -> None:
@@ -54,19 +56,12 @@ class Process:
             acknowledge=acknowledge,
             max_unread=max_unread,
         )
-        self._lock = threading.RLock()
-        self._sleepers: list[threading.Lock] = []
-        tell_children(self)
+        self._run = Turns(self._session)
         self.id = self._session.started.id
         self.pid = self._session.started.pid
         self.stdin = ProcessInput(self._run, self._session)
         self.stdout = ProcessOutput(self._run, self._session, STDOUT)
         self.stderr = ProcessOutput(self._run, self._session, STDERR)
-
-    def forked(self) -> None:
-        """See `Owner.forked`: whatever thread had the lock is not here."""
-        self._lock = threading.RLock()
-        self._sleepers = []
 
     def __enter__(self) -> Self:
         return self
@@ -147,11 +142,34 @@ class Process:
         if self._session.foreign:
             self._session.close()
             return
+        self._run.close()
+
+
+class Turns:
+    """Runs the steps of a session for many threads. Whoever has a process or a stream has this."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._lock = threading.RLock()
+        self._sleepers: list[threading.Lock] = []
+        tell_children(self)
+
+    def forked(self) -> None:
+        """See `Owner.forked`: whatever thread had the lock is not here."""
+        self._lock = threading.RLock()
+        self._sleepers = []
+
+    def __del__(self) -> None:
+        """Nothing else that refers to the session refers to this, so it goes before that."""
+        self._session.dropped()
+
+    def close(self) -> None:
+        """Close the session, and wake who waits."""
         with self._lock:
             self._session.close()
             self._wake()
 
-    def _run(self, steps: Steps[R]) -> R:
+    def __call__(self, steps: Steps[R], /) -> R:
         """Run steps of the session: alone between two waits, which others use for theirs.
 
         No threading.Condition: an interrupt (Ctrl-C, an exception for this thread) between two

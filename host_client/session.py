@@ -8,6 +8,7 @@ change, by a `Wait` without a socket.
 
 import select
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -273,6 +274,16 @@ class Session:
         self._closed = True
         self.version += 1
         self.exchange.close()
+
+    def dropped(self) -> None:
+        """Nobody has it any more. What was not closed is, with a warning."""
+        if self.exchange.fileno() >= 0 and not self.foreign:
+            message = (
+                f"{self.name} was dropped with its connection open: use it in a with block, or "
+                "close or detach it"
+            )
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+            self.exchange.close()
 
     @property
     def foreign(self) -> bool:

@@ -115,7 +115,7 @@ def wait_until_stuck(process: Process) -> None:
     while pending != before or pending >= len(MUCH):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-        with process._lock:
+        with process._run._lock:
             before, pending = pending, process._session.exchange.pending
     assert pending > 0
 

@@ -14,6 +14,7 @@ from host_client.aio.process import Process
 from host_client.aio.waiting import run
 from host_client.driver import Driver
 from host_client.exchange import Exchange
+from host_client.forking import Rooted
 from host_client.renewal import GuestClock
 from host_client.request import (
     Options,
@@ -47,7 +48,7 @@ async def connect(
     return agent
 
 
-class Agent:
+class Agent(Rooted):
     """As `host_client.Agent`, and for any number of tasks. An async context manager.
 
     Made by `connect`, or for a machine of this program by `Agent.of(machine.agent)`.
@@ -76,8 +77,8 @@ class Agent:
         return self.driver.address
 
     def close(self) -> None:
-        """Close the kept connections. Commands that run in other tasks end by themselves."""
-        self.driver.close()
+        """Close the kept connections, and end what runs in other tasks; see `Agent.close`."""
+        self.driver.end()
 
     async def exec(
         self,

@@ -17,6 +17,7 @@ from guest.report import Step
 from host_client.aio.agent import Agent
 from host_client.aio.process import Each
 from host_client.errors import DeadlineExceeded, MachineError
+from host_client.forking import Rooted
 from host_client.images import OnProgress
 from host_client.machines import boot as blocking
 from host_client.machines import machine as blocking_machine
@@ -106,7 +107,7 @@ async def in_thread(
         raise MachineError(cannot_start("a worker thread", no_thread())) from error
 
 
-class Held(Generic[M]):
+class Held(Rooted, Generic[M]):
     """What can be done with a machine, whoever has started it. `_machine` is the blocking one."""
 
     _machine: M

@@ -11,6 +11,7 @@ from anyio.lowlevel import checkpoint
 from guest.messages import Resize, Signal
 from host_client.aio.waiting import wait_for
 from host_client.exchange import Exchange
+from host_client.forking import Rooted
 from host_client.request import signal_number
 from host_client.result import Result
 from host_client.session import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
@@ -31,12 +32,14 @@ class Runner(Protocol):
     async def __call__(self, steps: Steps[R], /) -> R: ...
 
 
-class Process:
+class Process(Rooted):
     """As `host_client.Process`. Any number of tasks may use it; an async context manager.
 
     A cancelled call loses nothing: what it would have given is given to the next one. Leaving the
     context drops the connection.
     """
+
+    _elsewhere = "keep it, and attach to it by its id in the other process"
 
     def __init__(
         self, exchange: Exchange, *, acknowledge: bool = True, max_unread: int = MAX_UNREAD

@@ -9,7 +9,7 @@ from guest import limits
 from guest.report import Step
 from host_client.address import parse
 from host_client.agent import Agent
-from host_client.forking import tell_children
+from host_client.forking import Rooted, tell_children
 from host_client.machines import control
 from host_client.machines.link import Link
 from host_client.machines.plan import Detach, End, MachineState
@@ -19,7 +19,7 @@ from host_client.values import check_seconds
 __all__ = ["Machine"]
 
 
-class Machine:
+class Machine(Rooted):
     """Made by `boot`. As a context manager it is stopped at the end, and nothing of it stays.
 
     A forked child can use its agent and look at its state, and cannot end it (MachineError): it is
@@ -124,7 +124,7 @@ class Machine:
         """End it at once, without a word to what runs in it. Returns the last state."""
         self._link.check_owner()
         with self._closing:
-            self.agent.close()
+            self.agent.driver.close()  # what runs is told how the machine has ended
             if not self._link.over:
                 self._link.send(End())
                 if not self._link.await_over(control.KILL_WAIT):
@@ -146,6 +146,6 @@ class Machine:
         This object only looks on from here: what would change the machine raises MachineError.
         """
         self._link.check_owner()
-        self.agent.close()
+        self.agent.driver.close()
         self._link.send(Detach())
         self._link.abandon()

@@ -13,6 +13,7 @@ from guest import limits
 from guest.record import Record
 from host_client.agent import Agent
 from host_client.errors import MachineError
+from host_client.forking import Rooted
 from host_client.machines.control import still_runs
 from host_client.machines.find import FoundMachine, Watch
 from host_client.machines.find import find as find_running
@@ -118,7 +119,7 @@ def is_another(state: MachineState, than: MachineState) -> bool:
     return than.created > 0 and state.created > than.created
 
 
-class NamedMachine:
+class NamedMachine(Rooted):
     """A machine, held by nothing but its name: it goes on when this program ends.
 
     Made by `find`. Leaving its `with` block closes the connections to its agent, no more.
