@@ -13,7 +13,6 @@ import time
 import trio
 
 from agent import clock, service, supervision
-from agent.guard import Guard
 from agent.state import Agent
 from guest.supervision import AgentReady, Configure
 
@@ -53,7 +52,6 @@ async def serve(agent: Agent, listener: socket.socket) -> None:
         nursery.start_soon(clock.watch, agent)
         agent.ready_ms = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000
         agent.link.send(AgentReady(boot_ms=agent.ready_ms))
-        Guard(agent).start()
         await service.serve(agent, listener)
 
 

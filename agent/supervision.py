@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import trio
 
+from agent.guard import Guard
 from agent.kept import MAIN_ID, KeptProcess
 from agent.main_process import ConsoleMain, take_main
 from agent.restoring import restore_all
@@ -141,6 +142,7 @@ async def follow(agent: Agent) -> None:
                 deposits.append((message, descriptors))
             case RootReady():
                 enter_root(descriptors[0])
+                Guard(agent).start()  # now, as a machine may have no /proc before
                 await restore_all(agent, deposits)
                 agent.root_ready.set()
             case MainStarted():
