@@ -40,7 +40,6 @@ __all__ = [
     "claimed",
     "forgotten",
     "keep",
-    "new_rings",
 ]
 
 MAIN_ID = "main"
@@ -94,7 +93,7 @@ async def keep(agent: Agent, child: ChildProcess, args: Start) -> "KeptProcess":
         drain_cap=args.drain_cap,
     )
     try:
-        process = KeptProcess(agent, child, notes, new_rings(child, notes))
+        process = KeptProcess.new(agent, child, notes)
     except OSError as error:
         await child.end()
         raise OperationError("out_of_memory", f"no buffer for output: {error.strerror}") from None
@@ -158,6 +157,16 @@ class KeptProcess(Process):
         rings: dict[int, Ring],
         stage: tuple[int, int] | None = None,
     ) -> None:
+        """Raises OSError; then nothing was taken of what is given here."""
+        self._epoll = select.epoll(READY)
+        # Between a terminal and its ring: splice(2) needs a pipe on one side.
+        self._stage = stage
+        if notes.tty and stage is None and child.outputs:
+            try:
+                self._stage = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            except OSError:
+                self._epoll.close()
+                raise
         super().__init__(
             child.id, child.pid, exit_fd=child.exit_fd, stdin=child.stdin, outputs=child.outputs
         )
@@ -172,12 +181,7 @@ class KeptProcess(Process):
         self._child = child
         self.notes = notes
         self._has_stdin = self.stdin >= 0
-        self._epoll = select.epoll(READY)
         self._input = InputPump(self, self._epoll)
-        # Between a terminal and its ring: splice(2) needs a pipe on one side.
-        self._stage = stage
-        if self.tty and stage is None and self.outputs:
-            self._stage = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._watched: set[int] = set()  # streams
         self._enlarged: set[int] = set()  # those whose pipe was found full
         self._exit_seen = math.inf  # trio.current_time() when its end was noticed
@@ -198,6 +202,17 @@ class KeptProcess(Process):
         # What is deposited changed while nobody could wait for PID 1 to hear of it.
         self._deposit_due = False
         self._parting: list[tuple[Process, int]] = []
+
+    @classmethod
+    def new(cls, agent: Agent, child: ChildProcess, notes: Notes) -> "KeptProcess":
+        """With empty rings. Raises OSError; then `child` is as it was."""
+        rings = new_rings(child, notes)
+        try:
+            return cls(agent, child, notes, rings)
+        except OSError:
+            for ring in rings.values():
+                ring.close()
+            raise
 
     # ── its life ─────────────────────────────────────────────────────────────────────────────────
 

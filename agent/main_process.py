@@ -14,9 +14,9 @@ import trio
 
 from agent import tree
 from agent.adopted import Adopted
-from agent.kept import MAIN_ID, KeptProcess, Notes, new_rings
+from agent.kept import MAIN_ID, KeptProcess, Notes
 from agent.processes import Channels
-from agent.state import Agent, Process, listed_argv
+from agent.state import Agent, Process, listed_argv, log
 from guest import limits
 from guest.errors import OperationError
 from guest.messages import Keep
@@ -44,33 +44,56 @@ async def find_main(agent: Agent) -> KeptProcess:
 
 
 async def take_main(agent: Agent, message: MainStarted, descriptors: list[int]) -> None:
-    """The message: serve the workload, unless an earlier agent's deposit was. Raises OSError."""
+    """The message: serve the workload, unless an earlier agent's deposit was.
+
+    Where there is no room for that, it is said, and the machine has no workload to attach to: the
+    agent has others to serve.
+    """
     main: Process | None = agent.processes.get(MAIN_ID)
-    if message.console:
-        argv = await arguments(message.pid)
-        if not isinstance(main, ConsoleMain):
-            main = agent.processes[MAIN_ID] = ConsoleMain()
-        main.lives(message.pid, argv)
-    elif main is not None:
-        for fd in descriptors:
-            os.close(fd)
-    else:
-        for fd in descriptors:
-            os.set_blocking(fd, False)
-        child = Adopted(MAIN_ID, message.pid, exit_descriptor(message.pid), streams(descriptors))
-        child.tty = message.terminal
-        argv = await arguments(message.pid)
-        notes = Notes(
-            keep=Keep(),
-            started=time.monotonic(),
-            argv=argv,
-            tty=message.terminal,
-            reader_wait=message.output_wait,
-        )
-        kept = KeptProcess(agent, child, notes, new_rings(child, notes))
-        await kept.begin()
-    agent.main = agent.processes[MAIN_ID]
+    left = set(descriptors)  # what nobody has taken yet
+    try:
+        if message.console:
+            argv = await arguments(message.pid)
+            if not isinstance(main, ConsoleMain):
+                main = agent.processes[MAIN_ID] = ConsoleMain()
+            main.lives(message.pid, argv)
+        elif main is None:
+            await attachable(agent, message, descriptors, left)
+    except (OSError, ValueError) as error:  # also where descriptors were lost on their way
+        log(f"the workload, process {message.pid}, cannot be served: {error}")
+    for fd in left:
+        os.close(fd)
+    agent.main = agent.processes.get(MAIN_ID)
     agent.main_started.set()
+
+
+async def attachable(
+    agent: Agent, message: MainStarted, descriptors: list[int], left: set[int]
+) -> None:
+    """Keep the workload's output; `left` loses what is taken. Raises OSError."""
+    for fd in descriptors:
+        os.set_blocking(fd, False)
+    argv = await arguments(message.pid)
+    notes = Notes(
+        keep=Keep(),
+        started=time.monotonic(),
+        argv=argv,
+        tty=message.terminal,
+        reader_wait=message.output_wait,
+    )
+    exit_fd = exit_descriptor(message.pid)
+    outputs: dict[int, int] = {}
+    try:
+        stdin, outputs = streams(descriptors)
+        child = Adopted(MAIN_ID, message.pid, exit_fd, (stdin, outputs))
+        child.tty = message.terminal
+        kept = KeptProcess.new(agent, child, notes)
+    except (OSError, ValueError):
+        for fd in {exit_fd, *outputs.values()} - left:
+            os.close(fd)
+        raise
+    left.clear()
+    await kept.begin()
 
 
 class ConsoleMain(Process):

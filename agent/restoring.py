@@ -98,9 +98,10 @@ def build(agent: Agent, message: Restored, descriptors: list[int], left: set[int
     child.tty = notes.tty
     if message.exited is not None:
         child.ended(message.exited)
-    left -= {pidfd, child.stdin, *outputs.values(), *(stage or ())}
-    left -= {ring.fd for ring in rings.values()}
-    return KeptProcess(agent, child, notes, rings, stage)
+    taken = {pidfd, child.stdin, *outputs.values(), *(stage or ())}
+    process = KeptProcess(agent, child, notes, rings, stage)
+    left -= taken | {ring.fd for ring in rings.values()}
+    return process
 
 
 def adopted_leaf(agent: Agent, name: str) -> Leaf | None:

@@ -1,6 +1,7 @@
 """The workload that PID 1 started, as hosts that attach to it see it."""
 
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -64,6 +65,32 @@ def expect_collected(agent: AgentProcess) -> None:
     while isinstance(message, ASIDES):
         message = agent.receive()
     assert message == MainCollected()
+
+
+def limit_files(agent: AgentProcess, count: int) -> None:
+    """How many the agent may have open."""
+    hard = resource.prlimit(agent.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(agent.pid, resource.RLIMIT_NOFILE, (count, hard))
+
+
+@pytest.mark.parametrize("spare", range(3, 9))  # with fewer its pipes cannot even be received
+def test_a_workload_that_there_is_no_room_for_ends_nobody_else(spare: int) -> None:
+    """spare: descriptors that the agent may still open while it takes the workload."""
+    with AgentProcess() as agent, Host(agent) as other:
+        other.start("cat", stdin=True)
+        other.write(b"before\n")
+        other.read_until(b"before\n")
+        limit_files(agent, agent.open_descriptors() + spare)
+        workload = Workload(agent, "sleep", "1000")
+        try:
+            other.write(b"after\n")
+            other.read_until(b"after\n")
+        finally:
+            os.kill(workload.pid, signal.SIGKILL)
+            os.waitpid(workload.pid, 0)
+        discard_deposits(agent)
+        other.write(b"behind\n")
+        other.read_until(b"behind\n")
 
 
 @pytest.fixture
