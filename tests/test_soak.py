@@ -139,7 +139,17 @@ class Inside:
         try:
             wait_until("only PID 1 and the agent are left", quiet, GONE)
         except AssertionError as error:
-            raise AssertionError(f"{error}; there is {self.others()}") from None
+            raise AssertionError(f"{error}; there is {self.told()}") from None
+
+    def told(self) -> str:
+        """Of all that should not be there, whose it is."""
+        agent = self.machine.agent
+        left = {
+            pid: f"{name!r}, {Path(f'/proc/{pid}/cgroup').read_text().split()[-1:]}, "
+            f"child of {parent_of(pid)}"
+            for pid, name in self.others().items()
+        }
+        return f"{left}, {agent.info().connections} connections, {agent.processes()}"
 
     def memory_kib(self) -> dict[str, int]:
         return {"agent": anonymous_kib(self.agent), "init": anonymous_kib(self.init)}
