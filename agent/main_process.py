@@ -7,6 +7,7 @@ PID 1 hands over its pipes or its terminal once, and from then on holds what the
 for every kept process.
 """
 
+import errno
 import os
 import time
 
@@ -20,6 +21,7 @@ from agent.state import Agent, Process, listed_argv, log
 from guest import limits
 from guest.errors import OperationError
 from guest.messages import Keep
+from guest.process import limit_advice
 from guest.supervision import MainExited, MainStarted
 
 __all__ = ["ConsoleMain", "find_main", "take_main"]
@@ -38,6 +40,8 @@ async def find_main(agent: Agent) -> KeptProcess:
             "no_such_process",
             "the workload has no streams to attach to: what it writes is in the machine's log",
         )
+    if agent.main_unserved:
+        raise OperationError("no_such_process", agent.main_unserved)
     if not isinstance(main, KeptProcess):
         raise OperationError("no_such_process", "this machine has no workload to attach to")
     return main
@@ -46,10 +50,10 @@ async def find_main(agent: Agent) -> KeptProcess:
 async def take_main(agent: Agent, message: MainStarted, descriptors: list[int]) -> None:
     """The message: serve the workload, unless an earlier agent's deposit was.
 
-    Where there is no room for that, it is said, and the machine has no workload to attach to: the
-    agent has others to serve.
+    Where there is no room for that, who would attach to it is told: the agent has others to serve.
     """
     main: Process | None = agent.processes.get(MAIN_ID)
+    agent.main_unserved = ""
     left = set(descriptors)  # what nobody has taken yet
     try:
         if message.console:
@@ -60,11 +64,21 @@ async def take_main(agent: Agent, message: MainStarted, descriptors: list[int]) 
         elif main is None:
             await attachable(agent, message, descriptors, left)
     except (OSError, ValueError) as error:  # also where descriptors were lost on their way
-        log(f"the workload, process {message.pid}, cannot be served: {error}")
+        agent.main_unserved = unserved(error)
+        log(f"process {message.pid}: {agent.main_unserved}")
     for fd in left:
         os.close(fd)
     agent.main = agent.processes.get(MAIN_ID)
     agent.main_started.set()
+
+
+def unserved(error: OSError | ValueError) -> str:
+    """Why nobody can attach to a workload that runs."""
+    number = errno.EMFILE  # descriptors were lost for want of it
+    if isinstance(error, OSError):
+        number = error.errno or 0
+    reason = limit_advice(number) or os.strerror(number)
+    return f"the workload runs, but nobody can attach to it: {reason}"[: limits.ERROR_MESSAGE]
 
 
 async def attachable(

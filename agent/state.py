@@ -173,6 +173,7 @@ class Agent:
         self.main_started = trio.Event()
         self.nursery: trio.Nursery | None = None  # for what outlives the connection it came from
         self.main: Process | None = None
+        self.main_unserved = ""  # why the workload has no streams here, although it runs
         self.main_readers = 0  # hosts that may write to the workload, or have just taken its end
         self.accounts = Accounts()
         self.cgroups: Cgroups | None = None

@@ -18,6 +18,7 @@ __all__ = [
     "DEFAULT_PATH",
     "DEFAULT_TERM",
     "Plan",
+    "limit_advice",
     "plan",
     "share_of_processes",
     "shell_argv",
@@ -185,10 +186,15 @@ _ADVICE = {
 _LIMIT_ADVICE = {
     errno.EAGAIN: "there are as many processes and threads as there may be: a cgroup's pids.max,"
     " kernel.threads-max or the user's nproc; end other processes or raise it",
-    errno.EMFILE: "too many files are open for one process (nofile); end other processes",
-    errno.ENFILE: "too many files are open in the guest (fs.file-max); end other processes or raise"
-    " it",
+    errno.EMFILE: "too many open files in one process (nofile); end other processes, or raise the"
+    " limit (ulimit -n) of the program that boots the machine",
+    errno.ENFILE: "too many open files in the guest (fs.file-max); end other processes or raise it",
 }
+
+
+def limit_advice(error: int) -> str:
+    """Which limit this errno is about and what to do; "" where that is not known."""
+    return _LIMIT_ADVICE.get(error, "")
 
 
 def start_failure(

@@ -5,6 +5,7 @@ know is told anew after each start, so that an agent that died costs its connect
 """
 
 import _socket
+import errno
 import fcntl
 import os
 import time
@@ -83,8 +84,7 @@ class AgentProcess:
         self._unsaid: list[tuple[Record, list[int]] | str] = []
         with call("open", "/proc/self/exe"):
             program = os.open("/proc/self/exe", os.O_RDONLY | os.O_CLOEXEC)
-            self._program = fcntl.fcntl(program, fcntl.F_DUPFD_CLOEXEC, HIGH_FD)
-            os.close(program)
+            self._program = out_of_the_way(program)
 
     # ── its life ─────────────────────────────────────────────────────────────────────────────────
 
@@ -352,6 +352,18 @@ class AgentProcess:
             self._pair.close()
             self._pair = None
             self._unsaid = []
+
+
+def out_of_the_way(fd: int) -> int:
+    """The same file at HIGH_FD or above, instead. Raises OSError."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH_FD)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise OSError(errno.EMFILE, "") from error  # the limit is below HIGH_FD: fcntl(2)
+    finally:
+        os.close(fd)
 
 
 def become_agent(program: int, pair: int, words: int, stands_back: bool) -> None:

@@ -114,9 +114,9 @@ def keep(
 ) -> None:
     """From the agent's start to the end of the machine, or until PID 1 calls it off."""
     leave_pid_1()
-    signals = Signals()  # PID 1 would take bytes out of the pipe of its own
-    supervisor = Supervisor(signals, reporter, agent)
     try:
+        signals = Signals()  # PID 1 would take bytes out of the pipe of its own
+        supervisor = Supervisor(signals, reporter, agent)
         agent.start()
         protection.watch_oom(config, supervisor, reporter)
         await_agent(supervisor, agent)

@@ -22,7 +22,7 @@ from init_shim import (
     volumes,
 )
 from init_shim.agent_process import AgentProcess
-from init_shim.failure import Failure, call
+from init_shim.failure import SHORT, Failure, call, reason
 from init_shim.listener import open_listener
 from init_shim.main_process import MainProcess, failed_start
 from init_shim.reporter import Reporter, left_out, mark_lines, say
@@ -237,4 +237,8 @@ def failed_boot(error: BaseException, timeline: Timeline) -> BootFailed:
             errno=error.errno,
             steps=steps,
         )
-    return BootFailed(step=step, message=f"unexpected: {raised_at(error)}", steps=steps)
+    number = (error.errno or 0) if isinstance(error, OSError) else 0
+    message = f"unexpected: {raised_at(error)}"
+    if number in SHORT:
+        message += f"; {reason(number)}"
+    return BootFailed(step=step, message=message, errno=number, steps=steps)

@@ -79,7 +79,8 @@ def launch(arguments: list[str]) -> int:
         plan = Plan(roots, volumes, run)
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         enter_outer_namespaces()
-        alive, lifeline = os.pipe2(os.O_CLOEXEC)
+        with call("pipe2"):
+            alive, lifeline = os.pipe2(os.O_CLOEXEC)
         with call("fork"):
             pid = os.fork()
         if pid == 0:
@@ -281,9 +282,12 @@ def enter(root: str) -> None:
 
 def close_descriptors() -> None:
     """Only the console goes on, as stdout and stderr; stdin is empty."""
-    nothing = os.open("/dev/null", os.O_RDONLY)
+    with call("open", "/dev/null"):
+        nothing = os.open("/dev/null", os.O_RDONLY)
     os.dup2(nothing, 0)
-    for name in os.listdir("/proc/self/fd"):
+    with call("open", "/proc/self/fd"):
+        names = os.listdir("/proc/self/fd")
+    for name in names:
         if int(name) > 2:
             try:
                 os.close(int(name))

@@ -10,7 +10,7 @@ import os
 import struct
 
 from init_shim.addresses import Prefix, text_address
-from init_shim.failure import Failure
+from init_shim.failure import Failure, call
 
 __all__ = ["FOREVER", "FROM_DHCP", "Link", "Netlink"]
 
@@ -71,17 +71,13 @@ class Netlink:
     """A socket to the kernel's routing tables. Every method raises Failure."""
 
     def __init__(self) -> None:
-        try:
+        with call("socket", "netlink"):
             kind = _socket.SOCK_RAW | _socket.SOCK_CLOEXEC
             self._socket = _socket.socket(_socket.AF_NETLINK, kind, ROUTE)
             self._socket.bind((0, 0))
             self._socket.settimeout(PATIENCE)
             for option in (CAP_ACK, EXT_ACK):
                 self._socket.setsockopt(SOL_NETLINK, option, 1)
-        except OSError as error:
-            raise Failure(
-                f"netlink socket: {error.strerror}", syscall="socket", errno=error.errno or 0
-            ) from error
         self._sequence = 0
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import time
 import _guestsys
 
 from guest import limits
-from init_shim.failure import Failure
+from init_shim.failure import Failure, call
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
@@ -49,13 +49,14 @@ NOTED_AT_ONCE = 64 * 1024  # signals: all that the pipe holds
 class Signals:
     """Install once, first thing: until then a SIGTERM is lost, and SIGINT would be an exception.
 
-    `stop_requested` stays True once one of STOP_SIGNALS came.
+    `stop_requested` stays True once one of STOP_SIGNALS came. Raises Failure.
     """
 
     def __init__(self) -> None:
         self.stop_requested = False
         self._received: list[int] = []
-        self._reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        with call("pipe2", "signals"):
+            self._reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in range(1, signal.NSIG):
             if number not in FAULTS and number not in UNCATCHABLE:

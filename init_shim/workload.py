@@ -17,7 +17,7 @@ from guest.errors import OperationError
 from guest.status import exit_fields
 from guest.workload import ImageDefaults, Workload
 from init_shim.confined import RootFolder
-from init_shim.failure import call
+from init_shim.failure import SHORT, call, reason
 from init_shim.workload_cgroup import LimitsUnavailable, Most, WorkloadCgroup, open_cgroup
 
 __all__ = ["RunningWorkload", "WorkloadNotStarted", "start_workload"]
@@ -305,4 +305,6 @@ def not_started(plan: process.Plan, step: str, errno: int) -> WorkloadNotStarted
         # At another step nobody has looked for it yet: it could hang.
         program_exists=step == "exec" and any(map(os.path.exists, plan.program_paths())),
     )
+    if errno in SHORT:  # PID 1's limit, which is the machine's
+        message = f"{os.fsdecode(plan.argv[0])!r:.200}: {step}: {reason(errno)}"
     return WorkloadNotStarted(code, message, step=step, errno=errno)

@@ -446,7 +446,7 @@ def test_exec_where_the_guest_has_run_out(image: str) -> None:
     for words in (("exec", "short"), ("exec", "-i", "short"), ("exec", "-d", "short")):
         done = microguest(*words, "true")
         assert (done.returncode, done.stdout) == (126, b"")
-        assert "'true': too many files are open for one process (nofile); end" in complaint(done)
+        assert "'true': too many open files in one process (nofile); end" in complaint(done)
     resource.prlimit(agent, resource.RLIMIT_NOFILE, usual)
     assert microguest("exec", "short", "true").returncode == 0
     assert microguest("stop", "-t", "0", "short").returncode == 0

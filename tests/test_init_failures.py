@@ -176,3 +176,62 @@ def test_a_missing_disk_is_named_with_those_that_are_there(root: Path) -> None:
         assert failed["step"] == "root-lower"
         assert "no-such" in failed["message"]
         assert "disks:" in failed["message"]
+
+
+def with_terminal(config: Config) -> None:
+    config["workload"]["stdio"] = "terminal"
+    config["workload"]["output_wait"] = 0.1  # seconds: nobody comes for it
+
+
+def with_pipes(config: Config) -> None:
+    config["workload"]["stdio"] = "attached"
+    config["workload"]["output_wait"] = 0.1
+    config["volumes"] = [{"kind": "tmpfs", "target": "/volume"}]
+    config["root"]["read_only"] = True
+
+
+def handed_off(config: Config) -> None:
+    config["mode"] = "handoff"
+
+
+def masking(config: Config) -> None:
+    config["workload"]["masked"] = ["/proc/kcore"]
+    config["workload"]["read_only_paths"] = ["/proc/sys"]
+
+
+@pytest.mark.parametrize(
+    ("change", "steps"),
+    [
+        (lambda config: None, {"agent-start", "workload"}),
+        (with_terminal, {"agent-start", "workload"}),
+        (with_pipes, {"agent-start", "workload"}),
+        (handed_off, {"agent-start", "keeper", "agent-ready"}),
+        (masking, {"agent-start", "hardening"}),
+    ],
+)
+def test_wherever_no_file_can_be_opened_any_more_the_limit_is_told(
+    root: Path, change: Callable[[Config], None], steps: set[str]
+) -> None:
+    """Before there is a PID 1, in whichever step, in the child that starts the workload."""
+    config = boot_config(["true"])
+    change(config)
+    failed = set()
+    for files in range(3, 64):
+        with Machine(root, config, under=("prlimit", f"--nofile={files}:{files}")) as machine:
+            status = machine.wait()
+            if status != 0 and not failed:  # there was no PID 1 yet
+                said = machine.console.strip()
+                assert said.count("\n") == 0, said
+            else:
+                reports = dict(iter(machine.next_report, ("", {})))
+                if "boot_failed" in reports:
+                    failed.add(reports["boot_failed"]["step"])
+                    said = reports["boot_failed"]["message"]
+                elif "workload_failed" in reports:
+                    said = reports["workload_failed"]["message"]
+                else:
+                    break
+        assert f"Too many open files: a process of this machine may have {files} open" in said
+        assert "ulimit -n" in said
+    assert "ready" in reports
+    assert failed >= steps
