@@ -34,6 +34,7 @@ OURS = "microguest"
 WORKLOAD = "workload"  # in it, what PID 1 has started; not ours to look at
 WANTED = ("memory", "cpu", "pids")
 ENDED = 0o700  # mode of a leaf that only has what its ended process has left behind
+MAKES = 16  # tries to have a directory before another agent removes it
 CLOSE_WAIT = 0.1  # seconds, for what was killed to be gone
 # What a start in a cgroup fails with when the hierarchy is read-only, removed, or used otherwise.
 REFUSALS = (
@@ -83,15 +84,7 @@ class Cgroups:
         parent = f"{mount}/{OURS}"
         make_directory(parent)
         abandoned = remove_abandoned(parent)
-        self.path = f"{parent}/{os.urandom(6).hex()}"
-        os.mkdir(self.path, 0o755)
-        try:
-            os.stat(f"{self.path}/cgroup.procs")  # the kernel's; what is mounted over it has none
-        except OSError:
-            os.rmdir(self.path)
-            raise
-        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.path, self._lock = make_locked(parent)
         for folder in (mount, parent, self.path):
             enable_controllers(folder)
         self._leaves = self._make_group("processes", memory)
@@ -271,6 +264,39 @@ def needed_controllers(wanted: Limits | None) -> frozenset[str]:
 def unavailable(reason: str) -> OperationError:
     """The error for limits that cannot be kept."""
     return operation_error("cgroup_unavailable", f"limits: {reason}", {"step": "cgroup"})
+
+
+def make_locked(parent: str) -> tuple[str, int]:
+    """A new cgroup in it, and what holds its lock. Raises OSError.
+
+    Until it is locked, another agent may take it for abandoned and remove it: then there is another
+    one, at most MAKES of them.
+    """
+    for _ in range(MAKES):
+        path = f"{parent}/{os.urandom(6).hex()}"
+        os.mkdir(path, 0o755)
+        try:
+            return path, lock(path)
+        except BlockingIOError:  # it is being removed
+            continue
+        except OSError:
+            if os.path.isdir(path):  # and no cgroup: what is mounted over the hierarchy makes none
+                os.rmdir(path)
+                raise
+    raise BlockingIOError(errno.EAGAIN, "other agents remove each new cgroup", parent)
+
+
+def lock(path: str) -> int:
+    """The descriptor that keeps a new cgroup from being removed. OSError where it is gone already,
+    or is none."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(f"{path}/cgroup.procs")  # now: it may have been removed before it was locked
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def make_directory(path: str) -> None:
