@@ -9,7 +9,7 @@ import time
 import trio
 
 from agent.leaf import Leaf
-from agent.processes import Channels, ChildProcess
+from agent.processes import REAPING, Channels, ChildProcess
 from agent.tree import UNMARKED
 from guest.messages import Exited
 from guest.supervision import KeptStatus, MainExited
@@ -38,7 +38,8 @@ class Adopted(ChildProcess):
 
     def ended(self, message: KeptStatus | MainExited) -> None:
         """PID 1's word."""
-        self._reaped = True
+        with REAPING:
+            self._reaped = True
         status = Exited(code=message.code, signal=message.signal, core_dumped=message.core_dumped)
         if isinstance(message, MainExited):
             self._status = status.replace(duration=message.duration, oom_killed=message.oom_killed)
@@ -56,9 +57,8 @@ class Adopted(ChildProcess):
         """See `Process.status`; only once `reaped` is set."""
         assert self._status is not None
         if self.leaf is not None:
-            self._status = self._status.replace(oom_killed=self.leaf.oom_killed())
-            self.leaf.give_back()
-            self.leaf = None
+            with REAPING:
+                self._status = self._status.replace(oom_killed=self._leave())
         return self._status
 
     async def end(self) -> None:

@@ -5,9 +5,10 @@ userfaultfd, of a FUSE file) makes read(2) and write(2) hold it too. Whoever els
 waits uninterruptibly: to read, write, ask how much is in it, resize or close it. No call says first
 whether the lock is free. The pipes are the processes' own, so a process can do that to the agent.
 
-The thread looks at the system call that the event loop is in, and whose stream that is about. It
-reads nothing of other processes that could make it stand as well: their memory's lock is theirs
-(/proc/PID/cmdline, environ), and so is the lock that execve(2) takes (syscall, stack).
+The thread looks at the system call that the event loop is in, whose stream that is about, and
+whether it waits there uninterruptibly without a pause. It looks for who has a pipe open without
+what could make it stand as well: a process's memory has a lock of its own (/proc/PID/cmdline,
+environ), and so has what execve(2) does (syscall, stack).
 """
 
 import os
@@ -15,6 +16,7 @@ import signal
 import threading
 import time
 
+from agent import tree
 from agent.state import Agent, Process, log
 from agent.threads import run_beside
 from guest import limits
@@ -30,7 +32,7 @@ class Guard:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._parent = os.getppid()  # has the streams of kept processes as well
-        self._proc = self._call = self._switches = -1
+        self._proc = self._call = self._status = -1
         self._before = b""
         self._stood: dict[Process, float] = {}  # seconds in this LOCK_MINUTE
         self._forget_at = 0.0  # time.monotonic()
@@ -43,7 +45,7 @@ class Guard:
             # Now, as the image's root may mount over it later what never answers.
             self._proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             self._call = open_in(self._proc, f"{thread}/syscall")
-            self._switches = open_in(self._proc, f"{thread}/status")
+            self._status = open_in(self._proc, f"{thread}/status")
         except OSError as error:
             log(f"nobody looks after pipes that processes lock: {error}")
             return
@@ -65,8 +67,8 @@ class Guard:
     def _look(self, now: float, seconds: float) -> None:
         call = os.pread(self._call, 256, 0)
         about = self._about(call)
-        state = call + self._switched() if about else b""
-        stands = about is not None and state == self._before
+        state = call + waits if about and (waits := self._waits()) else b""
+        stands = state == self._before != b""
         self._before = state
         if about is None or not stands:
             self._measures = 0
@@ -81,13 +83,14 @@ class Guard:
             self._end(process, inode)
 
     def _about(self, call: bytes) -> tuple[Process, int] | None:
-        """Whose stream the event loop is at, and the pipe's inode, 0 where it is none."""
-        if Process.letting_go is not None:
-            return Process.letting_go
+        """Whose stream the event loop is at, and the inode of that."""
         words = call.split()
         if len(words) < 2 or words[0] == b"-1":  # it runs, or waits for a page
             return None
         fd = int(words[1], 16)  # the first of every call that can stand
+        if Process.letting_go is not None:
+            process, parting, inode = Process.letting_go
+            return (process, inode) if fd == parting else None
         for process in tuple(self._agent.processes.values()):
             if fd == process.stdin or fd in tuple(process.outputs.values()):
                 try:
@@ -96,9 +99,14 @@ class Guard:
                     return None  # it has gone on
         return None
 
-    def _switched(self) -> bytes:
-        """How often it has given up its processor: as often as before, if it stood all the time."""
-        lines = os.pread(self._switches, 8192, 0).splitlines()
+    def _waits(self) -> bytes:
+        """How often it has given up its processor, where it waits as for a lock; else b"".
+
+        As often as before, if it stood all the time: whoever is only slow, or stopped, does not.
+        """
+        lines = os.pread(self._status, 8192, 0).splitlines()
+        if not any(line.startswith(b"State:\tD") for line in lines):
+            return b""
         return b"".join(line for line in lines if b"ctxt_switches:" in line)
 
     def _end(self, process: Process, inode: int) -> None:
@@ -111,26 +119,39 @@ class Guard:
             )
             process.put_down()
         elif self._measures == 2:
-            killed = [pid for pid in self._openers(inode) if kill(pid)]
+            killed = self._kill_openers(inode)
             log(f"killed as they have a stream of process {process.id} open: {killed}")
         else:
             log("all processes of hosts are killed: the lock of a stream is still held")
             for each in tuple(self._agent.processes.values()):
                 each.put_down()
 
-    def _openers(self, inode: int) -> list[int]:
-        """Processes that have the pipe open, but for PID 1, the agent and who keeps its pipes."""
+    def _kill_openers(self, inode: int) -> list[int]:
+        """Who has the pipe open, but for PID 1, the agent and who keeps its pipes: which these are.
+
+        Each is held while it is looked at: a search is long enough for ids to be others'.
+        """
         name = f"pipe:[{inode}]"
-        found: list[int] = []
+        killed: list[int] = []
         until = time.monotonic() + limits.LOCK_SEARCH
         folder = open_in(self._proc, ".")
         try:
             for pid in map(int, filter(str.isdigit, os.listdir(folder))):
-                if pid not in (1, self._parent, os.getpid()) and has_open(folder, pid, name, until):
-                    found.append(pid)
+                if pid in (1, self._parent, os.getpid()):
+                    continue
+                try:
+                    held = tree.pidfd_of(pid)
+                except ProcessLookupError:
+                    continue
+                try:
+                    if has_open(folder, pid, name, until) and tree.send(pid, held, signal.SIGKILL):
+                        killed.append(pid)
+                finally:
+                    if held >= 0:
+                        os.close(held)
         finally:
             os.close(folder)
-        return found
+        return killed
 
 
 def open_in(folder: int, path: str) -> int:
@@ -159,11 +180,3 @@ def has_open(proc: int, pid: int, name: str, until: float) -> bool:
     finally:
         os.close(folder)
     return False
-
-
-def kill(pid: int) -> bool:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except OSError:
-        return False
-    return True

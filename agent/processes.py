@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import stat
+import threading
 import time
 from collections.abc import Iterable
 
@@ -29,9 +30,13 @@ from guest.privileges import capability_mask, resource_limits
 from guest.process import Plan, plan, shell_argv, start_failure
 from guest.record import Record
 
-__all__ = ["ChildProcess", "begin", "start"]
+__all__ = ["REAPING", "ChildProcess", "begin", "start"]
 
 NULL_DEVICE = os.makedev(1, 3)  # admin-guide/devices.txt
+
+# Whoever has it may use the ids and cgroups of processes: the guard's thread to kill, and the event
+# loop to give them back. So nobody is killed who has got them since.
+REAPING = threading.Lock()
 
 Resources = tuple[tuple[int, int, int], ...]
 Channels = tuple[int, dict[int, int]]  # stdin, outputs: our ends
@@ -163,15 +168,12 @@ class ChildProcess(Process):
 
     def status(self) -> Exited:
         """Reap it, which must have ended."""
-        _, status, usage = os.wait4(self.pid, 0)
-        self._reaped = True
+        with REAPING:
+            _, status, usage = os.wait4(self.pid, 0)
+            self._reaped = True
+            oom_killed = self._leave()
         duration = time.monotonic() - self.started
         killed = os.WIFSIGNALED(status)
-        oom_killed = False
-        if self.leaf is not None:
-            oom_killed = self.leaf.oom_killed()
-            self.leaf.give_back()
-            self.leaf = None
         return Exited(
             code=None if killed else os.WEXITSTATUS(status),
             signal=os.WTERMSIG(status) if killed else None,
@@ -183,13 +185,39 @@ class ChildProcess(Process):
             max_rss_kib=usage.ru_maxrss,
         )
 
+    def _leave(self) -> bool:
+        """Give back its cgroup, with REAPING held. Whether the kernel killed it for memory."""
+        if self.leaf is None:
+            return False
+        oom_killed = self.leaf.oom_killed()
+        self.leaf.give_back()
+        self.leaf = None
+        return oom_killed
+
     def put_down(self) -> None:
-        """See `Process.put_down`. The event loop stands, so that nobody reaps it meanwhile."""
-        if self.leaf is not None and self.leaf.kill():
-            return
-        if not self._reaped:
+        """See `Process.put_down`. The event loop may go on at any moment of this."""
+        with REAPING:
+            if self.leaf is not None and self.leaf.kill():
+                return
+            if self._is_reaped():
+                return
             kill_now(self.pid)
-            tree.run([tree.Hunt(self.pid, self.mark or tree.UNMARKED)])
+        hunt = tree.Hunt(self.pid, self.mark or tree.UNMARKED)
+        while not hunt.over:
+            for seconds in tree.passes([hunt]):
+                time.sleep(seconds)
+                with REAPING:
+                    if self._is_reaped():
+                        return
+
+    def _is_reaped(self) -> bool:
+        """Also by PID 1, of which the event loop has not heard while it stands."""
+        try:
+            if not self._reaped:
+                signal.pidfd_send_signal(self.exit_fd, 0)
+        except ProcessLookupError:
+            return True
+        return self._reaped
 
     async def end(self) -> None:
         """Kill what still runs, reap it, close every descriptor: what is dead locks no pipe."""

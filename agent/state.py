@@ -45,8 +45,8 @@ class Process:
 
     kept = False
     tty = False
-    # Whose descriptor is being closed, and its inode: what the guard cannot see in any other way.
-    letting_go: "tuple[Process, int] | None" = None
+    # Whose descriptor is being closed, which, and its inode: the guard cannot ask for that then.
+    letting_go: "tuple[Process, int, int] | None" = None
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Process:
         )
 
     def put_down(self) -> None:
-        """SIGKILL to all that descends from it, now. From any thread, while no other does more."""
+        """SIGKILL to all that descends from it, now; from the guard's thread."""
 
     def close_streams(self) -> None:
         """Close what is still open of its pipes."""
@@ -142,7 +142,7 @@ class Process:
 
     def close(self, fd: int) -> None:
         """Close it now. That may stand, like all that touches a stream: `agent.guard`."""
-        Process.letting_go = self, os.fstat(fd).st_ino
+        Process.letting_go = self, fd, os.fstat(fd).st_ino
         try:
             os.close(fd)
         finally:

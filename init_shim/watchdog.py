@@ -86,15 +86,18 @@ def activity(pid: int) -> tuple[str, int, tuple[int, ...]]:
     """Its state, "" where it cannot be seen, its flags, and what it has had of the processor.
 
     The latter are numbers that only grow, of the time that it ran and that it waited for its turn.
+    All of it is of its first thread, which the event loop is in: another one looks at that every
+    half second, also while it hangs (agent/guard.py).
     """
+    thread = f"{pid}/task/{pid}"
     try:
-        with open(open_proc(f"{pid}/stat"), encoding="ascii", errors="replace") as file:
+        with open(open_proc(f"{thread}/stat"), encoding="ascii", errors="replace") as file:
             state, *fields = file.read().rpartition(")")[2].split()
     except OSError:
         return "", 0, ()
-    used = tuple(int(field) for field in fields[10:12])  # utime and stime, of all its threads
+    used = tuple(int(field) for field in fields[10:12])  # utime and stime
     try:
-        with open(open_proc(f"{pid}/schedstat"), encoding="ascii") as file:
+        with open(open_proc(f"{thread}/schedstat"), encoding="ascii") as file:
             used += tuple(map(int, file.read().split()))
     except OSError:
         pass  # a kernel without CONFIG_SCHED_INFO: ticks have to do
