@@ -17,7 +17,7 @@ from machinekit import family, nothing_is_left, runs, state_of, wait_until
 from patience import PATIENCE, SLACK
 
 from host_client import boot
-from host_client.errors import ConnectionLost
+from host_client.errors import ConnectionLost, MicroguestError
 from host_client.machines.control import KILL_WAIT
 from host_client.machines.find import find
 from host_client.machines.machine import Machine
@@ -129,12 +129,21 @@ def machine(holder: str) -> Iterator[Machine]:
 
 
 def hold_init(machine: Machine) -> int:
-    """Have PID 1 write to the console that is held; its number on this host."""
+    """Stop PID 1, which the console that is held does not stop; its number on this host."""
     (init,) = children(machine.state.vmm)
     with pytest.raises(ConnectionLost):
-        machine.agent.exec(["sh", "-c", "kill -9 $PPID"], user="root")
-    wait_until("PID 1 is held, too", lambda: stays_in_the_kernel(init))
+        machine.agent.exec(["sh", "-c", "kill -9 $PPID"], user="root")  # which PID 1 says there
+    wait_until("PID 1 goes on", lambda: serves(machine))
+    os.kill(init, signal.SIGSTOP)
     return init
+
+
+def serves(machine: Machine) -> bool:
+    """Whether an agent does, of which PID 1 starts the next one."""
+    try:
+        return machine.agent.exec(["true"]).returncode == 0
+    except MicroguestError:
+        return False
 
 
 def children(pid: int) -> set[int]:
