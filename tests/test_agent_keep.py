@@ -122,9 +122,17 @@ def attach_writer(agent: KeepingAgent, process_id: str, **options: Any) -> tuple
 
 
 def wait(agent: KeepingAgent, process_id: str) -> Exited:
-    agent.hear()
-    with Host(agent) as host:
-        exited = host.request("wait", Wait(id=process_id, timeout=WAIT))
+    """Its end. PID 1 hears the agent meanwhile: its copy of a stdin keeps that from ending."""
+    deadline = time.monotonic() + WAIT
+    while True:
+        agent.hear()
+        try:
+            with Host(agent) as host:
+                exited = host.request("wait", Wait(id=process_id, timeout=0.2))
+            break
+        except Refused as refused:
+            if refused.failure.code != "still_running" or time.monotonic() > deadline:
+                raise
     agent.hear()
     assert isinstance(exited, Exited)
     return exited
