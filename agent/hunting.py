@@ -2,16 +2,19 @@
 
 import signal
 import time
-from typing import ClassVar
+from collections.abc import Generator
+from typing import ClassVar, TypeVar
 
 import trio
 
 from agent import tree
 from agent.tree import Hunt
 
-__all__ = ["Hunters", "Quarry"]
+__all__ = ["Hunters", "Quarry", "in_slices"]
 
 SLICE = 0.005  # seconds of work before others get their turn
+
+T = TypeVar("T")
 
 
 class Quarry(Hunt):
@@ -48,14 +51,23 @@ class Hunters:
     async def _run(cls) -> None:
         while cls._waiting:
             batch = list(cls._waiting)
-            until = time.monotonic() + SLICE
-            for seconds in tree.passes(batch):
-                if seconds or time.monotonic() >= until:
-                    await trio.sleep(seconds)
-                    until = time.monotonic() + SLICE
+            await in_slices(tree.passes(batch))
             cls._waiting = [hunt for hunt in cls._waiting if not hunt.over]
             for hunt in batch:
                 if hunt.over:
                     hunt.done.set()
             await trio.lowlevel.checkpoint()
         cls._running = False
+
+
+async def in_slices(steps: Generator[float, None, T]) -> T:
+    """Run what waits by yielding seconds to its end, and let others have their turns."""
+    until = time.monotonic() + SLICE
+    while True:
+        try:
+            seconds = next(steps)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        if seconds or time.monotonic() >= until:
+            await trio.sleep(seconds)
+            until = time.monotonic() + SLICE

@@ -5,7 +5,7 @@ import signal
 
 from agent import tree
 from agent.adopted import Adopted
-from agent.hunting import Hunters
+from agent.hunting import Hunters, in_slices
 from agent.kept import KeptProcess, Notes
 from agent.leaf import Leaf
 from agent.ring import OPEN, Ring
@@ -40,9 +40,8 @@ async def end_others(agent: Agent, earlier: str, kept: list[Notes]) -> None:
     cgroups = agent.own_cgroups()
     if cgroups is None:
         spared_marks = {os.fsencode(notes.mark) for notes in kept}
-        hunts = [
-            Hunters.send(tree.NOBODY, mark, signal.SIGKILL) for mark in tree.marked() - spared_marks
-        ]
+        marks = await in_slices(tree.marked()) - spared_marks
+        hunts = [Hunters.send(tree.NOBODY, mark, signal.SIGKILL) for mark in marks]
         for hunt in hunts:
             await hunt.done.wait()
     elif earlier:

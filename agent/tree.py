@@ -28,17 +28,20 @@ __all__ = [
 MARKER = b"MICROGUEST_PROCESS="
 UNMARKED = b"\0"  # no environment has an entry like that: NUL ends one
 NOBODY = 0  # for a hunt by a mark alone: no process that it is known to descend from is held
-ROUNDS = 256  # passes over /proc for one hunt, at most
+ROUNDS = 256  # passes over /proc that find somebody new for one hunt, at most
+LISTINGS = 4  # of /proc in one pass, until there is nobody in it who was not looked at
+DYING_WAIT = 5.0  # seconds of one hunt for those who are dying, or about to get an environment
 ENVIRONMENT = 256 * 1024  # bytes that are searched
 LOOKS = 20  # at the environment of a process that is about to get one
 LOOK_EVERY = 0.0005  # seconds
-# Of proc_pid_stat(5), counted from the state: its fields 9 and 51. And sched.h's flag.
-FLAGS, ENV_END = 6, 48
+# Of proc_pid_stat(5), counted from the state: its fields 9, 20 and 51. And sched.h's flag.
+FLAGS, THREADS, ENV_END = 6, 17, 48
 BIRTH = 19  # and its field 22, the start time: with the pid it is one process and no other
 PF_KTHREAD = 0x00200000
 
 
 Member = tuple[int, bytes]  # a pid, and when it began; b"" where nobody can have got the pid since
+overdue: set[Member] = set()  # whose execve takes so long that nobody waits for it any more
 
 
 class Hunt:
@@ -64,24 +67,32 @@ class Hunt:
         self._stopped: set[Member] = set()
         self._killed: set[Member] = set()
         self._rounds = 0
+        self._until = 0.0  # time.monotonic(), once there is nobody new
+        self.waits = False  # for the dying to die
 
-    def found(self, members: set[Member]) -> None:
-        """What one pass has found of it."""
-        self._rounds += 1
+    def found(self, members: set[Member], unclear: set[Member]) -> None:
+        """What one pass has found alive of it, and who may be of it and shows nothing yet."""
         if self.number != signal.SIGKILL:
             self._send(members, self.number)
             self.over = True
             return
         new = members - self._stopped - self._killed
-        if new:
-            for member in new:
-                signal_one(member, signal.SIGSTOP)
-            self._stopped |= new
-        if not new or self._rounds >= ROUNDS:
-            self.over = not self._stopped or self._rounds >= ROUNDS
-            self._send(self._stopped, signal.SIGKILL)
-            self._killed |= self._stopped
-            self._stopped = set()
+        for member in new:
+            signal_one(member, signal.SIGSTOP)
+        self._stopped |= new
+        self._rounds += bool(new)
+        self.waits = not new
+        if new and self._rounds < ROUNDS:
+            return
+        self._send(self._stopped, signal.SIGKILL)
+        self._killed |= self._stopped
+        self._stopped = set()
+        now = time.monotonic()
+        self._until = self._until or now + DYING_WAIT
+        if now >= self._until:
+            overdue.update(unclear)
+        lives = any(birth for _, birth in members)  # where /proc is covered it cannot be told
+        self.over = not (lives or unclear) or now >= self._until or self._rounds >= ROUNDS
 
     def _send(self, members: set[Member], number: int) -> None:
         for member in members:
@@ -96,54 +107,95 @@ def run(hunts: Sequence[Hunt]) -> None:
         hunts = [hunt for hunt in hunts if not hunt.over]
 
 
-def passes(hunts: Sequence[Hunt]) -> Iterator[float]:
+def passes(hunts: Sequence[Hunt]) -> Generator[float, None, None]:
     """One pass over /proc for all of these hunts, in small steps: seconds to wait before the next.
 
     Most often none, and then whoever runs the steps may let others have their turn.
     """
     for hunt in hunts:
         hunt.begun = True
-    by_pid = {hunt.pid: hunt for hunt in hunts if hunt.pid != NOBODY}
-    by_mark = {hunt.mark: hunt for hunt in hunts}
-    members: dict[Hunt, set[int]] = {hunt: set() for hunt in hunts}
-    births: dict[int, bytes] = {}
-    children: dict[int, list[int]] = {}
-    own = os.getpid()
-    names = listed()
-    hidden = str(own) not in names  # /proc is covered, or not there any more
-    for name in names:
-        if int(name) in (1, own):
-            continue
+    sight = Sight(hunts)
+    yield from sight.look()
+    for hunt in hunts:
         yield 0.0
+        hunt.found(sight.members_of(hunt), sight.unclear)
+    if all(hunt.waits and not hunt.over for hunt in hunts):
+        yield LOOK_EVERY
+
+
+class Sight:
+    """Who is alive in one pass, and whose.
+
+    `unclear`: those of whom it cannot be told yet. `marks`: entries that begin with MARKER.
+    """
+
+    def __init__(self, hunts: Sequence[Hunt]) -> None:
+        self.unclear: set[Member] = set()
+        self.marks: set[bytes] = set()
+        self._by_pid = {hunt.pid: hunt for hunt in hunts if hunt.pid != NOBODY}
+        self._by_mark = {hunt.mark: hunt for hunt in hunts}
+        self._members: dict[Hunt, set[int]] = {hunt: set() for hunt in hunts}
+        self._births: dict[int, bytes] = {}
+        self._children: dict[int, list[int]] = {}
+        self._hidden = True  # /proc is covered, or not there any more
+        self._own = str(os.getpid())
+        self._seen = {self._own, "1"}
+
+    def look(self) -> Iterator[float]:
+        """In steps. Who has gone when it is looked at may have left somebody behind who was born
+        after the listing: so there is another one, until nobody new is in it."""
+        for _ in range(LISTINGS):
+            names = listed()
+            self._hidden = self._hidden and self._own not in names
+            names = [name for name in names if name not in self._seen]
+            if not names:
+                break
+            self._seen.update(names)
+            for name in names:
+                yield 0.0
+                yield from self._look_at(name)
+        overdue.intersection_update(self._births.items())
+        self.unclear -= overdue
+
+    def _look_at(self, name: str) -> Iterator[float]:
         fields = stat_fields(name)
-        if not fields or fields[0] in (b"Z", b"X"):
-            continue
+        if not alive(fields):
+            return
         pid = int(name)
         parent, group, session = map(int, fields[1:4])
-        births[pid] = fields[BIRTH]
-        children.setdefault(parent, []).append(pid)
+        self._births[pid] = fields[BIRTH]
+        self._children.setdefault(parent, []).append(pid)
         entries = yield from environment(name)
-        owners = [by_pid.get(each) for each in (pid, group, session)]
-        owners += [by_mark[entry] for entry in entries if entry in by_mark]
+        if entries == [b""] and between_programs(name):
+            self.unclear.add((pid, fields[BIRTH]))
+        self.marks.update(entry for entry in entries if entry.startswith(MARKER))
+        owners = [self._by_pid.get(each) for each in (pid, group, session)]
+        owners += [self._by_mark.get(entry) for entry in entries]
         for owner in owners:
             if owner is not None:
-                members[owner].add(pid)
-    for hunt, own_members in members.items():
-        yield 0.0
-        # Two hunts of one process share its entries here.
-        direct = own_members | members[by_pid.get(hunt.pid, hunt)]
+                self._members[owner].add(pid)
+
+    def members_of(self, hunt: Hunt) -> set[Member]:
+        """Those that it is for, and all that descend from them. Two hunts of one process share."""
+        direct = self._members[hunt] | self._members[self._by_pid.get(hunt.pid, hunt)]
         roots = direct if hunt.pid == NOBODY else direct | {hunt.pid}
-        found = {(pid, births[pid]) for pid in direct | descendants(children, roots)}
-        if hidden and hunt.pid > 1:
+        found = {(pid, self._births[pid]) for pid in direct | descendants(self._children, roots)}
+        if self._hidden and hunt.pid > 1:
             found |= {(hunt.pid, b""), (-hunt.pid, b"")}  # itself and its group, as for kill(2)
-        hunt.found(found)
+        return found
 
 
-def marked() -> set[bytes]:
-    """Every entry that begins with MARKER in the environment of any process."""
-    return {
-        entry for name in listed() for entry in read_environment(name) if entry.startswith(MARKER)
-    }
+def marked() -> Generator[float, None, set[bytes]]:
+    """Every entry that begins with MARKER in the environment of any process. In steps."""
+    until = time.monotonic() + DYING_WAIT
+    marks: set[bytes] = set()
+    while True:
+        sight = Sight(())
+        yield from sight.look()
+        marks |= sight.marks
+        if not sight.unclear or time.monotonic() >= until:
+            return marks
+        yield LOOK_EVERY
 
 
 def listed() -> list[str]:
@@ -173,6 +225,11 @@ def stat_fields(pid: str) -> list[bytes]:
             return (file.read(4096) or b"").rpartition(b")")[2].split()
     except OSError:
         return []
+
+
+def alive(fields: list[bytes]) -> bool:
+    """Whether it runs, or a thread of it does, of which the first has ended."""
+    return bool(fields) and (fields[0] not in (b"Z", b"X") or int(fields[THREADS]) > 1)
 
 
 def environment(pid: str) -> Generator[float, None, list[bytes]]:

@@ -70,8 +70,13 @@ def test_an_unheld_process_is_known_by_its_mark_alone() -> None:
     """The id of one that nobody waits for may be another's, who may lead a session."""
     in_namespace("""
         begin(300, {b"MICROGUEST_PROCESS": b"1"})
-        marks = tree.marked()
-        assert MARK in marks
+        steps = tree.marked()
+        while True:
+            try:
+                time.sleep(next(steps))
+            except StopIteration as stop:
+                assert MARK in stop.value
+                break
         end(300)
         begin(300, {})
         hunt = tree.Hunt(tree.NOBODY, MARK)
@@ -81,6 +86,38 @@ def test_an_unheld_process_is_known_by_its_mark_alone() -> None:
         begin(301, {b"MICROGUEST_PROCESS": b"1"})
         tree.run([tree.Hunt(tree.NOBODY, MARK), tree.Hunt(tree.NOBODY, MARK + b"2")])
         assert os.waitpid(301, 0)[1] == signal.SIGKILL and lives(300)
+    """)
+
+
+def test_who_is_born_after_a_listing_is_in_the_next() -> None:
+    in_namespace("""
+        begin(300, {"MICROGUEST_PROCESS": "1"})
+        hunt = tree.Hunt(tree.NOBODY, MARK)
+        steps = tree.passes([hunt])
+        next(steps)  # it is listed
+        begin(301, {"MICROGUEST_PROCESS": "1"})
+        end(300)
+        for _ in steps:
+            pass
+        while not hunt.over:
+            turn(hunt)
+        assert os.waitpid(301, 0)[1] == signal.SIGKILL
+    """)
+
+
+def test_a_thread_whose_process_seems_to_have_ended_is_found() -> None:
+    in_namespace("""
+        import ctypes, threading
+
+        pid = os.fork()
+        if not pid:
+            threading.Thread(target=time.sleep, args=(600,)).start()
+            number = {"x86_64": 60, "aarch64": 93}[os.uname().machine]
+            ctypes.CDLL(None).syscall(number, 0)  # exit(2), of the first thread alone
+        while tree.stat_fields(str(pid))[0] != b"Z":
+            time.sleep(0.01)
+        tree.run([tree.Hunt(pid, MARK)])
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     """)
 
 
