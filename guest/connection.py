@@ -377,8 +377,7 @@ class Connection:
         if head.channel not in (HOST_STREAMS if by_host else AGENT_STREAMS):
             return f"stream {head.channel} belongs to the other side or does not exist"
         if head.channel in self._ended:
-            asked = " (stdin=True)" if by_host else ""
-            return f"stream {STREAMS[head.channel]} has ended or was not asked for{asked}"
+            return f"stream {STREAMS[head.channel]} has ended or was not asked for"
         if head.kind == Kind.END:
             return ""
         if head.length == 0:

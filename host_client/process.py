@@ -105,6 +105,7 @@ class Process(Rooted):
     ) -> Result:
         """Feed `input` and end stdin (None: neither), collect both outputs, wait for the end.
 
+        ValueError where `input` is given and stdin cannot be written to, as `stdin.write` says.
         DeadlineExceeded after `timeout` seconds, with the output so far; OutputTooLarge beyond
         `max_output` bytes of one output. The process goes on in both cases.
         """
@@ -236,6 +237,7 @@ class ProcessInput:
         """Send all of it, waiting while the process does not read.
 
         What a process that has ended cannot read any more is dropped, as its end tells enough.
+        ValueError where it was started without stdin, or is only watched, or this was closed.
         """
         self._run(self._session.write(data))
 

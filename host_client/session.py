@@ -135,13 +135,18 @@ class Session:
         return STREAMS[stream], self._hand(stream, self._unread[stream].take(size))
 
     def write(self, data: Buffer) -> Steps[None]:
-        """Feed stdin; until the kernel has all of it, or the process has ended."""
+        """Feed stdin; until the kernel has all of it, or the process has ended.
+
+        ValueError where this connection cannot, whether the process has ended or not.
+        """
         check_bytes(data, "stdin")
+        self._check_feeds()
         view = memoryview(data).cast("B")
         exchange = self.exchange
         try:
             while not exchange.over and (view or exchange.pending):
                 if view and not exchange.pending:
+                    self._check_feeds()  # another caller may have closed it meanwhile
                     exchange.write(view[: limits.DATA_PAYLOAD])
                     view = view[limits.DATA_PAYLOAD :]
                     exchange.channel.flush()
@@ -156,11 +161,27 @@ class Session:
         yield from self._sent()
 
     def end_input(self) -> Steps[None]:
-        """No more stdin. May be said again."""
-        if not self._input_ended:
+        """No more stdin. May be said again, and of a process that was started without one."""
+        request = self.exchange.request
+        if not self._input_ended and not (isinstance(request, Start) and not request.stdin):
+            self._check_feeds()
             self._input_ended = True
             self.exchange.end_input()
         yield from self._sent()
+
+    def _check_feeds(self) -> None:
+        """ValueError where there is no stdin that this connection may feed."""
+        request = self.exchange.request
+        if isinstance(request, Attach):
+            if not request.write:
+                raise ValueError(
+                    f"{self.name} is only watched here: attach without write=False to feed its "
+                    "stdin"
+                )
+        elif not request.stdin:
+            raise ValueError(f"{self.name} has no stdin: start it with stdin=True")
+        if self._input_ended:
+            raise ValueError(f"the stdin of {self.name} was closed: nothing can follow")
 
     def _sent(self) -> Steps[None]:
         """Give what was queued to the kernel where it takes it now.
@@ -209,6 +230,7 @@ class Session:
         check_count(max_output, "max_output")
         if stdin is not None:
             check_bytes(stdin, "input")
+            self._check_feeds()
         deadline, exchange = Deadline(timeout), self.exchange
         rest = None if stdin is None else memoryview(stdin).cast("B")
         try:
@@ -231,6 +253,7 @@ class Session:
 
     def _feed(self, rest: memoryview) -> memoryview | None:
         """Queue the next piece of stdin; what is left of it, None after its end."""
+        self._check_feeds()
         if rest:
             self.exchange.write(rest[: limits.DATA_PAYLOAD])
             return rest[limits.DATA_PAYLOAD :]

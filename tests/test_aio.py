@@ -130,6 +130,33 @@ def test_exec(play: Play) -> None:
     play(scene, echo, fails)
 
 
+def test_input_without_a_stdin_is_the_same_error_at_any_time(play: Play) -> None:
+    def no_input(peer: Peer) -> None:
+        peer.start()
+        peer.until(Signal)
+        peer.finish(code=0)
+
+    async def refused(process: aio.Process, match: str) -> None:
+        for feed in (process.stdin.send, process.communicate):
+            with pytest.raises(ValueError, match=match):
+                await feed(b"x")
+
+    async def scene(agent: aio.Agent) -> None:
+        async with await agent.start(["x"]) as process:
+            await process.stdin.aclose()
+            await refused(process, "has no stdin: start it with stdin=True")
+            await process.kill()
+            await process.wait(PATIENCE)
+            await refused(process, "has no stdin: start it with stdin=True")
+        async with await agent.attach(write=False) as process:
+            await refused(process, "only watched here: attach without write=False")
+        async with await agent.start(["x"], stdin=True) as process:
+            await process.stdin.aclose()
+            await refused(process, "was closed: nothing can follow")
+
+    play(scene, no_input, hang, hang)
+
+
 def test_small_requests(play: Play) -> None:
     info = InfoResult(
         versions={}, kernel="", machine="", hostname="", boot_id="", agent_pid=1, agent_starts=1,

@@ -382,8 +382,61 @@ def test_writing_while_another_thread_reads(path: Path) -> None:
         feeder.start()
         assert b"".join(process.stdout) == payload
         feeder.join(PATIENCE)
-        process.stdin.write(b"too late, and dropped")
         process.stdin.close()
+        with pytest.raises(ValueError, match="was closed: nothing can follow"):
+            process.stdin.write(b"too late")
+
+
+def test_input_that_an_ended_process_cannot_read_is_dropped(path: Path) -> None:
+    def script(peer: Peer) -> None:
+        peer.start()
+        peer.finish(code=0)
+
+    with serving(path, script), agent_at(path) as agent, agent.start(["x"], stdin=True) as process:
+        process.wait(PATIENCE)
+        process.stdin.write(b"too late, and dropped")
+        assert process.communicate(b"so is this").stdout == b""
+
+
+def no_input(peer: Peer) -> None:
+    peer.start()
+    peer.until(Signal)
+    peer.finish(code=0)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize(
+    ("open_it", "match"),
+    [
+        (lambda agent: agent.start(["x"]), r"'x' \(process \w+\) has no stdin: .* stdin=True"),
+        (lambda agent: agent.attach(write=False), "only watched here: attach without write=False"),
+    ],
+    ids=["start", "watch"],
+)
+def test_input_without_a_stdin_is_the_same_error_at_any_time(
+    path: Path, ended: bool, open_it: Callable[[Agent], Any], match: str
+) -> None:
+    with (
+        serving(path, answer_pings, no_input),
+        agent_at(path) as agent,
+        agent.ping() and open_it(agent) as process,
+    ):
+        if ended:
+            process.kill()
+            process.wait(PATIENCE)
+        for feed in (process.stdin.write, process.communicate):
+            with pytest.raises(ValueError, match=match):
+                feed(b"x")
+        if not ended:  # the connection is as good as before
+            process.kill()
+            assert process.communicate(timeout=PATIENCE).returncode == 0
+
+
+def test_closing_a_stdin_that_was_not_asked_for_does_nothing(path: Path) -> None:
+    with serving(path, no_input), agent_at(path) as agent, agent.start(["x"]) as process:
+        process.stdin.close()
+        process.kill()
+        assert process.wait(PATIENCE).returncode == 0
 
 
 def test_controls(path: Path) -> None:

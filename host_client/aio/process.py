@@ -178,7 +178,8 @@ class ProcessInput(ByteSendStream):
         """Send all of it, waiting while the process does not read.
 
         What a process that has ended cannot read any more is dropped. Where it is cancelled, part
-        of it may have been sent.
+        of it may have been sent. ValueError where there is no stdin to write to, as in the
+        blocking client.
         """
         await self._run(self._session.write(item))
 
