@@ -545,3 +545,31 @@ def test_every_option_is_a_setting() -> None:
 
 def test_mount_is_public() -> None:
     assert host_client.Mount is Mount
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cap_drop": ["ALLL"]}, "cap_drop: this machine runs no command .* command="),
+        ({"restart": "always"}, "restart: this machine runs no command"),
+        ({"umask": 0o077}, "umask: this machine runs no command"),
+        ({"masked": ["/proc/keys"]}, "masked: this machine runs no command"),
+        ({"cap_drop": ["ALLL"], "command": ["true"]}, "cap_drop: .*no capability is called 'alll'"),
+        ({"rlimits": {"nofiles": (1, 1)}, "command": []}, "rlimits: .*nofiles"),
+        ({"cwd": "rel", "command": ["true"]}, "cwd 'rel' is not an absolute path"),
+        ({"shm_size": "64"}, "shm_size: '64' is 64 bytes, less than a page: write 512M"),
+        ({"upper_size": "64"}, "upper_size: '64' is 64 bytes"),
+    ],
+)
+def test_what_makes_no_sense_is_said_before_anything_is_made(
+    image: str, machines_home: Path, options: MachineOptions, message: str
+) -> None:
+    with pytest.raises(MachineError, match=message):
+        boot(image, machine="namespaces", **options)
+    assert not machines_home.exists() or os.listdir(machines_home) == []
+
+
+def test_a_tmpfs_of_a_few_bytes_is_a_slip() -> None:
+    with pytest.raises(MachineError, match="mount /x: '64' is 64 bytes"):
+        Mount(target="/x", kind="tmpfs", size="64")
+    assert Mount(target="/x", kind="tmpfs", size="50%").size == "50%"

@@ -243,6 +243,10 @@ def test_connect_takes_what_it_says(given: dict[str, Any], message: str) -> None
         ({"timeout": "5"}, "timeout: expected float"),
         ({"memoy": "1G"}, "did you mean memory"),
         ({"bundle": 5}, "bundle: expected a path"),
+        ({"shm_size": 64}, 'shm_size: 64 of what. Write "512M"'),
+        ({"upper_size": 64}, "upper_size: 64 of what"),
+        ({"progress": 5}, "progress: expected a callable, got int"),
+        ({"abandoned": True}, "abandoned: expected a threading.Event, got bool"),
     ],
 )
 def test_boot_says_it_before_anything_is_made(

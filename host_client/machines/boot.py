@@ -20,8 +20,9 @@ from host_client.machines.plan import CONSOLE_SHOWN, MachineState, Plan, cut
 from host_client.machines.prepare import Preparation
 from host_client.machines.qemu import QemuBackend
 from host_client.machines.settings import MachineOptions, Settings
+from host_client.machines.workload import check_workload
 from host_client.shortage import explain
-from host_client.values import path
+from host_client.values import kind_of, path
 
 __all__ = ["BACKENDS", "Backend", "boot", "start"]
 
@@ -71,6 +72,10 @@ def boot(
     the guest did not come up. Nothing is left behind then, nor after the end or death of this
     program.
     """
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: expected a callable, got {kind_of(progress)}")
+    if abandoned is not None and not hasattr(abandoned, "is_set"):
+        raise TypeError(f"abandoned: expected a threading.Event, got {kind_of(abandoned)}")
     return start(
         Settings.of(image, options),
         bundle=None if bundle is None else path(bundle, "bundle"),
@@ -91,6 +96,7 @@ def start(
     if backend is None:
         raise MachineError(f"machine {settings.machine!r:.40} is none of: {', '.join(BACKENDS)}")
     backend.check(settings)
+    check_workload(settings)
     found = find_bundle(bundle)
     with images.open_image(settings.image) as image:  # also its name, before anything is made
         return claimed(

@@ -13,10 +13,11 @@ from guest.record import misfit
 from host_client.errors import MachineError
 from host_client.values import absolute_path
 
-__all__ = ["Mount", "byte_size", "parse_mount", "parse_tmpfs", "parse_volume"]
+__all__ = ["SIZE", "Mount", "byte_size", "parse_mount", "parse_tmpfs", "parse_volume"]
 
 KINDS: Final = ("bind", "tmpfs", "disk")
 SIZE: Final = re.compile(r"([0-9]{1,15})([kKmMgGtT]?)(?:[iI]?[bB])?")  # as docker writes it
+PAGE: Final = 4096  # bytes
 SHIFTS: Final = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
 
@@ -66,7 +67,7 @@ class Mount:
             raise MachineError(f"{where}: a path with a NUL byte")
         if self.kind == "bind" and self.size:
             raise MachineError(f"{where}: only a tmpfs or a disk has a size")
-        if self.kind == "disk" and self.size:
+        if self.size and (self.kind == "disk" or SIZE.fullmatch(self.size)):
             byte_size(self.size, where)
 
     @property
@@ -76,12 +77,20 @@ class Mount:
 
 
 def byte_size(text: str, name: str = "") -> int:
-    """Bytes of "512M", "2G" or a number. MachineError where it is none; `name`: what it is of."""
+    """Bytes of "512M", "2G" or a number. MachineError where it is none; `name`: what it is of.
+
+    Nor is less than a page one: who writes 64 means 64M.
+    """
     match = SIZE.fullmatch(text)
+    where = f"{name}: " if name else ""
     if match is None or not int(match[1]):
-        where = f"{name}: " if name else ""
         raise MachineError(f"{where}{text!r:.40} is not a size: write 512M or 2G")
-    return int(match[1]) << SHIFTS[match[2].lower()]
+    size = int(match[1]) << SHIFTS[match[2].lower()]
+    if size < PAGE:
+        raise MachineError(
+            f"{where}{text!r:.40} is {size} bytes, less than a page: write 512M or 2G"
+        )
+    return size
 
 
 def parse_volume(text: str) -> Mount:

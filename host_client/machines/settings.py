@@ -12,7 +12,7 @@ from guest.record import RecordError, misfit
 from guest.rootplan import Upper
 from guest.workload import Restart
 from host_client.errors import MachineError
-from host_client.machines.mounts import Mount, byte_size
+from host_client.machines.mounts import SIZE, Mount, byte_size
 from host_client.machines.networking import check_network
 from host_client.values import Argument, identity, listed, nearest, path, word_of
 
@@ -194,8 +194,8 @@ class Settings:
                 given[name] = identity(value, name)
             elif name == "groups":
                 given[name] = tuple(identity(each, name) for each in listed(value, name))
-            elif name == "memory" and isinstance(value, int):
-                raise TypeError(f'memory: {value} of what? Write "512M" or "2G"')
+            elif name in ("memory", "upper_size", "shm_size") and isinstance(value, int):
+                raise TypeError(f'{name}: {value} of what? Write "512M" or "2G"')
             elif name in ("command", "entrypoint"):
                 given[name] = tuple(word_of(each, name) for each in listed(value, name))
         return cls(image=image, **given)
@@ -211,9 +211,7 @@ class Settings:
             raise MachineError(f"timeout: {self.timeout:g} is no time that a boot can take")
         if not 1 <= self.cpus <= CPUS_MAX:
             raise MachineError(f"cpus must be 1 to {CPUS_MAX}, not {self.cpus}")
-        for name, value in (self.env or {}).items():
-            if not name or "=" in name or "\0" in name + value:
-                raise MachineError(f"{name!r:.80} cannot be the name of an environment variable")
+        self._check_environment()
         if self.network not in ("none", "user"):
             raise MachineError(f"network {self.network!r:.40} is not none or user")
         check_network(self)
@@ -227,6 +225,13 @@ class Settings:
         if self.handoff and self.stdio != "console":
             raise MachineError("handoff: an init has the console, not our streams (run -d)")
 
+    def _check_environment(self) -> None:
+        if self.cwd is not None and not self.cwd.startswith("/"):
+            raise MachineError(f"cwd {self.cwd!r:.100} is not an absolute path in the image")
+        for name, value in (self.env or {}).items():
+            if not name or "=" in name or "\0" in name + value:
+                raise MachineError(f"{name!r:.80} cannot be the name of an environment variable")
+
     def _check_types(self) -> None:
         for each in fields(self):
             if wrong := misfit(getattr(self, each.name), each.type, each.name):
@@ -236,6 +241,8 @@ class Settings:
         if self.upper is not None:
             byte_size(self.upper_size or UPPER_SIZE, "upper_size")
             return
+        if self.upper_size and SIZE.fullmatch(self.upper_size):
+            byte_size(self.upper_size, "upper_size")
         try:
             Upper(size=self.upper_size or TMPFS_SIZE)
         except RecordError as error:

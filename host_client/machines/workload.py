@@ -13,9 +13,29 @@ from host_client.errors import MachineError
 from host_client.images import ImageConfig, process_for
 from host_client.machines.settings import Settings, restart_of
 
-__all__ = ["capabilities_of", "defaults_of", "workload_of"]
+__all__ = ["capabilities_of", "check_workload", "defaults_of", "workload_of"]
 
 ALL: Final = "all"
+OF_THE_WORKLOAD: Final = (
+    *("groups", "umask", "rlimits", "processes", "cap_add", "cap_drop", "no_new_privileges"),
+    *("seccomp", "masked", "read_only_paths", "stop_signal", "restart"),
+)
+
+
+def check_workload(settings: Settings) -> None:
+    """MachineError for what a process cannot have, or could have if there were one."""
+    if settings.has_workload:
+        capabilities_of(settings)
+        rlimits_of(settings)
+        return
+    idle = Settings(image=settings.image)
+    for name in OF_THE_WORKLOAD:
+        value, default = getattr(settings, name), getattr(idle, name)
+        if value != default and (value or default):  # an empty list is an empty tuple
+            raise MachineError(
+                f"{name}: this machine runs no command that it could be of: give one, or "
+                "command=[] for the image's own"
+            )
 
 
 def workload_of(
