@@ -1,5 +1,6 @@
 """External commands: deadlines, errors to paste into a shell, and nothing left running."""
 
+import itertools
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from patience import SLACK
 from sleepers import Sleeper
 
 from host_client.errors import ImageError
-from host_client.images.command import run_command
+from host_client.images.command import filtered, run_command
 
 
 def test_failure_says_what_was_run_and_what_it_said() -> None:
@@ -47,11 +48,36 @@ def test_deadline_ends_a_command_that_does_not_read() -> None:
 
 
 def test_deadline_ends_a_command_that_does_not_write() -> None:
-    def drain(pipe: IO[bytes]) -> None:
-        pipe.read(1)
+    """Nor read: both of its pipes are waited for."""
+
+    def exchange(stdin: IO[bytes], stdout: IO[bytes]) -> None:
+        assert list(filtered(itertools.repeat(bytes(1 << 20)), stdin, stdout)) == []
 
     with pytest.raises(ImageError, match="not done after"):
-        run_command(["sleep", "60"], drain=drain, seconds=0.2)
+        run_command(["sleep", "60"], exchange=exchange, seconds=0.2)
+
+
+def test_filter_gets_all_and_gives_all() -> None:
+    given = [bytes([number]) * (1 << 20) for number in range(8)]
+    got: list[bytes] = []
+
+    def exchange(stdin: IO[bytes], stdout: IO[bytes]) -> None:
+        got.extend(filtered(iter(given), stdin, stdout))
+
+    run_command(["cat"], exchange=exchange)
+    assert b"".join(got) == b"".join(given)
+
+
+def test_filter_that_stops_reading_did_not_take_all() -> None:
+    """What it wrote is there all the same."""
+    got: list[bytes] = []
+
+    def exchange(stdin: IO[bytes], stdout: IO[bytes]) -> None:
+        got.extend(filtered(itertools.repeat(bytes(1 << 20), 4), stdin, stdout))
+
+    with pytest.raises(ImageError, match="stopped reading its input too early"):
+        run_command(["head", "-c", "5"], exchange=exchange)
+    assert b"".join(got) == bytes(5)
 
 
 def test_command_that_stops_reading_did_not_take_all() -> None:
@@ -80,7 +106,7 @@ def test_command_that_cannot_start() -> None:
 def test_command_ends_also_where_its_caller_was_killed(tmp_path: Path) -> None:
     busy = f"echo $$ >{tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; while :; do :; done"
     program = (
-        "from host_client.images.command import run_command\n"
+        "from host_client.images.command import filtered, run_command\n"
         f"run_command(['sh', '-c', {busy!r}], seconds=1)"
     )
     with subprocess.Popen([sys.executable, "-c", program], start_new_session=True) as caller:

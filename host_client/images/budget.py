@@ -24,6 +24,7 @@ class Budget:
         self.entries = 0
         self.text = 0
         self.paths = 0
+        self.stored = 0
         self.unpacked = 0
         self.written = 0
         self.steps = 0
@@ -59,6 +60,16 @@ class Budget:
         self.paths += count
         if self.paths > self.limits.paths:
             raise Exhausted(f"paths of the image have more than {self.limits.paths >> 10} KiB")
+
+    def store(self, count: int) -> None:
+        """So many bytes of a layer, as the image has it, are about to be read."""
+        self.stored += count
+        if self.stored > self.limits.bytes:
+            raise Exhausted(
+                "image's layers have more than the image's limit of "
+                f"{self.limits.bytes >> 20} MiB as they are stored, holes included"
+            )
+        self.seconds_left()
 
     def unpack(self, count: int) -> None:
         """So many bytes of a layer are about to be spooled."""

@@ -14,8 +14,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import IO, BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO
 
 from host_client.errors import ImageError
 from host_client.images import limits
@@ -56,27 +56,26 @@ def require_command(name: str) -> str:
 def run_command(
     argv: Sequence[str],
     *,
-    stdin: BinaryIO | None = None,
     feed: Callable[[IO[bytes]], None] | None = None,
-    drain: Callable[[IO[bytes]], None] | None = None,
+    exchange: Callable[[IO[bytes], IO[bytes]], None] | None = None,
     told: Callable[[], None] | None = None,
     writes_to: str | None = None,
     seconds: float = limits.COMMAND_SECONDS,
 ) -> str:
     """Run a command to its end and return the last of what it said.
 
-    `feed` writes the command's stdin, or `drain` reads its stdout; not both. `told` is called a few
-    times in a second while nothing but the end is waited for. `writes_to` is the
-    directory whose disk is looked at when the command fails without saying why. Raises ImageError
-    with a line to paste into a shell when the command cannot start, fails, or is not done after
-    `seconds`; whatever `feed`, `drain` or `told`
-    raise passes through after the command was killed.
+    `feed` writes the command's stdin; or `exchange` does, and reads its stdout (see `filtered`).
+    `told` is called a few times in a second while nothing but the end is waited for. `writes_to` is
+    the directory whose disk is looked at when the command fails without saying why. Raises
+    ImageError with a line to paste into a shell when the command cannot start, fails, or is not
+    done after `seconds`; whatever `feed`, `exchange` or `told` raise passes through after the
+    command was killed.
     """
     try:
         process = subprocess.Popen(
             argv,
-            stdin=subprocess.PIPE if feed else (stdin or subprocess.DEVNULL),
-            stdout=subprocess.PIPE if drain else subprocess.DEVNULL,
+            stdin=subprocess.PIPE if feed or exchange else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if exchange else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env=_environment(),
             start_new_session=True,  # Ctrl-C reaches us alone, and we end it below
@@ -99,15 +98,16 @@ def run_command(
             start_thread(timer)
         except OSError as error:
             raise ImageError(cannot_start(argv[0], error)) from error
-        fed = not feed
+        fed = not (feed or exchange)
         with contextlib.suppress(BrokenPipeError):  # its exit status says why it stopped reading
             if feed and process.stdin:
                 with process.stdin:
                     feed(process.stdin)
                     fed = True
-        if drain and process.stdout:
-            with process.stdout:
-                drain(process.stdout)
+            if exchange and process.stdin and process.stdout:
+                with process.stdin, process.stdout:
+                    exchange(process.stdin, process.stdout)
+                    fed = True
         _wait(process, told)
     finally:
         timer.cancel()
@@ -127,6 +127,39 @@ def run_command(
     if not fed:
         raise ImageError(f"command stopped reading its input too early: {_line(argv)}\n{said}")
     return said
+
+
+def filtered(chunks: Iterator[bytes], stdin: IO[bytes], stdout: IO[bytes]) -> Iterator[bytes]:
+    """What a command writes to `stdout` for the `chunks` that it is given; closes `stdin` in time.
+
+    BrokenPipeError, behind all that it wrote, where it did not take everything. Both pipes are
+    served at once: a filter reads no more while nobody takes what it has written.
+    """
+    os.set_blocking(stdin.fileno(), False)
+    poll = select.poll()
+    poll.register(stdout, select.POLLIN)
+    poll.register(stdin, select.POLLOUT)
+    rest: memoryview | None = memoryview(b"")  # None: it is closed
+    broken = False
+    while True:
+        ready = {fd for fd, _ in poll.poll()}
+        if stdout.fileno() in ready:
+            written = os.read(stdout.fileno(), limits.CHUNK_BYTES)
+            if not written:
+                break
+            yield written
+        if rest is None or stdin.fileno() not in ready:
+            continue
+        rest = rest or memoryview(next(chunks, b""))
+        try:
+            rest = rest[os.write(stdin.fileno(), rest) :] if rest else None
+        except BrokenPipeError:
+            rest, broken = None, True
+        if rest is None:
+            poll.unregister(stdin)
+            stdin.close()
+    if broken or rest is not None:
+        raise BrokenPipeError
 
 
 def limit_processor_time(pid: int, seconds: float) -> None:

@@ -14,7 +14,7 @@ from typing import IO, BinaryIO, Protocol
 from host_client.errors import ImageError
 from host_client.images import limits
 from host_client.images.budget import Budget
-from host_client.images.command import require_command, run_command
+from host_client.images.command import filtered, require_command, run_command
 from host_client.images.layout import Extent, Layout
 from host_client.images.manifest import Layer
 
@@ -35,9 +35,9 @@ def spool_layer(
         sink = _Sink(spool, layer, budget)
         with layout.open(layer.path) as extent:
             compression = _compression(extent)
-            chunks = _verified_chunks(layout, layer, extent, told)
+            chunks = _verified_chunks(layout, layer, extent, budget, told)
             if compression == "zstd":
-                _unzstd(chunks, sink, directory, budget)
+                _unzstd(layer, chunks, sink, budget)
             elif compression:
                 _unpack(layer, _UNPACKERS[compression], chunks, sink, budget)
             else:
@@ -100,15 +100,19 @@ class _Sink:
             )
 
 
-def _verified_chunks(layout: Layout, layer: Layer, extent: Extent, told: Told) -> Iterator[bytes]:
+def _verified_chunks(
+    layout: Layout, layer: Layer, extent: Extent, budget: Budget, told: Told
+) -> Iterator[bytes]:
     """The blob's bytes; the last step raises ImageError when their digest was wrong.
 
     Without a blob's digest, as in a docker archive, the diff_id alone says what a layer is.
     """
     if layer.blob and extent.length != layer.blob.size:
         raise ImageError(f"it has {extent.length} bytes, not {layer.blob.size}, in {layout.name}")
+    budget.store(extent.length)  # of which a sparse file may hold next to nothing
     digest, expected = _new_hash(layer.blob.digest) if layer.blob else (None, "")
     for chunk in extent.chunks():
+        budget.seconds_left()
         if digest:
             digest.update(chunk)
         told(len(chunk))
@@ -190,12 +194,22 @@ def _unpack(
     for chunk in chunks:
         for at in range(0, len(chunk), limits.SPOOL_SLICE_BYTES):
             if fault:
-                break  # read on: a wrong digest, found at the blob's end, explains more
+                break
             stream, fault = _unpack_slice(
                 stream, new, chunk[at : at + limits.SPOOL_SLICE_BYTES], sink, budget
             )
+        if fault:
+            _read_on(layer, chunks)
+            break
     if fault or not stream.eof:
         raise ImageError(f"it is damaged: {fault or 'its compressed stream is cut short'}")
+
+
+def _read_on(layer: Layer, chunks: Iterator[bytes]) -> None:
+    """Behind a fault: a wrong digest, found at the blob's end, explains more."""
+    if layer.blob:
+        for _ in chunks:
+            pass
 
 
 def _unpack_slice(
@@ -223,21 +237,19 @@ def _unpack_slice(
 _STEPS_A_STREAM = 20  # what setting up a decompressor takes
 
 
-def _unzstd(chunks: Iterator[bytes], sink: _Sink, directory: str, budget: Budget) -> None:
+def _unzstd(layer: Layer, chunks: Iterator[bytes], sink: _Sink, budget: Budget) -> None:
     """By the zstd command: it is on every Linux, a module for it is not before Python 3.14."""
-    zstd = require_command("zstd")
-    with tempfile.TemporaryFile(dir=directory) as verified:
-        for chunk in chunks:
-            verified.write(chunk)
-        verified.seek(0)
 
-        def drain(pipe: IO[bytes]) -> None:
-            while data := pipe.read(limits.CHUNK_BYTES):
+    def exchange(stdin: IO[bytes], stdout: IO[bytes]) -> None:
+        try:
+            for data in filtered(chunks, stdin, stdout):
                 sink.write(data)
+        except BrokenPipeError:
+            _read_on(layer, chunks)
+            raise
 
-        run_command(
-            [zstd, "-d", "-c", "-q", "--no-progress"],
-            stdin=verified,
-            drain=drain,
-            seconds=min(limits.COMMAND_SECONDS, budget.seconds_left()),
-        )
+    run_command(
+        [require_command("zstd"), "-d", "-c", "-q", "--no-progress"],
+        exchange=exchange,
+        seconds=min(limits.COMMAND_SECONDS, budget.seconds_left()),
+    )

@@ -91,8 +91,9 @@ class Limits:
               about 0.6 KiB of memory).
     text:     bytes retained of names, link targets, extended attributes and maps of sparse files.
     paths:    bytes of all paths of the merged root: each is written in full.
-    bytes:    unpacked bytes over all layers, which is also the temporary disk space; and again
-              the bytes of the merged root as it is written.
+    bytes:    unpacked bytes over all layers, which is also the temporary disk space; again the
+              bytes of the layers as they are stored, holes included; and again the bytes of the
+              merged root as it is written.
     steps:    what is looked at one by one: headers, records, components of paths, children of a
               directory that is emptied, compressed streams, and the names that the maker of a disk
               compares, `NAMES_A_STEP` at a time (a step takes about a microsecond).
