@@ -17,12 +17,20 @@ from init_shim import disks, mounts, write_out
 from init_shim.confined import RootFolder
 from init_shim.failure import Failure, call
 from init_shim.mounts import ensure_directory, mount
+from init_shim.reporter import leave_out
 
 __all__ = ["NEW_ROOT", "make_read_only", "mount_lowers", "mount_root", "mount_upper", "switch_root"]
 
 LAYERS = "/microguest/layers"
 UPPER = "/microguest/upper"
 NEW_ROOT = "/newroot"
+SPARES = f"{UPPER}/spare"  # beside what the overlay shows
+SPARE_FILES = 8  # overlayfs needs two or three
+SPARE_SIZE = 4096  # bytes: a block each, for the directory that it makes anew
+FULL = (
+    "the disk of the upper is full: give it more room (truncate -s +256M FILE), which the next boot"
+    " takes, or delete something in it elsewhere"
+)
 OVERLAY_ABILITIES = "/sys/module/overlay/parameters"
 # Extended attributes that overlayfs itself keeps in its layers.
 OVERLAY_ATTRIBUTES = ("trusted.overlay.", "user.overlay.")
@@ -99,8 +107,79 @@ def mount_root(plan: Root, *, keep_run: bool) -> None:
         options = [f"lowerdir={lower},upperdir={UPPER}/upper,workdir={UPPER}/work"]
         options += overlay_options(kept=plan.upper.kind == "disk")
         ensure_directory(NEW_ROOT)
-        mount("overlay", NEW_ROOT, "overlay", 0, ",".join(options))
+        mount_overlay(",".join(options), kept=plan.upper.kind == "disk")
     share_api(keep_run=keep_run)
+
+
+def mount_overlay(options: str, *, kept: bool) -> None:
+    """The overlay, also on a kept upper that its user has filled. Raises Failure.
+
+    At each mount overlayfs makes some files below `work` to see what the file system can. Where
+    there is no inode for them the mount fails, or is read-only, and who could make room never gets
+    in. So some are kept where no workload sees them, and are there again before one runs.
+    """
+    if not kept:
+        mount("overlay", NEW_ROOT, "overlay", 0, options)
+        return
+    full = False
+    try:
+        mount("overlay", NEW_ROOT, "overlay", 0, options)
+        if is_read_only_mount(NEW_ROOT):
+            full = True
+            with call("umount2", NEW_ROOT):
+                _guestsys.umount2(NEW_ROOT, 0)
+    except Failure as failure:
+        if failure.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = True
+    if full:
+        drop_spares()
+        mount_on_full(options)
+    make_spares()
+
+
+def mount_on_full(options: str) -> None:
+    """The overlay with what room could be made; read-only is better than nothing."""
+    try:
+        mount("overlay", NEW_ROOT, "overlay", 0, options)
+    except Failure as failure:
+        if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+            failure.message += f"; {FULL}"
+        raise
+    if is_read_only_mount(NEW_ROOT):
+        leave_out(f"the root is read-only; {FULL}")
+
+
+def is_read_only_mount(path: str) -> bool:
+    return bool(os.statvfs(path).f_flag & mounts.READ_ONLY)
+
+
+def make_spares() -> None:
+    """What `drop_spares` can delete, as far as there is room."""
+    try:
+        if not os.path.isdir(SPARES):
+            os.mkdir(SPARES, 0o700)
+        there = os.listdir(SPARES)
+        for name in map(str, range(SPARE_FILES)):
+            if name not in there:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                fd = os.open(f"{SPARES}/{name}", flags, 0o600)
+                try:
+                    os.write(fd, bytes(SPARE_SIZE))
+                finally:
+                    os.close(fd)
+    except OSError:
+        pass  # there is the hint then, where they are missed
+
+
+def drop_spares() -> None:
+    """Make room for a mount."""
+    try:
+        for name in os.listdir(SPARES):
+            os.unlink(f"{SPARES}/{name}")
+    except OSError:
+        pass  # the mount says what is wrong
+    os.sync()  # ext4 gives freed blocks away after they are free on the disk
 
 
 def make_upper_folders() -> None:

@@ -263,6 +263,65 @@ def test_who_fills_a_kept_disk_can_still_start_the_machine(base: Path, work: Pat
     check_clean(disks["upper"])
 
 
+FILL_INODES = """
+echo names=$(cat /etc/hostname) $(hostname) $(tail -1 /etc/hosts)
+mkdir -p /i && cd /i && true >> /full
+i=$(ls -f . | wc -l); while true 2>/dev/null > $i; do i=$((i + 1)); done
+BLOCKS && cat /dev/zero 2>/dev/null >> /full
+sync
+echo inodes=$(df -i / | awk 'END { print $4 }') blocks=$(df -k / | awk 'END { print $4 }')
+exit 0
+"""
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["inodes", "inodes and blocks"])
+def test_who_uses_all_inodes_of_a_kept_disk_can_still_start_the_machine(
+    base: Path, work: Path, blocks: bool
+) -> None:
+    """An overlay makes files of its own at every mount: it has room kept for it."""
+    disks = {"root": base / "root.erofs", "upper": blank(work / "upper.img", 64 << 20)}
+    fill = FILL_INODES.replace("BLOCKS", "true" if blocks else "false")
+    config = vm_config(["/bin/sh", "-c", fill])
+    config["root"]["upper"] = {"kind": "disk", "serial": "upper", "format": "if-blank"}
+
+    def boot(name: str) -> Ended:
+        return run_vm({**config, "hostname": name}, disks=disks, writable=["upper"])
+
+    first = fields(boot("first"))
+    assert first["inodes"].startswith("0 blocks=")
+    assert first["inodes"].endswith("=0") == blocks
+    for name in ("second-one", "third"):  # what is used for a boot is there for the next
+        assert fields(boot(name))["names"] == f"{name} {name} 127.0.1.1 {name}"
+        check_clean(disks["upper"])
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_disk_too_full_for_an_overlay_says_what_to_do(base: Path, work: Path, left: int) -> None:
+    """One that another program filled has no room kept; a larger disk is the way in.
+
+    With no inode at all overlayfs mounts read-only, with one it mounts nothing.
+    """
+    tree = work / "tree"
+    for folder in ("upper", "work", *(f"upper/{name}" for name in ("proc", "sys", "dev", "run"))):
+        (tree / folder).mkdir(parents=True)
+    free = superblock(make_ext4(work / "upper.img", "64M", tree, "-N", "64"), "Free inodes")
+    for index in range(int(free) - left):
+        (tree / "upper" / f"{index}").touch()
+    upper = make_ext4(work / "upper.img", "64M", tree, "-N", "64", "-L", "microguest")
+    disks = {"root": base / "root.erofs", "upper": upper}
+    config = vm_config(["/bin/sh", "-c", "true > /file && echo wrote=yes; true"])
+    config["root"]["upper"] = {"kind": "disk", "serial": "upper", "format": "if-blank"}
+    ended = run_vm(config, disks=disks, writable=["upper"])
+    assert "the disk of the upper is full: give it more room (truncate" in ended.console
+    if left:
+        assert ended.report()[0] == "boot_failed"
+        assert "No space left on device" in ended.report()[1]["message"]
+    else:
+        assert "wrote" not in fields(ended)
+    os.truncate(upper, 320 << 20)
+    assert fields(run_vm(config, disks=disks, writable=["upper"]))["wrote"] == "yes"
+
+
 GREEDY = """
 for at in /tmp /dev/shm /run/lock; do
     su -s /bin/sh tester -c "dd if=/dev/zero of=$at/full bs=64k" 2>/dev/null

@@ -150,9 +150,9 @@ def make_erofs(tree: Path, image: Path) -> Path:
     return image
 
 
-def make_ext4(image: Path, size: str, tree: Path | None = None) -> Path:
+def make_ext4(image: Path, size: str, tree: Path | None = None, *options: str) -> Path:
     """An ext4 of `size` as mke2fs has it (64M), with a folder's files in it."""
-    _make(["mke2fs", "-q", "-F", "-t", "ext4", *(["-d", str(tree)] if tree else []),
+    _make(["mke2fs", "-q", "-F", "-t", "ext4", *options, *(["-d", str(tree)] if tree else []),
            str(image), size])  # fmt: skip
     return image
 
