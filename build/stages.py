@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+# For people who wait: the slowest stages are CPython's.
+SLOWEST = "two minutes"
 # A build step that takes longer than this hangs: the slowest takes one minute on two cores.
 COMMAND_TIMEOUT = 1800.0
 # What a failed command's log may contribute to the error message.
@@ -46,7 +48,7 @@ class Cache:
         final = os.path.join(self.root, f"{name}-{key[:16]}")
         if os.path.isdir(final):
             return final
-        say(f"{name}: building")
+        say(f"{name}: building, which takes up to {SLOWEST} on two idle cores")
         started = time.monotonic()
         partial = tempfile.mkdtemp(prefix=f"partial-{name}-", dir=self.root)
         try:

@@ -189,6 +189,12 @@ def test_a_failed_stage_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_stage_says_how_long_it_may_take(tmp_path, capfd):
+    Cache(root=str(tmp_path)).stage("thing", "0" * 64, lambda _: None)
+    said = "".join(capfd.readouterr())
+    assert "thing: building, which takes up to two minutes" in said
+
+
 def test_an_interrupted_stage_is_swept_and_made_again(tmp_path, monkeypatch):
     monkeypatch.setenv("MICROGUEST_CACHE", str(tmp_path))
     os.makedirs(tmp_path / "build" / "partial-thing-killed")

@@ -1,6 +1,7 @@
 """`microguest doctor` says of each thing whether it can be used: here, now, and by whom it runs."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import imagefactory as factory
 import pytest
 
+from host_client.images.command import PACKAGES
 from host_client.machines import shares as daemons
 
 DOCTOR = [sys.executable, "-m", "host_client.cli", "doctor"]
@@ -131,3 +133,9 @@ def test_installed_without_a_checkout(tmp_path: Path) -> None:
     kernel = folder / "vmlinuz"
     kernel.write_bytes(kernel.read_bytes()[:-1])
     assert f"copy one to {folder}" in doctor(env=where, cwd=tmp_path / "site").of("guest")
+
+
+def test_every_tool_that_an_image_takes_is_named() -> None:
+    words = re.findall(r"[\w.]+", doctor().of("image tools"))
+    assert sorted(PACKAGES.keys() - set(words)) == []
+    assert "sync" in words

@@ -290,6 +290,29 @@ def test_working_directory(tmp_path: Path) -> None:
         assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"Env": ["A=1", ""]}, "the image's config has '' in Env"),
+        ({"Env": ["=1"]}, "the image's config has '=1' in Env"),
+        (
+            {"Volumes": {f"/v{number}": {} for number in range(100)}},
+            "the image's config has 100 Volumes, at most 64",
+        ),
+        ({"StopSignal": "SIGNONE"}, "the image's config has the StopSignal 'SIGNONE'"),
+    ],
+)
+@pytest.mark.parametrize("words", [[], ["--read-only"]])
+def test_config_that_makes_no_sense(
+    tmp_path: Path, config: dict[str, Any], message: str, words: list[str]
+) -> None:
+    """Whoever has asked for none of it is told where it comes from."""
+    code, out, error = run(*words, shell_image(tmp_path, **config), "sh", "-c", "true")
+    assert (code, out) == (125, "")
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_environment(tmp_path: Path) -> None:
     """The image's over docker's own, ours over the image's."""
     own = shell_image(

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -10,6 +9,7 @@ from typing import Final
 from guest.errors import MicroguestError
 from host_client.cli.tell import say
 from host_client.images.cache import default_directory
+from host_client.images.command import PACKAGES, find_command
 from host_client.machines import host
 from host_client.machines.bundle import find_bundle
 from host_client.machines.folder import machines_root
@@ -83,9 +83,7 @@ def bundle() -> Finding:
 
 def image_tools() -> Finding:
     """What makes disks of images."""
-    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
-    tools = ("mkfs.erofs", "sqfstar", "mksquashfs", "tar", "zstd")
-    there = {tool: shutil.which(tool, path=path) for tool in tools}
+    there = {tool: find_command(tool) for tool in PACKAGES}
     missing = [tool for tool, where in there.items() if where is None]
     detail = ", ".join(tool for tool, where in there.items() if where) or "none"
     good = bool(there["mkfs.erofs"] or there["sqfstar"])

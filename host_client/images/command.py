@@ -27,8 +27,8 @@ _WORDS_SECONDS = 1.0  # from its end, for what it said last
 
 _SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/sbin:/sbin"
 
-# What the command needs to be installed, as Debian calls it.
-_PACKAGES = {
+# All that are run for images, and what each needs to be installed, as Debian calls it.
+PACKAGES = {
     "mkfs.erofs": "erofs-utils",
     "mksquashfs": "squashfs-tools",
     "sync": "coreutils",
@@ -48,7 +48,7 @@ def require_command(name: str) -> str:
     """As `find_command`; raises ImageError naming the package when it is missing."""
     found = find_command(name)
     if found is None:
-        package = _PACKAGES.get(name, name)
+        package = PACKAGES.get(name, name)
         raise ImageError(f"{name} is not installed: install the package {package}")
     return found
 

@@ -42,10 +42,24 @@ def image_disk(path: str, serial: str, *, size: str, read_only: bool = False) ->
         if not stat.S_ISREG(kind):
             raise MachineError(f"disk {absolute} is no regular file")
     except FileNotFoundError:
-        raise MachineError(f"there is no disk {absolute}: give size=2G to have one made") from None
+        raise MachineError(_missing(absolute, size=size, read_only=read_only)) from None
     except OSError as error:
         raise MachineError(f"disk {explain(error, absolute)}") from error
     return GuestDisk(absolute, serial, read_only)
+
+
+def _missing(path: str, *, size: str, read_only: bool) -> str:
+    """Why there is no file at `path`, and what to do."""
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        return f"disk {path}: no directory {folder}: make it, or name another"
+    if os.path.islink(path):
+        return f"disk {path} is a link to a file that does not exist"
+    if read_only:
+        return f"there is no disk {path}, and none is made that is only read"
+    if size:
+        return f"disk {path} was removed while it was opened: try again"
+    return f"there is no disk {path}: give size=2G to have one made"
 
 
 def make_sparse(path: str, size: str) -> None:

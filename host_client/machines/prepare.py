@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from guest.bootconfig import AgentSettings, BootConfig, Endpoint, Hardening, parse
 from guest.errors import BootConfigError
+from guest.limits import VOLUMES
 from guest.record import RecordError
 from guest.rootplan import Lower, Root, Upper, Volume
 from guest.workload import ImageDefaults, Workload
@@ -137,7 +138,13 @@ class Preparation:
         mounted = {mount.target.rstrip("/") for mount in self.settings.mounts}
         paths = (os.path.normpath(f"/{path}") for path in self.image.config.volumes)
         own = (f"/{path.lstrip('/')}" for path in paths)  # normpath keeps a second slash
-        return tuple(dict.fromkeys(path for path in own if path != "/" and path not in mounted))
+        kept = tuple(dict.fromkeys(path for path in own if path != "/" and path not in mounted))
+        if len(kept) > VOLUMES:
+            raise MachineError(
+                f"machine {self.folder.name}: the image's config has {len(kept)} Volumes, at most "
+                f"{VOLUMES} can be made"
+            )
+        return kept
 
 
 def directory(path: str, target: str) -> str:

@@ -7,7 +7,8 @@ from typing import Final
 
 from guest.errors import OperationError
 from guest.privileges import CAPABILITIES, capability_mask, resource_limits, seccomp_program
-from guest.workload import Capabilities, ImageDefaults, Workload
+from guest.record import RecordError
+from guest.workload import Capabilities, ImageDefaults, Workload, signal_number
 from host_client import seccomp
 from host_client.errors import MachineError
 from host_client.images import ImageConfig, process_for
@@ -66,19 +67,37 @@ def workload_of(
         seccomp="" if privileged else filter_of(settings),
         masked=() if privileged else tuple(settings.masked),
         read_only_paths=() if privileged else tuple(settings.read_only_paths),
-        stop_signal=settings.stop_signal or config.stop_signal or "TERM",
+        stop_signal=settings.stop_signal or _stop_signal_of(config),
         restart=restart_of(settings.restart),
     )
 
 
 def defaults_of(settings: Settings, config: ImageConfig, hostname: str) -> ImageDefaults:
-    """What was asked of `run` holds for every process of the machine, as in docker."""
+    """What was asked of `run` holds for every process of the machine, as in docker.
+
+    MachineError where the image's environment makes no sense.
+    """
+    for item in config.env:
+        if not item.partition("=")[0]:
+            raise MachineError(f"the image's config has {item!r:.200} in Env, which has no name")
     env = dict(item.partition("=")[::2] for item in config.env)
     return ImageDefaults(
         env={"HOSTNAME": hostname, **env, **(settings.env or {})},
         cwd=settings.cwd if settings.cwd is not None else config.working_dir or "/",
         user=settings.user if settings.user is not None else config.user,
     )
+
+
+def _stop_signal_of(config: ImageConfig) -> str:
+    name = config.stop_signal or "TERM"
+    try:
+        signal_number(name)
+    except RecordError:
+        raise MachineError(
+            f"the image's config has the StopSignal {name!r:.40}, which is no signal: give another "
+            "(--stop-signal)"
+        ) from None
+    return name
 
 
 def capabilities_of(settings: Settings) -> Capabilities | None:
