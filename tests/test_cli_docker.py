@@ -98,6 +98,14 @@ def test_help_and_versions(elf: Path) -> None:
     assert f"Version:      {version['Version']}\n" in output("version")
     assert json.loads(output("info", "--format", "{{json .}}"))["Running"] == 0
     assert "Machines:     0\n" in output("info")
+    assert output("version", "--format", "table") == output("version")
+
+
+def test_version_says_why_it_knows_of_no_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MICROGUEST_BUNDLE", "/nope")
+    done = microguest("version", "--format", "json")
+    assert json.loads(done.stdout)["GuestVersion"] == ""
+    assert done.stderr.startswith(b"microguest: no guest bundle in /nope")
 
 
 # ── machines ─────────────────────────────────────────────────────────────────────────────────────
@@ -105,6 +113,8 @@ def test_help_and_versions(elf: Path) -> None:
 
 def test_what_a_row_has_is_no_column_and_no_line(image: str) -> None:
     start(image, "odd", "-l", "note=a\tb\nc", command=("sh", "-c", "\tsleep 1000\n:"))
+    # By itself it is the listing, but for how long each machine has been up.
+    assert output("ls", "--format", "table").split()[:5] == output("ls").split()[:5]
     table = output("ls", "--format", "table {{.Name}}\\t{{.Command}}\\t{{.State}}").splitlines()
     assert [line.split()[0] for line in table] == ["NAME", "odd"]
     assert table[1].split()[-1] == "running"

@@ -271,11 +271,12 @@ def test_agent_that_dies_is_told(image: str) -> None:
 
 
 def test_ls_tells_restarts(image: str) -> None:
-    words = ("--rm", "--name", "again", "--machine", "namespaces", "--restart", "always", image)
+    words = ("--name", "again", "--machine", "namespaces", "--restart", "always", image)
     assert microguest("run", "-d", *words, "sh", "-c", "exit 3").stdout == b"again\n"
     machinekit.wait_until("it waits", lambda: b"restarting (3)" in microguest("ls").stdout)
     machinekit.wait_until("it does", lambda: machinekit.state_of("again").workload_starts > 2)
     assert microguest("stop", "again").returncode == 0
+    assert microguest("rm", "again").returncode == 0
     assert names() == []
 
 

@@ -4,7 +4,7 @@ import argparse
 
 from guest import __version__
 from guest.errors import MicroguestError
-from host_client.cli.tell import say
+from host_client.cli.tell import complain, say
 from host_client.cli.template import Row, formatted
 from host_client.machines.bundle import find_bundle
 from host_client.machines.folder import is_alive, machines_root, names, read_state
@@ -33,11 +33,12 @@ def info(options: argparse.Namespace) -> int:
 
 
 def versions() -> dict[str, object]:
-    """By field; "" where there is no guest bundle."""
+    """By field; "" where there is no guest bundle that can be used, and a line says why."""
     found: dict[str, object] = {"Version": __version__, "GuestVersion": "", "Kernel": ""}
     try:
         manifest = find_bundle().manifest
-    except (MicroguestError, OSError):
+    except (MicroguestError, OSError) as error:
+        complain(str(error))
         return found
     guest = manifest.versions.get("microguest", "")
     return {**found, "GuestVersion": guest, "Kernel": manifest.kernel_release}
@@ -45,7 +46,7 @@ def versions() -> dict[str, object]:
 
 def told(options: argparse.Namespace, row: Row) -> int:
     """A line for each, or what --format makes of it."""
-    if options.format:
+    if options.format not in (None, "", "table"):
         formatted([row], options.format, tuple(row))
         return 0
     for name, value in row.items():

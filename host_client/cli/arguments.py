@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from guest import __version__, limits
-from host_client.cli.parser import Parser, add_list, add_switch
+from host_client.cli.parser import Parser, add_list, add_switch, seconds, whole
 from host_client.cli.runoptions import add_options
 from host_client.cli.tell import say
 
@@ -64,14 +64,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     add("--help", action="help", help="show this and exit")
     add("-m", "--memory", default="512M", help="of the machine, with M or G (default 512M)")
-    add("--cpus", type=int, default=1, help="of the machine (default 1)")
+    add("--cpus", type=whole("processors"), default=1, help="of the machine (default 1)")
     add("--kernel", help="boot this kernel instead of the bundle's")
     add("-h", "--hostname", help="of the machine (default: its name)")
     add_list(parser, "-l", "--label", metavar="KEY[=VALUE]", help="shown by ls, to filter by")
     add("--cidfile", metavar="FILE", help="write the machine's name there")
     add_switch(parser, "--init", help="nothing: PID 1 of every machine is an init")
     add("--entrypoint", help="program instead of the image's entrypoint; an empty one for none")
-    add("--timeout", type=float, default=60.0, help="seconds from launch to ready (default 60)")
+    add("--timeout", type=seconds, default=60.0, help="seconds from launch to ready (default 60)")
     add_switch(parser, "-d", "--detach", help="print the name and return")
     add_switch(parser, "-q", "--quiet", help="do not show how far a new image is")
     _add_process_options(parser)
@@ -89,12 +89,12 @@ def _add_exec(parser: argparse.ArgumentParser) -> None:
     add_switch(parser, "-d", "--detach", help="print its id and return")
     parser.add_argument(
         "--drain",
-        type=float,
+        type=seconds,
         metavar="SECONDS",
         help="after its end, for output that others hold open "
         f"(default {limits.STREAM_CAP_AFTER_EXIT:g}, or {limits.STREAM_IDLE_AFTER_EXIT:g} idle)",
     )
-    parser.add_argument("target", metavar="TARGET", help="the machine's name")
+    parser.add_argument("target", metavar="NAME", help="the machine's name")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
     parser.set_defaults(run=_command("exec"))
 
@@ -102,7 +102,7 @@ def _add_exec(parser: argparse.ArgumentParser) -> None:
 def _add_shell(parser: argparse.ArgumentParser) -> None:
     _add_identity_options(parser)
     _add_kept_options(parser)
-    parser.add_argument("target", metavar="TARGET", help="the machine's name")
+    parser.add_argument("target", metavar="NAME", help="the machine's name")
     parser.set_defaults(run=_command("exec", "shell"), drain=None)
 
 
@@ -111,7 +111,7 @@ def _add_attach(parser: argparse.ArgumentParser) -> None:
     add_switch(parser, "--no-stdin", help="only watch: pass on neither stdin nor signals")
     add_switch(parser, "-a", "--all", help="of a terminal too, show what is retained first")
     _add_detach_keys(parser)
-    add("target", metavar="TARGET", help="the machine's name")
+    add("target", metavar="NAME", help="the machine's name")
     add("process", metavar="ID", nargs="?", default="main", help="of a process (default: main)")
     parser.set_defaults(run=_command("processes", "attach"))
 
@@ -119,7 +119,7 @@ def _add_attach(parser: argparse.ArgumentParser) -> None:
 def _add_ps(parser: argparse.ArgumentParser) -> None:
     _add_listing(parser, "ids or names only")
     add = parser.add_argument
-    add("target", metavar="TARGET", nargs="?", help="the machine's name; without it, as ls")
+    add("target", metavar="NAME", nargs="?", help="the machine's name; without it, as ls")
     parser.set_defaults(run=_command("processes", "list_processes"))
 
 
@@ -134,13 +134,13 @@ def _add_listing(parser: argparse.ArgumentParser, quiet: str) -> None:
 def _add_kill(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-s", "--signal", default="KILL", help="name or number (default KILL)")
-    add("target", metavar="TARGET", help="the machine's name")
+    add("target", metavar="NAME", help="the machine's name")
     add("processes", nargs="+", metavar="ID", help="of a process, as ps shows it")
     parser.set_defaults(run=_command("processes", "kill"))
 
 
 def _add_wait(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="the machine's name")
+    parser.add_argument("target", metavar="NAME", help="the machine's name")
     parser.add_argument("processes", nargs="*", default=["main"], metavar="ID")
     parser.set_defaults(run=_command("processes", "wait"))
 
@@ -178,7 +178,7 @@ def _add_completion(parser: argparse.ArgumentParser) -> None:
 def _add_stop(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         *("-t", "--time"),
-        type=float,
+        type=seconds,
         default=limits.STOP_GRACE,
         help=f"seconds between TERM and KILL (default {limits.STOP_GRACE:g})",
     )

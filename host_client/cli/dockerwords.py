@@ -24,6 +24,8 @@ CPUS: Final = "run --cpus gives a virtual machine that many processors"
 PRIVATE: Final = "a machine has its own kernel, and shares no namespace with this host or another"
 NO_DEVICES: Final = "no device of this host is in a machine"
 NO_SWAP: Final = "a virtual machine has no swap: --memory is all that it has"
+OWN_MEMORY: Final = "a machine has a kernel and memory of its own, which --memory says"
+LATEST: Final = "ps -a lists all, and --filter chooses by name, label or image"
 HEALTH: Final = "nothing looks after a command's health: exec runs a check"
 
 COMMANDS: Final = {
@@ -72,6 +74,9 @@ OF_RUN: Final = {
     "--sig-proxy": "signals are always passed on to the command",
     "--stop-timeout": "stop --time says how long a command has",
     "--storage-opt": "--upper-size says how much can be written to the root",
+    "--domainname": "--hostname takes the whole name, as box.example.org",
+    **dict.fromkeys(("--oom-score-adj", "--oom-kill-disable"), OWN_MEMORY),
+    "--annotation": "--label is what a machine can be given to be found by",
     "--label-file": "--label takes one label, and may be given more than once",
 }
 OPTIONS: Final = {
@@ -80,6 +85,7 @@ OPTIONS: Final = {
     "ps": {
         "-s": "no sizes are known",
         "--size": "no sizes are known",
+        **dict.fromkeys(("-l", "--latest", "-n", "--last"), LATEST),
     },
     "stop": {
         "--timeout": "that is --time here",

@@ -25,8 +25,10 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
 
 
 def taken(texts: Iterable[str]) -> dict[str, str]:
-    """By name, of NAME=VALUE and of the NAMEs that are set here."""
-    pairs = (text.partition("=") for text in texts)
+    """By name, of NAME=VALUE and of the NAMEs that are set here. MachineError."""
+    pairs = [text.partition("=") for text in texts]
+    if nameless := [value for name, _, value in pairs if not name]:
+        raise MachineError(f"env: {nameless[0]!r:.80} has no name: expected NAME[=VALUE]")
     return {
         name: value if equals else os.environ[name]
         for name, equals, value in pairs

@@ -38,12 +38,13 @@ def main(options: argparse.Namespace) -> int:
     if not options.command:
         raise MachineError(f"exec {options.target}: name a command")
     if options.detach:
+        parse_keys(options.detach_keys)
         return detached(options)
     return attached(options, words(options.command))
 
 
 def shell(options: argparse.Namespace) -> int:
-    """As `exec -it TARGET` of the shell that the user has in the image."""
+    """As `exec -it NAME` of the shell that the user has in the image."""
     options.interactive = options.tty = True
     return attached(options, ("/bin/sh", "-c", SHELL_OF_USER))
 
@@ -51,7 +52,9 @@ def shell(options: argparse.Namespace) -> int:
 def attached(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """The exit code of a process whose streams are ours."""
     terminal = Terminal() if options.tty and options.interactive else None
-    keys = parse_keys(options.detach_keys) if terminal else b""
+    keys = parse_keys(options.detach_keys)  # also where they are of no use: they may be a slip
+    if terminal is None:
+        keys = b""
     start = start_of(options, argv, keep=Keep() if keys else None)
     with agent_of(options.target) as agent:
         try:

@@ -65,7 +65,7 @@ def print_rows(
     if options.quiet:
         for row in rows:
             say(str(row[fields[0]]))
-    elif options.format:
+    elif options.format not in (None, "", "table"):
         formatted(rows, options.format, fields)
     else:
         heads = [column.upper() for column in columns]

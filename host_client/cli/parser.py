@@ -1,14 +1,15 @@
 """argparse as docker's users expect it: `--rm=false`, no prefixes, hints, one line for an error."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, Final, NoReturn
 
 from host_client.cli.dockerwords import about_command, about_missing, about_option, about_value
 from host_client.cli.tell import complain, say
 
-__all__ = ["Parser", "add_list", "add_switch", "hint"]
+__all__ = ["Parser", "add_list", "add_switch", "hint", "seconds", "whole"]
 
 # What Go's strconv.ParseBool takes.
 WORDS: Final = {
@@ -78,10 +79,15 @@ class Parser(argparse.ArgumentParser):
         return found and self._switched(*found)
 
     def _switched(self, action: Any, *rest: Any) -> tuple[Any, ...]:
-        """A switch with a truth value is the switch, or its opposite, without one."""
+        """A switch with a truth value is the switch, or its opposite, without one.
+
+        Nothing is raised here: the word may be one of CMD.
+        """
         if isinstance(action, _Switch) and rest[-1] in WORDS:
             chosen = action if WORDS[rest[-1]] else action.opposite
             return (chosen, rest[0], *(None for _ in rest[1:]))
+        if isinstance(action, _Switch) and rest[0].startswith("--") and rest[-1] is not None:
+            return (action.refusing(rest[-1]), rest[0], *(None for _ in rest[1:]))
         return (action, *rest)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -93,6 +99,8 @@ class Parser(argparse.ArgumentParser):
 class _Switch(argparse.Action):
     """True where it is given; `--name=false` is False."""
 
+    wrong: str | None = None  # a value that is none
+
     def __init__(
         self, option_strings: Sequence[str], dest: str, *, const: bool = True, **how: Any
     ) -> None:
@@ -103,7 +111,15 @@ class _Switch(argparse.Action):
         """What unsets it."""
         return _Switch(self.option_strings, self.dest, const=False)
 
+    def refusing(self, value: str) -> "_Switch":
+        """What says that the value is none."""
+        refusal = _Switch(self.option_strings, self.dest)
+        refusal.wrong = value
+        return refusal
+
     def __call__(self, _parser: Any, namespace: Any, _values: Any, _option: Any = None) -> None:
+        if self.wrong is not None:
+            raise argparse.ArgumentError(self, f"{self.wrong!r:.40} is neither true nor false")
         setattr(namespace, self.dest, self.const)
 
 
@@ -115,6 +131,31 @@ def add_switch(group: Any, *names: str, **how: Any) -> None:
 def add_list(group: Any, *names: str, **how: Any) -> None:
     """An option that may be given more than once."""
     group.add_argument(*names, action="append", default=[], **how)
+
+
+def seconds(text: str) -> float:
+    """The type of an option that is a time."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if math.isnan(found):
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number of seconds")
+    return found
+
+
+def whole(of: str) -> Callable[[str], int]:
+    """The type of an option that is a number of those."""
+
+    def convert(text: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r:.40} is not a whole number of {of}"
+            ) from None
+
+    return convert
 
 
 def hint(word: str, known: Iterable[str]) -> str:

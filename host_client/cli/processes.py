@@ -37,6 +37,7 @@ LOOK_EVERY: Final = 0.1  # seconds between looks at a machine's state
 
 def attach(options: argparse.Namespace) -> int:
     """The process's exit code; 0 after the detach keys."""
+    keys = parse_keys(options.detach_keys)
     with agent_of(options.target) as agent:
         process = find(agent, options.target, options.process)
         if on_console(process):
@@ -47,10 +48,9 @@ def attach(options: argparse.Namespace) -> int:
         # answered again: the program draws a new one when it is told the size.
         offsets = FROM_NOW if process.tty and not options.all else None
         request = attach_record(process.id, offsets, write=writes)
-        keys = parse_keys(options.detach_keys) if terminal else b""
         try:
             return in_foreground(
-                agent, request, stdin=writes, terminal=terminal, keys=keys
+                agent, request, stdin=writes, terminal=terminal, keys=keys if terminal else b""
             ).shell_code
         except Interrupted:
             return INTERRUPTED

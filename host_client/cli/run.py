@@ -51,13 +51,16 @@ def main(options: argparse.Namespace) -> int:
 def run(options: argparse.Namespace) -> int:
     """The same, but Killed at any moment where a signal shall end this program."""
     terminal = Terminal() if options.tty and options.interactive and not options.detach else None
-    keys = parse_keys(options.detach_keys) if terminal else b""
+    keys = parse_keys(options.detach_keys)  # also where they are of no use: they may be a slip
     if options.cidfile and os.path.lexists(options.cidfile):
         raise MachineError(
             f"{options.cidfile} exists: is its machine still wanted? Remove it or name another file"
         )
+    settings = settings_of(options)
+    if options.rm and options.restart != "no":
+        raise MachineError("--rm and --restart exclude each other: leave one of them out")
     with Display(quiet=options.quiet) as progress:
-        machine = start(settings_of(options), progress=progress)
+        machine = start(settings, progress=progress)
     if options.cidfile:
         try:
             write_name(options.cidfile, machine.name)
@@ -122,7 +125,7 @@ def foreground(
                 stdin=options.interactive,
                 tty=options.tty,
                 terminal=terminal,
-                keys=keys,
+                keys=keys if terminal else b"",
                 signals=signals,
                 main=True,
             )

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from host_client.cli.environment import environment
 from host_client.cli.files import read_named
-from host_client.cli.parser import add_list, add_switch
+from host_client.cli.parser import add_list, add_switch, whole
 from host_client.errors import MachineError
 from host_client.machines.settings import MachineOptions
 
@@ -39,7 +39,7 @@ def machine_options(options: argparse.Namespace) -> MachineOptions:
         "memory": options.memory,
         "cpus": options.cpus,
         "name": options.name,
-        "labels": dict(text.partition("=")[::2] for text in options.label),
+        "labels": dict(map(_label, options.label)),
         "kernel": options.kernel,
         "hostname": options.hostname,
         "timeout": options.timeout,
@@ -102,7 +102,13 @@ def _add_privileges(group: Any) -> None:
     add_list(group, "--group-add", metavar="GROUP", help="name or id")
     add_list(group, "--ulimit", metavar="NAME=SOFT[:HARD]", help="as nofile=1024:4096")
     add("--umask", type=_octal, default=0o022, metavar="MODE", help="default 022")
-    add("--pids-limit", type=int, default=0, metavar="N", help="processes and threads (-1: any)")
+    add(
+        "--pids-limit",
+        type=whole("processes"),
+        default=0,
+        metavar="N",
+        help="processes and threads (-1: any)",
+    )
 
 
 def _add_life(group: Any) -> None:
@@ -127,6 +133,14 @@ def _add_network(group: Any) -> None:
     add_list(group, "--sysctl", metavar="NAME=VALUE", help="a kernel parameter")
     add_switch(group, "--modules", help="kernel modules can be loaded after the boot")
     add("--hardening", default="default", choices=("default", "strict", "off"))
+
+
+def _label(text: str) -> tuple[str, str]:
+    """KEY[=VALUE]."""
+    key, _, value = text.partition("=")
+    if not key:
+        raise MachineError(f"label {text!r:.100}: expected KEY[=VALUE]")
+    return key, value
 
 
 def _octal(text: str) -> int:

@@ -123,6 +123,11 @@ def parse_mount(text: str) -> Mount:
                 f"mount {text!r:.200}: {key!r:.40} is none of: {', '.join(MOUNT_KEYS)}"
             )
         given[field] = _converted(convert, value if equals else "true", f"mount {text!r:.200}")
+    if given.get("kind") == "volume":
+        raise MachineError(
+            f"mount {text!r:.200}: there are no named volumes: give a directory, as "
+            "type=bind,src=./data"
+        )
     if "kind" not in given:
         raise MachineError(f"mount {text!r:.200}: say type=bind, type=tmpfs or type=disk")
     if "target" not in given:
@@ -144,8 +149,9 @@ def _flags(options: str, option: str, text: str) -> dict[str, Any]:
             field, flag = FLAGS[word]
             found[field] = flag
         else:
+            known = (*FLAGS, *(("size=", "mode=") if option == "tmpfs" else ()))
             raise MachineError(
-                f"{option} {text!r:.200}: {word!r:.40} is none of: {', '.join(FLAGS)}"
+                f"{option} {text!r:.200}: {word!r:.40} is none of: {', '.join(known)}"
             )
     return found
 
