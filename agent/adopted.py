@@ -3,14 +3,17 @@
 PID 1 reaps them and says how they ended. Until it has said so, their ids cannot be others'.
 """
 
+import contextlib
 import os
 import time
 
 import trio
 
+from agent import tracers
 from agent.leaf import Leaf
 from agent.processes import REAPING, Channels, ChildProcess
 from agent.tree import UNMARKED
+from guest import limits
 from guest.messages import Exited
 from guest.supervision import KeptStatus, MainExited
 
@@ -52,6 +55,16 @@ class Adopted(ChildProcess):
                 max_rss_kib=message.max_rss_kib,
             )
         self.reaped.set()
+
+    async def settled(self) -> None:
+        """See `Process.settled`. Until PID 1 has its end, which a tracer keeps from it as well."""
+        while not self.reaped.is_set():
+            with trio.move_on_after(limits.TRACER_WAIT):
+                await self.reaped.wait()
+                return
+            with contextlib.suppress(OSError):  # it had ended before there was a pidfd of it
+                if not self._is_reaped():
+                    await tracers.kill_tracers(self.pid)
 
     def status(self) -> Exited:
         """See `Process.status`; only once `reaped` is set."""

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import trio
 
+from agent import tracers
 from agent.adopted import Adopted
 from agent.channel import readable_bytes
 from agent.processes import ChildProcess
@@ -26,6 +27,7 @@ from guest import limits
 from guest.errors import OperationError
 from guest.messages import STREAMS, Exited, Keep, Start
 from guest.record import Record
+from guest.status import exit_fields
 from guest.supervision import Deposit, KeptExited, KeptStatus, MainExited, Withdraw
 
 TYPE_CHECKING = False
@@ -270,11 +272,9 @@ class KeptProcess(Process):
             attachment.push()
 
     async def _status(self) -> Exited:
-        if isinstance(self._child, Adopted):
-            await self._child.reaped.wait()
-        else:
-            await trio.lowlevel.wait_readable(self.exit_fd)
-            await self._child.settled()
+        await self._child.dead()
+        await self._child.settled()
+        if not isinstance(self._child, Adopted):
             message = self._kept_exited()
             await self._agent.link.deliver(lambda: (message, ()))
         cut = tuple(STREAMS[s] for s, ring in self.rings.items() if ring.state == CUT)
@@ -284,9 +284,11 @@ class KeptProcess(Process):
 
     def _kept_exited(self) -> KeptExited:
         """For PID 1, before the process is reaped."""
-        result = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        assert result is not None
+        result = tracers.has_ended(self.pid)
         ended_ms = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000
+        if result is None:  # its tracer is out of reach
+            fields = exit_fields(tracers.wait_status(self.pid))
+            return KeptExited.from_map({**fields, "id": self.id, "ended_ms": ended_ms})
         if result.si_code == os.CLD_EXITED:
             return KeptExited(id=self.id, code=result.si_status, ended_ms=ended_ms)
         dumped = result.si_code == os.CLD_DUMPED

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import _guestsys
 import trio
 
-from agent import terminals, tree
+from agent import terminals, tracers, tree
 from agent.cgroups import REFUSALS, needed_controllers, unavailable
 from agent.channel import Channel
 from agent.exchange import Exchange
@@ -23,6 +23,7 @@ from agent.hunting import Hunters, Quarry
 from agent.leaf import Leaf
 from agent.staging import stage
 from agent.state import Agent, Process
+from guest import limits
 from guest.connection import Event, Response
 from guest.errors import OperationError, operation_error
 from guest.messages import Exited, Start, Started
@@ -160,6 +161,8 @@ class ChildProcess(Process):
         while self._hunts:
             await self._hunts[0].done.wait()
             self._hunts = [hunt for hunt in self._hunts if not hunt.over]
+        if not self._reaped and not tracers.has_ended(self.pid):
+            await tracers.until_reapable(self.pid)
 
     def resize(self, rows: int, columns: int) -> None:
         """See `Process.resize`."""
@@ -167,11 +170,14 @@ class ChildProcess(Process):
             terminals.resize(self.outputs[1], rows, columns)
 
     def status(self) -> Exited:
-        """Reap it, which must have ended."""
+        """Reap it, which must have ended and be `settled`; or later, where it is traced still."""
         with REAPING:
-            _, status, usage = os.wait4(self.pid, 0)
+            reaped, status, usage = os.wait4(self.pid, os.WNOHANG)
             self._reaped = True
             oom_killed = self._leave()
+        if not reaped:
+            status = tracers.wait_status(self.pid)
+            tracers.reap_later(self.pid)
         duration = time.monotonic() - self.started
         killed = os.WIFSIGNALED(status)
         return Exited(
@@ -224,11 +230,19 @@ class ChildProcess(Process):
         if not self._reaped:
             self.signal(signal.SIGKILL, "tree")
             with trio.CancelScope(shield=True):
+                await self.dead()
                 await self.settled()
-                await trio.lowlevel.wait_readable(self.exit_fd)
             self.finish(self.status())
         self.close_streams()
         os.close(self.exit_fd)
+
+    async def dead(self) -> None:
+        """Until it has ended, or SIGKILL has ended it: what traces one of its threads is killed."""
+        while True:
+            with trio.move_on_after(limits.TRACER_WAIT):
+                await trio.lowlevel.wait_readable(self.exit_fd)
+                return
+            await tracers.kill_tracers(self.pid)
 
 
 class Starting:

@@ -84,7 +84,10 @@ class Process:
         return self.signal(number, target)
 
     async def settled(self) -> None:
-        """Until no signal is under way that needs its pid. Before that it must not be reaped."""
+        """Once it has ended: until it can be reaped, and no signal is under way that needs its pid.
+
+        Nobody holds that up for longer than TRACED_END.
+        """
 
     def status(self) -> Exited:
         """How it ended; only after `exit_fd` is readable, and only once."""

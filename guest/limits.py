@@ -57,6 +57,8 @@ LOCK_HELD = 4.0  # of each LOCK_MINUTE the lock of a process's stream may keep t
 LOCK_MINUTE = 60.0
 LOCK_KILL_WAIT = 2.0  # from each measure against who holds it to the next one
 LOCK_SEARCH = 5.0  # for those who have the pipe open
+TRACER_WAIT = 1.0  # for a debugger to take the end of what it traces; then it is killed
+TRACED_END = 5.0  # from the end of what is traced until its end is told, whoever still traces it
 ACCOUNT_FILE = 1024 * 1024  # the image's /etc/passwd and /etc/group; larger ones are not read
 
 # ── reports from PID 1 to the host, and between PID 1 and the agent ─────────────────────────────

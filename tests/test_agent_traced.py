@@ -1,0 +1,149 @@
+"""Processes that a debugger keeps from their parent: ptrace(2) hides their end until it lets go."""
+
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from agentharness import AgentProcess, Host
+from machinekit import wait_until
+from patience import SLACK
+
+from guest import limits
+from guest.messages import Forget, Keep
+
+# `trace` is done by a process that neither waits for what it traces nor lets it go.
+PRELUDE = """
+import ctypes, os, signal, sys, threading, time
+ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+ctypes.CDLL(None).prctl(0x59616d61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: anybody
+def trace(pid, options=0):
+    assert ptrace(0x4206, pid, None, options) == 0, ctypes.get_errno()
+def be_traced(*pids, options=0):
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        for pid in pids:
+            trace(pid, options)
+        for fd in (0, 1, 2):
+            os.close(fd)
+        os.write(writer, b"x")
+        while True:
+            signal.pause()
+    os.read(reader, 1)
+"""
+ENDS = "be_traced(os.getpid()); os._exit(7)"
+STAYS = "be_traced(os.getpid(), options=0x40); os.write(1, b'ready'); signal.pause()"  # TRACEEXIT
+THREAD = """
+def run():
+    threads.append(threading.get_native_id())
+    go.acquire()
+threads, go = [], threading.Lock()
+go.acquire()
+thread = threading.Thread(target=run)
+thread.start()
+while not threads:
+    time.sleep(0.001)
+be_traced(*threads)
+go.release()
+os.write(1, b"ready")
+signal.pause()
+"""
+KINDS = pytest.mark.parametrize("keep", [None, Keep()], ids=["plain", "kept"])
+
+
+@pytest.fixture
+def agent() -> Iterator[AgentProcess]:
+    with AgentProcess() as agent:
+        yield agent
+
+
+def python(program: str) -> tuple[str, ...]:
+    return (sys.executable, "-S", "-E", "-c", PRELUDE + program)
+
+
+def state(pid: int) -> str:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def wait_until_gone(pid: int) -> None:
+    wait_until("it is reaped", lambda: not pathlib.Path(f"/proc/{pid}").exists())
+
+
+@KINDS
+def test_a_traced_end_holds_up_nobody_and_is_told(agent: AgentProcess, keep: Keep | None) -> None:
+    with Host(agent) as host, Host(agent) as other:
+        pid = host.start(*python(ENDS), keep=keep).pid
+        wait_until("it has ended", lambda: state(pid) == "Z")
+        other.ping()
+        assert host.collect().exited.code == 7
+        wait_until_gone(pid)
+
+
+@KINDS
+@pytest.mark.parametrize("program", [STAYS, THREAD], ids=["ending", "thread"])
+def test_a_traced_process_is_killed_all_the_same(
+    agent: AgentProcess, keep: Keep | None, program: str
+) -> None:
+    """It stands in its end, or a thread that has ended is not reaped; its tracer is elsewhere."""
+    with Host(agent) as host:
+        started = host.start(*python(program), keep=keep)
+        host.read_until(b"ready")
+    if keep is not None:
+        with Host(agent) as host:
+            host.request("forget", Forget(id=started.id))
+    with Host(agent) as host:
+        host.ping()
+    wait_until_gone(started.pid)
+
+
+@KINDS
+def test_who_traces_from_outside_of_the_guest_delays_no_end(
+    agent: AgentProcess, keep: Keep | None
+) -> None:
+    """As the test is here: the agent does not kill its parent."""
+    trace: dict[str, Any] = {}
+    exec(PRELUDE, trace)
+    program = "os.write(1, b'ready'); os.read(0, 1); os._exit(7)"
+    with Host(agent) as host:
+        pid = host.start(*python(program), stdin=True, keep=keep).pid
+        host.read_until(b"ready")
+        trace["trace"](pid)
+        try:
+            began = time.monotonic()
+            host.write(b"x")
+            wait_until("it has ended", lambda: state(pid) == "Z")
+            with Host(agent) as other:
+                other.ping()
+            assert host.collect().exited.code == 7
+            assert time.monotonic() - began < limits.TRACED_END + SLACK
+            assert state(pid) == "Z"
+        finally:
+            os.kill(pid, 9)  # where the test has failed
+            os.waitpid(pid, 0)  # as its tracer, which lets it go
+    wait_until_gone(pid)
+
+
+def test_a_debugger_that_waits_is_left_alone(agent: AgentProcess) -> None:
+    program = """
+target = os.fork()
+if target == 0:
+    os.read(0, 1)
+    os._exit(5)
+trace(target)
+os.write(1, b"ready")
+_, status = os.waitpid(target, 0)
+os._exit(os.WEXITSTATUS(status))
+"""
+    with Host(agent) as host:
+        host.start(*python(program), stdin=True)
+        host.read_until(b"ready")
+        host.write(b"x", end=True)
+        assert host.collect().exited.code == 5
