@@ -160,7 +160,7 @@ class Channel:
 
     def _late(self, deadline: Deadline) -> DeadlineExceeded:
         return DeadlineExceeded(
-            f"{self.url()} gave no answer within {deadline.seconds} s",
+            f"{self.url()} gave no answer within {deadline.seconds:g} s",
             seconds=deadline.seconds or 0.0,
         )
 

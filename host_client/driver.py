@@ -48,7 +48,7 @@ from guest.record import Record
 from host_client import renewal
 from host_client.address import Address, NotListening
 from host_client.channel import EXPLAIN_WITHIN, Channel, Obituary, ended
-from host_client.deadline import Deadline
+from host_client.deadline import LAST_LOOK, Deadline
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
 from host_client.exchange import Exchange, Output
 from host_client.forking import tell_children
@@ -160,8 +160,10 @@ class Driver:
         if start.timeout is not None:
             seconds = start.timeout + start.grace + self.timeout + KILL_ALLOWANCE
         deadline, ends = Deadline(seconds), self._ends
-        exchange = yield from self.open(start, Exchange)
         output = Output(max_output)
+        exchange = yield from until(deadline, self.open(start, Exchange))
+        if exchange is None:
+            raise _timed_out(start, output, "and the agent did not report its start")
         try:
             with self._ending(exchange.channel, ends):
                 if stdin is not None:
@@ -217,7 +219,20 @@ class Driver:
         """Until the process has ended. DeadlineExceeded after `timeout` seconds."""
         text(process, "process")
         check_seconds(timeout, "timeout")
-        deadline, ends = Deadline(timeout), self._ends
+        # The agent says "not yet" at the end of `timeout`, which takes a moment to come here.
+        bound = Deadline(None if timeout is None else max(0.0, timeout) + LAST_LOOK)
+        result = yield from until(bound, self._wait(process, Deadline(timeout)))
+        if result is None:
+            raise DeadlineExceeded(
+                f"{self.address} did not say within {timeout or 0.0:g} s whether process {process}"
+                " has ended",
+                seconds=timeout or 0.0,
+            )
+        return result
+
+    def _wait(self, process: str, deadline: Deadline) -> Steps[Result]:
+        """By requests of WAIT_SLICE seconds at most."""
+        ends = self._ends
         while True:
             if self._ends != ends:
                 raise self._ended_here()
@@ -233,8 +248,9 @@ class Driver:
             if not asked.passed:  # it answers before it should
                 yield Pause(None, 0, deadline.within(RETRY_EVERY))
             if deadline.passed:
-                message = f"process {process} still runs after {timeout or 0.0:g} s"
-                raise DeadlineExceeded(message, seconds=timeout or 0.0)
+                seconds = deadline.seconds or 0.0
+                message = f"process {process} still runs after {seconds:g} s"
+                raise DeadlineExceeded(message, seconds=seconds)
 
     def signal(self, process: str, name: str | int, target: str) -> Steps[bool]:
         """Whether somebody was there to receive it."""

@@ -201,6 +201,50 @@ def test_an_agent_that_says_at_once_that_a_process_runs(tmp_path: Path) -> None:
     assert asked < 100
 
 
+def trickles_a_refusal(peer: Peer) -> None:
+    peer.greet()
+    trickle(peer, peer.connection.send(Failure(code="internal", message="x" * 3000)), 0.02)
+
+
+@pytest.mark.parametrize("script", [trickles_its_greeting, trickles_a_refusal])
+@pytest.mark.parametrize("seconds", [0.0, TIMEOUT])
+@pytest.mark.parametrize("face", ["blocking", "asyncio", "trio"])
+def test_a_wait_for_a_process_keeps_its_own_time(
+    tmp_path: Path, script: Script, seconds: float, face: str
+) -> None:
+    """It holds for the greeting too, whatever small requests may take."""
+
+    async def main() -> None:
+        await aio.Agent.of(agent).wait("p1", timeout=seconds)
+
+    with (
+        serving(tmp_path / "s", script),
+        agent_at(tmp_path / "s", timeout=4 * SLACK) as agent,
+        bounded(TIMEOUT + SLACK),
+        pytest.raises(DeadlineExceeded, match=f"within {seconds:g} s whether process p1") as caught,
+    ):
+        agent.wait("p1", timeout=seconds) if face == "blocking" else anyio.run(main, backend=face)
+    assert caught.value.seconds == seconds
+
+
+def test_a_start_that_takes_for_ever_ends_with_its_exec(tmp_path: Path) -> None:
+    """The allowance of `exec` is for all of it, and not for what comes after the start."""
+
+    def answers(peer: Peer) -> None:
+        peer.greet()
+        peer.send(Response(result=PingResult(uptime=1.0, root_ready=True)))
+        peer.sock.recv(1)
+
+    with (
+        serving(tmp_path / "s", answers, trickles_a_refusal),
+        agent_at(tmp_path / "s", timeout=TIMEOUT) as agent,
+        bounded(0.2 + TIMEOUT + KILL_ALLOWANCE + SLACK),
+    ):
+        agent.ping()  # so that its features are known
+        with pytest.raises(DeadlineExceeded, match="did not report its start"):
+            agent.exec(["x"], timeout=0.1, grace=0.1)
+
+
 def test_a_wrong_clock_costs_no_more_than_a_request(tmp_path: Path) -> None:
     """Nobody has asked for it to be set, so nobody waits long for that."""
 
