@@ -18,13 +18,14 @@ TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["hosts_text", "name_host", "resolv_conf_text", "write"]
+__all__ = ["hosts_text", "name_host", "name_there", "resolv_conf_text", "write"]
 
 ETC = "/etc"
 OWN = "/run/microguest"  # a tmpfs: /run may be anybody's in an image, what is mounted is not moved
 STORE = f"{OWN}/etc"  # where files lie that are mounted over those of a root that takes none
 STORE_SIZE = "4m"  # holds the image's longest hosts file, and the few others
 LONGEST_KEPT = 1024 * 1024  # bytes of an image's /etc/hosts; a larger one is left alone
+LONGEST_NAME = 256  # bytes of an image's /etc/hostname that is looked at
 OWN_ADDRESS = "127.0.1.1"  # of a host that has no other; Debian's convention
 LOCALHOST = """\
 127.0.0.1\tlocalhost
@@ -210,28 +211,45 @@ def hosts_text(hostname: str, address: str, hosts: "Mapping[str, Sequence[str]]"
     return text + "".join(f"{at}\t{' '.join(names)}\n" for at, names in hosts.items())
 
 
-def name_host(hostname: str, address: str) -> None:
-    """Let the host's own name be found in /etc/hosts, whose other lines stay. Raises Failure."""
-    text = read_hosts()
+def name_host(hostname: str, address: str, earlier: str) -> None:
+    """Let the host's own name be found in /etc/hosts, whose other lines stay. Raises Failure.
+
+    `earlier`: what the host was called before, "" if that is not known; its line goes.
+    """
+    text = read_text("hosts")
     if text is None:
         return
-    names = {word for line in text.splitlines() for word in line.partition("#")[0].split()[1:]}
-    if hostname in names:
-        return
+    lines = text.splitlines(keepends=True)
+    if earlier != hostname:
+        lines = [line for line in lines if not is_own_line(line, earlier)]
+    names = {word for line in lines for word in line.partition("#")[0].split()[1:]}
     if not names:
         write("hosts", hosts_text(hostname, address, {}))
         return
-    line = f"{address or OWN_ADDRESS}\t{own_names(hostname)}\n"
-    if "\n" not in text[-1:]:
-        text += "\n"
-    write("hosts", text + line)
+    if hostname not in names:
+        if "\n" not in lines[-1][-1:]:
+            lines[-1] += "\n"
+        lines.append(f"{address or OWN_ADDRESS}\t{own_names(hostname)}\n")
+    if lines != text.splitlines(keepends=True):
+        write("hosts", "".join(lines))
 
 
-def read_hosts() -> str | None:
-    """The image's /etc/hosts; "" where it has no such file, None where that is too large."""
+def is_own_line(line: str, hostname: str) -> bool:
+    """Whether it is as `name_host` has written it for a host of this name."""
+    at, _, names = line.rstrip("\n").partition("\t")
+    return bool(hostname) and names == own_names(hostname) and at not in ("127.0.0.1", "::1")
+
+
+def name_there() -> str:
+    """What /etc/hostname says; "" where that is nothing that a host could be called."""
+    return (read_text("hostname", LONGEST_NAME) or "").strip()
+
+
+def read_text(name: str, longest: int = LONGEST_KEPT) -> str | None:
+    """The image's /etc/`name`; "" where it has no such file, None where that is too large."""
     try:
         with RootFolder("/") as root:
-            data = root.read(f"{ETC}/hosts", LONGEST_KEPT)
+            data = root.read(f"{ETC}/{name}", longest)
     except OSError as error:
         return None if error.errno == errno.EFBIG else ""
     return data.decode("utf-8", "surrogateescape")

@@ -102,6 +102,7 @@ def write_files(plan: Network, given_name: str, hostname: str, machine_id: str) 
     """The files of /etc that the config has something for. `given_name`: "" if nobody chose it."""
     from init_shim import etcfiles
 
+    earlier = etcfiles.name_there() if given_name else ""
     if given_name:
         etcfiles.write("hostname", f"{given_name}\n")
     if machine_id:
@@ -114,4 +115,4 @@ def write_files(plan: Network, given_name: str, hostname: str, machine_id: str) 
     if plan.hosts:
         etcfiles.write("hosts", etcfiles.hosts_text(hostname, own, plan.hosts))
     elif given_name:
-        etcfiles.name_host(given_name, own)
+        etcfiles.name_host(given_name, own, earlier)

@@ -316,6 +316,21 @@ def test_every_name_that_is_given_gets_its_file(root: Path) -> None:
     ]
 
 
+def test_another_name_takes_the_line_of_the_one_before(root: Path) -> None:
+    """As on a root that is kept: /etc/hosts does not grow with each boot."""
+    image = "127.0.0.1 localhost\n127.0.0.1\tfirst.example first\n10.1.1.1 first.example other\n"
+    (root / "etc" / "hosts").write_text(f"{image}127.0.1.1\tfirst.example first\n")
+    (root / "etc" / "hostname").write_text("first.example\n")
+    told = output_of(root, "cat /etc/hosts", hostname="second")
+    assert told == f"{image}127.0.1.1\tsecond\n"
+    (root / "etc" / "hosts").write_text(f"{image}10.0.2.15\tfirst.example first\n")
+    assert output_of(root, "cat /etc/hosts", hostname="second") == told
+    (root / "etc" / "hosts").write_text("127.0.1.1\tfirst.example first")  # nothing else
+    told = output_of(root, "cat /etc/hosts", hostname="second")
+    assert told.splitlines()[-1] == "127.0.1.1\tsecond"
+    assert "first" not in told
+
+
 def test_a_host_name_alone_adds_one_line_to_the_images_hosts(root: Path) -> None:
     (root / "etc" / "hosts").write_text("127.0.0.1 localhost\n10.1.1.1 db # web\n10.2.2.2 cache")
     told = output_of(root, "cat /etc/hosts", hostname="web")
