@@ -71,7 +71,8 @@ class Record:
         except RecordError:
             raise
         except (AttributeError, TypeError, ValueError):
-            self.check_types()  # says of which field
+            if wrong := misfit(self, type(self), ""):  # says of which field
+                raise TypeError(wrong) from None
             raise
 
     def check(self) -> None:

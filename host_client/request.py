@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypedDict
 
 from guest import limits
+from guest.errors import OperationError
 from guest.messages import (
     Attach,
     Keep,
@@ -59,7 +60,7 @@ class Options(TypedDict, total=False):
     grace         seconds after that until all that descends from it gets KILL
     limits        memory, cpu and processes that it may use with its descendants, and rlimits
     umask         file mode creation mask, 0o022 by default
-    capabilities  the only ones that it can ever have, as "net_admin"
+    capabilities  the only ones that it can ever have, as "net_admin" or "CAP_NET_ADMIN"
     no_new_privs  setuid bits and file capabilities give it nothing
     seccomp       a compiled filter of system calls, as host_client.seccomp makes; no_new_privs too
     keep          True or a Keep: it outlives its connection; see docs/host.md
@@ -150,6 +151,7 @@ OF_SUBPROCESS: Final = {
     **dict.fromkeys(("stdout", "stderr", "capture_output"), "both outputs are always passed on"),
     "input": "exec takes it, and of start the process's stdin.write",
     "stdin": "exec takes input, and start(stdin=True) makes a stdin to write to",
+    "tty": "start(tty=True) gives a process a terminal",
     "check": "exec raises CommandFailed where check is True; what start returns has an exit status",
 }
 
@@ -255,9 +257,38 @@ def winsize(size: bool | tuple[int, int]) -> Winsize:
 def _environment(env: Mapping[str, str]) -> dict[str, str]:
     if not isinstance(env, Mapping):
         raise TypeError(f"env: expected a mapping of names to values, got {kind_of(env)}")
-    return {
+    checked = {
         word_of(name, "env"): word_of(value, f"env: {name!r:.80}") for name, value in env.items()
     }
+    for name in checked:
+        if not name or "=" in name:
+            raise ValueError(f"env: {name!r:.80} cannot be the name of an environment variable")
+    return checked
+
+
+def _capabilities(given: Sequence[str]) -> tuple[str, ...]:
+    """As `--cap-drop` takes them, too: "NET_ADMIN", "CAP_NET_ADMIN"."""
+    from guest.privileges import capability_mask
+
+    names = tuple(text(name, "capabilities") for name in listed(given, "capabilities"))
+    names = tuple(name.lower().removeprefix("cap_") for name in names)
+    try:
+        capability_mask(names)
+    except OperationError as error:
+        raise ValueError(error.message) from None
+    return names
+
+
+def _limits(given: Limits) -> Limits:
+    if isinstance(given, Limits) and given.rlimits:
+        from guest.privileges import resource_limits
+
+        given.check_types()
+        try:
+            resource_limits(given.rlimits)
+        except OperationError as error:
+            raise ValueError(f"limits: {error.message}") from None
+    return given
 
 
 def _keep(keep: object) -> Keep:
@@ -296,9 +327,8 @@ _CONVERT: Final[dict[str, Any]] = {
     "user": lambda user: identity(user, "user"),
     "groups": lambda groups: tuple(identity(g, "groups") for g in listed(groups, "groups")),
     "keep": _keep,
-    "capabilities": lambda c: tuple(
-        text(name, "capabilities") for name in listed(c, "capabilities")
-    ),
+    "capabilities": _capabilities,
+    "limits": _limits,
     "seccomp": _filter,
     "files": _staged,
     "id": lambda name: text(name, "id"),

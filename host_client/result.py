@@ -4,12 +4,14 @@ import signal
 from dataclasses import dataclass, field
 from typing import Self
 
+from guest.errors import printable
 from guest.messages import Exited
 from host_client.errors import CommandFailed
 
 __all__ = ["Result"]
 
 SHOWN = 60  # bytes of each stream in repr()
+LAST_WORDS = 200  # bytes and then characters of stderr in the error of a command that failed
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -77,7 +79,7 @@ class Result:
         """Itself where the command exited with 0; else raises CommandFailed."""
         if self.returncode != 0:
             name = self.argv[0] if self.argv else "the command"
-            raise CommandFailed(f"{name} {self.describe()}", result=self)
+            raise CommandFailed(f"{name} {self.describe()}{self._last_words()}", result=self)
         return self
 
     def describe(self) -> str:
@@ -100,6 +102,12 @@ class Result:
             if said
         ]  # fmt: skip
         return f"{how}: {'; '.join(remarks)}" if remarks else how
+
+    def _last_words(self) -> str:
+        """The last line of its stderr, behind a colon; "" where it has written none there."""
+        lines = self.stderr[-LAST_WORDS:].decode("utf-8", "replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        return f": {printable(last.strip())[-LAST_WORDS:]}" if last else ""
 
     def __repr__(self) -> str:
         return (

@@ -299,8 +299,10 @@ class Session:
         self.exchange.close()
 
     def dropped(self) -> None:
-        """Nobody has it any more. What was not closed is, with a warning."""
-        if self.exchange.fileno() >= 0 and not self.foreign:
+        """Nobody has it any more. What was not closed is; with a warning where it has not ended."""
+        if self.exited is not None and not self.foreign:
+            self.exchange.close()
+        elif self.exchange.fileno() >= 0 and not self.foreign:
             message = (
                 f"{self.name} was dropped with its connection open: use it in a with block, or "
                 "close or detach it"

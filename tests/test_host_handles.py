@@ -162,7 +162,7 @@ def test_a_process_that_is_dropped_is_named(agent: Agent) -> None:
 
 
 def test_a_stream_keeps_its_process(agent: Agent) -> None:
-    output = agent.start(["echo", "all of it"]).stdout
+    output = agent.start(["sh", "-c", "echo all of it; exec sleep 1007"]).stdout
     gc.collect()
     assert output.read(100) == b"all of it\n"
     with warnings.catch_warnings(record=True) as caught:
@@ -170,7 +170,8 @@ def test_a_stream_keeps_its_process(agent: Agent) -> None:
         del output
         gc.collect()
     (said,) = caught
-    assert "'echo'" in str(said.message)
+    assert "'sh'" in str(said.message)
+    wait_until("it ends", lambda: not runs(agent, ("sleep", "1007")))
 
 
 @pytest.mark.parametrize("user", [None, "root"])

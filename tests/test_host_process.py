@@ -1,9 +1,11 @@
 """Processes through the blocking client, against agents that do exactly what a test says."""
 
+import gc
 import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -396,6 +398,31 @@ def test_input_that_an_ended_process_cannot_read_is_dropped(path: Path) -> None:
         process.wait(PATIENCE)
         process.stdin.write(b"too late, and dropped")
         assert process.communicate(b"so is this").stdout == b""
+
+
+def test_a_process_that_has_ended_is_dropped_without_a_warning(path: Path) -> None:
+    def script(peer: Peer) -> None:
+        peer.start()
+        peer.finish(code=0)
+
+    with serving(path, script), agent_at(path) as agent, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        process = agent.start(["x"])
+        assert process.communicate().returncode == 0
+        exchange = process._session.exchange
+        del process
+        gc.collect()
+        assert exchange.fileno() < 0
+
+
+def test_a_command_that_failed_is_told_with_its_last_words() -> None:
+    stderr = b"first\n" + b"y" * 500 + b"\x1b[2J the reason\n\n"
+    with pytest.raises(CommandFailed, match=r"x exited with 3: y+.*the reason$") as caught:
+        Result(argv=("x",), returncode=3, stdout=b"", stderr=stderr).check()
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+    with pytest.raises(CommandFailed, match=r"x exited with 3$"):
+        Result(argv=("x",), returncode=3, stdout=b"", stderr=b"\n").check()
 
 
 def no_input(peer: Peer) -> None:

@@ -109,6 +109,14 @@ def test_fields_have_names() -> None:
         StagedFile("path", b"data")  # type: ignore[misc]
     with pytest.raises(TypeError, match=r"Limits takes its fields by name: NAME=\.\.\."):
         Limits(5)  # type: ignore[misc]
+    with pytest.raises(TypeError, match="mode: expected int, got str") as caught:
+        StagedFile(path="f", data=b"", mode="0755")  # type: ignore[arg-type]
+    assert caught.value.__suppress_context__
+
+
+def test_capabilities_are_taken_in_both_forms() -> None:
+    start = start_record(["x"], {"capabilities": ["CAP_NET_ADMIN", "kill"]}, stdin=False)
+    assert start.capabilities == ("net_admin", "kill")
 
 
 @pytest.mark.parametrize("name", MachineOptions.__annotations__)
@@ -154,7 +162,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("exec", {"max_output": "1M"}, "max_output"),
     ("exec", {"max_output": -1}, "max_output"),
     ("exec", {"timeout": "5"}, "timeout: expected float | None, got str"),
-    ("exec", {"tty": True}, "no option tty"),
+    ("exec", {"tty": True}, r"no option tty: start\(tty=True\) gives"),
+    ("exec", {"env": {"A=B": "1"}}, "env: 'A=B' cannot be the name"),
+    ("exec", {"env": {"": "1"}}, "env: '' cannot be the name"),
+    ("exec", {"capabilities": ["NET_ADMI"]}, "capabilities: no capability is called 'net_admi'"),
+    ("exec", {"limits": Limits(rlimits={"nofiles": (1, 1)})}, "limits: rlimits: .*nofiles"),
     ("exec", {"timout": 5}, "did you mean timeout"),
     ("exec", {"text": True}, "no option text: output is bytes: decode it"),
     ("start", {"text": True}, "no option text: output is bytes: decode it"),
@@ -243,6 +255,7 @@ def test_connect_takes_what_it_says(given: dict[str, Any], message: str) -> None
         ({"timeout": "5"}, "timeout: expected float"),
         ({"memoy": "1G"}, "did you mean memory"),
         ({"bundle": 5}, "bundle: expected a path"),
+        ({"image": None}, "image: expected a name as oci:DIR:TAG, got None"),
         ({"shm_size": 64}, 'shm_size: 64 of what. Write "512M"'),
         ({"upper_size": 64}, "upper_size: 64 of what"),
         ({"progress": 5}, "progress: expected a callable, got int"),
@@ -254,7 +267,7 @@ def test_boot_says_it_before_anything_is_made(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with pytest.raises(TypeError, match=message):
-        boot("oci:/nowhere", **given)
+        boot(**{"image": "oci:/nowhere", **given})
     assert os.listdir(tmp_path) == []
 
 

@@ -72,6 +72,8 @@ def boot(
     the guest did not come up. Nothing is left behind then, nor after the end or death of this
     program.
     """
+    if image is None:
+        raise TypeError("image: expected a name as oci:DIR:TAG, got None")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: expected a callable, got {kind_of(progress)}")
     if abandoned is not None and not hasattr(abandoned, "is_set"):
