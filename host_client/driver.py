@@ -44,7 +44,7 @@ from guest.messages import (
     Wait,
     Welcome,
 )
-from guest.record import Record
+from guest.record import Record, RecordError
 from host_client import renewal
 from host_client.address import Address, NotListening
 from host_client.channel import EXPLAIN_WITHIN, Channel, Obituary, ended
@@ -276,7 +276,10 @@ class Driver:
 
     def shutdown(self, grace: float, *, reboot: bool = False) -> Steps[None]:
         """Ask for the machine's end."""
-        request = Shutdown(grace=grace, reboot=reboot)
+        try:
+            request = Shutdown(grace=grace, reboot=reboot)
+        except RecordError as error:
+            raise ValueError(str(error)) from None
         yield from self.request("shutdown", request, ShutdownResult)
 
     def request(

@@ -17,6 +17,7 @@ from guest.messages import (
     exactly_typed,
     pack,
 )
+from guest.record import RecordError
 from host_client.values import (
     Argument,
     Buffer,
@@ -116,6 +117,16 @@ def start_record(
 
     TypeError and ValueError, naming the option, for what cannot be run or sent.
     """
+    try:
+        return _started(argv, options, stdin=stdin, tty=tty)
+    except RecordError as error:
+        raise ValueError(str(error)) from None
+
+
+def _started(
+    argv: Sequence[Argument], options: Options, *, stdin: bool, tty: bool | tuple[int, int] | None
+) -> Start:
+    """See `start_record`; RecordError as well."""
     _check_names(options)
     check_flag(stdin, "stdin", "write to the process's stdin, or pass exec(input=…)")
     given: dict[str, Any] = {

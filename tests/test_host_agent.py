@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -617,3 +617,20 @@ def test_hybrid_guest_never_comes(path: Path) -> None:
 def test_hybrid_garbage(path: Path, answer: bytes) -> None:
     with hybrid(path, answer) as url, pytest.raises(ConnectError):
         connect(url, token=TOKEN, timeout=0.5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda agent: agent.exec(["cat"], timeout=-1), id="exec"),
+        pytest.param(lambda agent: agent.start(["cat"], tty=(0, 0)), id="start"),
+        pytest.param(lambda agent: agent.shutdown(grace=-1), id="shutdown"),
+    ],
+)
+def test_what_cannot_be_sent_is_a_plain_error(
+    tmp_path: Path, call: Callable[[host_client.Agent], object]
+) -> None:
+    """Not one of a class that no page names."""
+    with agent_at(tmp_path / "nobody") as agent, pytest.raises(ValueError, match=": ") as caught:
+        call(agent)
+    assert type(caught.value) is ValueError
