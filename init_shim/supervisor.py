@@ -160,6 +160,10 @@ class Supervisor:
             pair = [self.agent.fileno()] if self.agent.fileno() >= 0 else []
             reading = [*readers, *pair]
             writing = pair if self.agent.has_more_to_say else []
+        life = None if self.main is None else self.main.running
+        if life is not None and life.untrace_at is None:
+            readers[life.pidfd] = life.note_end
+            reading = [*reading, life.pidfd]
         ready = self.signals.wait(self._patience(deadline), read=reading, write=writing)
         for fd, act in readers.items():
             if fd in ready:
@@ -175,6 +179,8 @@ class Supervisor:
             moments += [self.agent.restart_at, self.agent.watchdog.look_at]
         if self.main is not None and not self.status:
             moments += [self.main.restart_at, self.main.collection.until]
+        if self.main is not None and self.main.running is not None:
+            moments.append(self.main.running.untrace_at)
         known = [moment for moment in moments if moment is not None]
         return max(0.0, min(known) - time.monotonic()) if known else None
 
@@ -252,6 +258,9 @@ class Supervisor:
         now = time.monotonic()
         if self.main is not None and is_due(self.main.collection.until, now):
             self._collected(self.main)
+        life = None if self.main is None else self.main.running
+        if life is not None and is_due(life.untrace_at, now):
+            life.untrace(0 if self.agent is None else self.agent.pid)
         if self.agent is not None and not self._last_phase:
             if is_due(self.agent.restart_at, now):
                 self.agent.start_again()

@@ -18,6 +18,7 @@ from guest.status import exit_fields
 from guest.workload import ImageDefaults, Workload
 from init_shim.confined import RootFolder
 from init_shim.failure import SHORT, call, reason
+from init_shim.reporter import say
 from init_shim.workload_cgroup import LimitsUnavailable, Most, WorkloadCgroup, open_cgroup
 
 __all__ = ["RunningWorkload", "WorkloadNotStarted", "start_workload"]
@@ -46,7 +47,7 @@ def start_workload(workload: Workload, image: ImageDefaults, most: Most) -> "Run
     try:
         streams = Streams(workload, plan.identity.uid)
         try:
-            pid = spawn_in_place(plan, workload, privileges, streams, cgroup)
+            pid, pidfd = spawn_in_place(plan, workload, privileges, streams, cgroup)
         except BaseException:
             streams.close()
             raise
@@ -56,7 +57,7 @@ def start_workload(workload: Workload, image: ImageDefaults, most: Most) -> "Run
         if cgroup is not None:
             cgroup.close()
         raise
-    return RunningWorkload(pid, streams, cgroup)
+    return RunningWorkload(pid, pidfd, streams, cgroup)
 
 
 class RunningWorkload:
@@ -66,8 +67,12 @@ class RunningWorkload:
     console all of them.
     """
 
-    def __init__(self, pid: int, streams: "Streams", cgroup: WorkloadCgroup | None) -> None:
+    def __init__(
+        self, pid: int, pidfd: int, streams: "Streams", cgroup: WorkloadCgroup | None
+    ) -> None:
         self.pid = pid
+        self.pidfd = pidfd  # readable once it has ended, also while a debugger hides that
+        self.untrace_at: float | None = None  # time.monotonic(), once it has
         self.stdin = streams.stdin  # the writing end, until the agent has made its deposit
         self.stdout = streams.stdout  # reading ends
         self.stderr = streams.stderr
@@ -84,9 +89,23 @@ class RunningWorkload:
             os.close(self.stdin)
             self.stdin = -1
 
+    def note_end(self) -> None:
+        """It has ended. Most often it is reaped in the same turn."""
+        self.untrace_at = time.monotonic() + limits.TRACER_WAIT
+
+    def untrace(self, agent: int) -> None:
+        """It could not be reaped in time: kill who keeps that from PID 1, but the agent."""
+        from init_shim.tracers import kill_tracers
+
+        self.note_end()
+        killed = kill_tracers(self.pid, agent)
+        if killed:
+            say(f"the workload was kept from its end by who traces it: {killed} are killed")
+
     def ended(self, status: int) -> dict[str, int | bool]:
         """It was reaped with this wait status. Returns the fields of its ExitStatus."""
         self.exit = exit_fields(status)
+        os.close(self.pidfd)
         self.duration = time.monotonic() - self._started
         if self._cgroup is not None:
             self._oom_killed = self._cgroup.oom_killed()
@@ -231,7 +250,7 @@ def spawn_in_place(
     privileges: Privileges,
     streams: Streams,
     cgroup: WorkloadCgroup | None,
-) -> int:
+) -> tuple[int, int]:
     """As `spawn`, where the working directory may have to be made. Raises WorkloadNotStarted.
 
     The child looks for it first, and is killed where it hangs: by now it may be a share whose
@@ -266,8 +285,8 @@ def spawn(
     privileges: Privileges,
     streams: Streams,
     cgroup: WorkloadCgroup | None,
-) -> int:
-    """Its pid. The pidfd is not needed: only PID 1 reaps it, so the pid cannot be reused before."""
+) -> tuple[int, int]:
+    """Its pid, which cannot be reused before PID 1 reaps it, and a pidfd."""
     identity = plan.identity
     try:
         pid, pidfd = _guestsys.spawn(
@@ -291,8 +310,7 @@ def spawn(
         )
     except _guestsys.SpawnError as error:
         raise not_started(plan, error.step, error.errno or 0) from None
-    os.close(pidfd)
-    return pid
+    return pid, pidfd
 
 
 def not_started(plan: process.Plan, step: str, errno: int) -> WorkloadNotStarted:

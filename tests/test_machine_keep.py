@@ -415,6 +415,24 @@ def pid_1_turns(machine: Machine) -> None:
     listed(machine)
 
 
+@pytest.mark.parametrize("stdio", ["console", "attached"])
+def test_a_workload_that_is_traced_when_it_ends_ends_its_machine(root: Path, stdio: str) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("needs a C compiler: apt install gcc")
+    source = Path(__file__).parent / "data" / "traced.c"
+    subprocess.run(["gcc", "-static", "-o", str(root / "bin" / "traced"), str(source)], check=True)
+    config = boot_config()
+    argv = ["sh", "-c", "until [ -e /tmp/go ]; do sleep 0.05; done; exec traced"]
+    config["workload"] = {"argv": argv, "stdio": stdio, "output_wait": 0.5}
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        machine.report("workload_started")
+        start(machine, "touch", "/tmp/go")
+        assert machine.report("workload_exited")["code"] == 7
+        assert machine.report("stopping")["status"] == "done"
+        assert machine.wait() == 0
+
+
 def test_a_killed_agent_whose_pipe_is_held_is_replaced(root: Path, holder: str) -> None:
     config = boot_config()
     config["agent"]["watchdog"] = 0.2
