@@ -132,6 +132,11 @@ class AgentProcess:
             AgentProcess.send(self, Taken())
         return message
 
+    def answer(self) -> None:
+        """As PID 1 does at once: take what the agent has said, and tell it so."""
+        while select.select([self.pid1], [], [], 0)[0]:
+            self.receive_any()
+
     def send_root(self, root: str) -> None:
         fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
         self.send(RootReady(), [fd])
