@@ -270,13 +270,14 @@ def test_a_signal_that_timeout_sends_twice_is_one(image: str, name: str) -> None
     """timeout(1) sends it to its child, and then to its process group, which the child is in."""
     script = f"trap 'echo got it; sleep 0.5; exit 5' {name}; echo up; while :; do sleep 0.05; done"
     words = ("run", "--rm", "--machine", "namespaces", image, "sh", "-c", script)
-    done = subprocess.run(
-        ["timeout", "--preserve-status", "-s", name, "5", PROGRAM, *words],
-        capture_output=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (5, b"up\ngot it\n")
+    number = signal.Signals[f"SIG{name}"]
+    with subprocess.Popen([PROGRAM, *words], stdout=subprocess.PIPE, process_group=0) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"up\n"
+        program.send_signal(number)
+        os.killpg(program.pid, number)
+        said, _ = program.communicate(timeout=PATIENCE)
+        assert (program.returncode, said) == (5, b"got it\n")
 
 
 @pytest.mark.parametrize(
