@@ -64,7 +64,8 @@ def test_what_would_never_boot_is_refused_with_a_reason(
 def test_a_machine_in_namespaces_says_that_it_has_none_of_its_own(
     options: dict[str, object],
 ) -> None:
-    with pytest.raises(MachineError, match="has this host's memory and processors: leave memory"):
+    told = r"has this host's memory and processors, and limits neither: leave memory \(-m\)"
+    with pytest.raises(MachineError, match=told):
         boot(machinekit.demo_image(), machine="namespaces", **options)  # type: ignore[arg-type]
 
 

@@ -301,6 +301,7 @@ def test_what_a_killed_monitor_knew_stays(image: str, machines_home: Path) -> No
     assert "the last words" in state.console
     assert sorted(os.listdir(machines_home / "victim")) == [
         "console.log",
+        "console.mark",
         "console.times",
         "state.json",
         "vmm.log",

@@ -13,7 +13,7 @@ from guest.record import misfit
 from host_client.errors import MachineError
 from host_client.values import absolute_path
 
-__all__ = ["SIZE", "Mount", "byte_size", "parse_mount", "parse_tmpfs", "parse_volume"]
+__all__ = ["SIZE", "Mount", "byte_count", "byte_size", "parse_mount", "parse_tmpfs", "parse_volume"]
 
 KINDS: Final = ("bind", "tmpfs", "disk")
 SIZE: Final = re.compile(r"([0-9]{1,15})([kKmMgGtT]?)(?:[iI]?[bB])?")  # as docker writes it
@@ -81,16 +81,22 @@ def byte_size(text: str, name: str = "") -> int:
 
     Nor is less than a page one: who writes 64 means 64M.
     """
-    match = SIZE.fullmatch(text)
-    where = f"{name}: " if name else ""
-    if match is None or not int(match[1]):
-        raise MachineError(f"{where}{text!r:.40} is not a size: write 512M or 2G")
-    size = int(match[1]) << SHIFTS[match[2].lower()]
+    size = byte_count(text, name)
     if size < PAGE:
+        where = f"{name}: " if name else ""
         raise MachineError(
             f"{where}{text!r:.40} is {size} bytes, less than a page: write 512M or 2G"
         )
     return size
+
+
+def byte_count(text: str, name: str = "") -> int:
+    """As `byte_size`, for what has a minimum of its own."""
+    match = SIZE.fullmatch(text)
+    where = f"{name}: " if name else ""
+    if match is None or not int(match[1]):
+        raise MachineError(f"{where}{text!r:.40} is not a size: write 512M or 2G")
+    return int(match[1]) << SHIFTS[match[2].lower()]
 
 
 def parse_volume(text: str) -> Mount:

@@ -12,7 +12,7 @@ from guest.record import RecordError, misfit
 from guest.rootplan import Upper
 from guest.workload import Restart
 from host_client.errors import MachineError
-from host_client.machines.mounts import SIZE, Mount, byte_size
+from host_client.machines.mounts import SIZE, Mount, byte_count, byte_size
 from host_client.machines.networking import check_network
 from host_client.values import Argument, identity, listed, nearest, path, word_of
 
@@ -258,10 +258,7 @@ class Settings:
 
 def mebibytes(memory: str) -> int:
     """The size in MiB of "512M", "2G" or a number of bytes. MachineError where it is none."""
-    try:
-        return byte_size(memory) >> 20
-    except MachineError as error:
-        raise MachineError(f"memory: {error}") from None
+    return byte_count(memory, "memory") >> 20
 
 
 def restart_of(text: str) -> Restart:
