@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from guest.report import BootFailed as BootFailure
     from host_client import aio, errors, seccomp
     from host_client.address import HybridAddress, UnixAddress, VsockAddress
-    from host_client.agent import Agent, connect
+    from host_client.agent import Agent
+    from host_client.connecting import connect
     from host_client.errors import (
         BootConfigError,
         BootFailed,
-        CommandFailed,
         ConnectError,
         ConnectionLost,
         DeadlineExceeded,
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from host_client.process import Process, ProcessStream
     from host_client.renewal import GuestClock
     from host_client.request import Options
-    from host_client.result import Result
+    from host_client.result import CommandFailed, Result
 
 __all__ = [
     "Agent",
@@ -135,9 +135,10 @@ _HOMES = {
     "guest.renewal": ("Renewed",),
     "guest.report": ("AgentExited", "Step", "WorkloadExited", "WorkloadFailed"),
     "host_client.address": ("HybridAddress", "UnixAddress", "VsockAddress"),
-    "host_client.agent": ("Agent", "connect"),
+    "host_client.agent": ("Agent",),
+    "host_client.connecting": ("connect",),
     "host_client.errors": (
-        *("BootConfigError", "BootFailed", "CommandFailed", "ConnectError", "ConnectionLost"),
+        *("BootConfigError", "BootFailed", "ConnectError", "ConnectionLost"),
         *("DeadlineExceeded", "ImageError", "LocalProtocolError", "MachineError", "ManifestError"),
         *("MicroguestError", "OperationError", "OutputStalled", "OutputTooLarge", "ProtocolError"),
         *("RemoteProtocolError", "StartError"),
@@ -152,7 +153,7 @@ _HOMES = {
     "host_client.process": ("Process", "ProcessStream"),
     "host_client.renewal": ("GuestClock",),
     "host_client.request": ("Options",),
-    "host_client.result": ("Result",),
+    "host_client.result": ("CommandFailed", "Result"),
 }
 # What the guest says of a failed boot, beside the error of that name.
 _RENAMED = {"BootFailure": ("guest.report", "BootFailed")}

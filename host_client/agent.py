@@ -28,28 +28,7 @@ from host_client.session import MAX_OUTPUT, MAX_UNREAD
 from host_client.steps import run
 from host_client.values import Argument, Buffer, text
 
-__all__ = ["Agent", "connect"]
-
-
-def connect(
-    url: str, *, token: str | None = None, timeout: float = 10.0, step_clock: bool = True
-) -> "Agent":
-    """Reach the agent at `url` and check that it takes the token.
-
-    `url`: vsock://CID:PORT, hybrid:///PATH[?port=PORT], unix:///PATH, or the name of a machine of
-    this user, which needs no token. `timeout`: seconds for this and for every later small request.
-    `step_clock`: set the guest's clock by ours whenever it is found to be more than 0.1 s out.
-    A guest that is still booting is waited for; a socket that nobody serves is an error at once.
-    Raises ConnectError; OperationError("unauthorized") for a wrong token.
-    """
-    agent = Agent.at(url, token=token, timeout=timeout)
-    agent.driver.keeps_clock = step_clock
-    try:
-        agent.ping()
-    except BaseException:
-        agent.close()
-        raise
-    return agent
+__all__ = ["Agent"]
 
 
 class Agent(Rooted):
@@ -67,12 +46,8 @@ class Agent(Rooted):
 
     @classmethod
     def at(cls, url: str, *, token: str | None = None, timeout: float = 10.0) -> "Agent":
-        """As `connect`, without dialling yet."""
-        if "://" not in text(url, "url"):
-            from host_client.machines.find import find
-
-            return find(url).agent(timeout=timeout)
-        address = parse(url)
+        """By URL, without dialling yet; a machine's name is for `connect`. ConnectError."""
+        address = parse(text(url, "url"))
         if token is None:
             raise ConnectError(f"{url} needs a token; only a machine's name goes without", url=url)
         return cls(address, token, timeout=timeout)

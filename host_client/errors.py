@@ -1,4 +1,5 @@
-"""Every error, as one tree. Those that the guest has as well are made in `guest.errors`.
+"""Every error, as one tree. Those that the guest has as well are made in `guest.errors`, and
+CommandFailed, which has a result, beside that in `host_client.result`.
 
 MicroguestError
 ├── ConnectError              nobody answered at the URL, or refused before the protocol began
@@ -32,14 +33,9 @@ from guest.errors import (
     StartError,
 )
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from host_client.result import Result
-
 __all__ = [
     "BootConfigError",
     "BootFailed",
-    "CommandFailed",
     "ConnectError",
     "ConnectionLost",
     "DeadlineExceeded",
@@ -82,14 +78,6 @@ class DeadlineExceeded(MicroguestError, TimeoutError):
         self.seconds = seconds
         self.stdout = stdout
         self.stderr = stderr
-
-
-class CommandFailed(MicroguestError):
-    """A command ended with another status than 0 and `check` was set. `result` has all of it."""
-
-    def __init__(self, message: str, *, result: "Result") -> None:
-        super().__init__(message)
-        self.result = result
 
 
 class OutputStalled(MicroguestError):

@@ -1,4 +1,4 @@
-"""A guest's clock against ours, and what a restored guest has to be given: as steps of a driver.
+"""A guest's clock against ours, and what a restored guest has to be given: as steps.
 
 The offset is found as NTP does it: the guest's clock is taken to have been read in the middle
 between question and answer, so it is known to half the time between them; the quickest of a few
@@ -9,23 +9,30 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol, TypeVar
 
 from guest.errors import OperationError
 from guest.messages import Welcome
 from guest.netplan import Interface
+from guest.record import Record
 from guest.renewal import Clock, ClockResult, Renew, Renewed
 from host_client.steps import Steps
 
-if TYPE_CHECKING:
-    from host_client.driver import Driver
-
-__all__ = ["STEP_BEYOND", "GuestClock", "is_out", "measure", "renew", "step"]
+__all__ = ["STEP_BEYOND", "Asker", "GuestClock", "is_out", "measure", "renew", "step"]
 
 STEP_BEYOND: Final = 0.1  # seconds that a guest's clock may be wrong before it is set unasked
 SAMPLES: Final = 5
 SEED_BYTES: Final = 64  # twice what the kernel's generator has as its key
 SECOND: Final = 10**9  # nanoseconds
+
+R = TypeVar("R", bound=Record)
+
+
+class Asker(Protocol):
+    """Whoever an agent is asked through."""
+
+    def request(self, op: str, args: Record, kind: type[R], *, repeatable: bool = True) -> Steps[R]:
+        """The answer. `repeatable`: asking twice does no harm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +57,12 @@ class GuestClock:
     last_pause: float
 
 
-def measure(driver: "Driver") -> Steps[GuestClock]:
+def measure(asker: Asker) -> Steps[GuestClock]:
     """What time it is in the guest. Raises what any request does."""
     best: GuestClock | None = None
     for _ in range(SAMPLES):
         began = time.monotonic_ns()
-        answer = yield from driver.request("clock", Clock(), ClockResult)
+        answer = yield from asker.request("clock", Clock(), ClockResult)
         took = time.monotonic_ns() - began
         reading = compared(answer, time.time_ns() - took // 2, took)
         if best is None or reading.error < best.error:
@@ -64,13 +71,13 @@ def measure(driver: "Driver") -> Steps[GuestClock]:
     return best
 
 
-def step(driver: "Driver", beyond: float) -> Steps[GuestClock]:
+def step(asker: Asker, beyond: float) -> Steps[GuestClock]:
     """Set the guest's clock by ours where it is more than `beyond` seconds out."""
-    found = yield from measure(driver)
+    found = yield from measure(asker)
     if abs(found.offset) <= beyond:
         return found
     args = Clock(realtime=found.realtime, boottime=found.boottime)
-    answer = yield from driver.request("clock", args, ClockResult)
+    answer = yield from asker.request("clock", args, ClockResult)
     return GuestClock(
         offset=found.offset,
         error=found.error,
@@ -83,7 +90,7 @@ def step(driver: "Driver", beyond: float) -> Steps[GuestClock]:
 
 
 def renew(
-    driver: "Driver",
+    asker: Asker,
     *,
     clock: bool,
     random: bool,
@@ -92,7 +99,7 @@ def renew(
     interfaces: Sequence[Interface],
 ) -> Steps[Renewed]:
     """As `Agent.renew` says."""
-    found = (yield from measure(driver)) if clock else None
+    found = (yield from measure(asker)) if clock else None
     asked = Renew(
         realtime=found.realtime if found else None,
         boottime=found.boottime if found else None,
@@ -101,7 +108,7 @@ def renew(
         machine_id=machine_id,
         interfaces=tuple(interfaces),
     )
-    return (yield from driver.request("renew", asked, Renewed, repeatable=False))
+    return (yield from asker.request("renew", asked, Renewed, repeatable=False))
 
 
 def checked(renewed: Renewed) -> Renewed:

@@ -1,14 +1,13 @@
-"""What a finished command left behind."""
+"""What a finished command left behind, and the error for one that failed."""
 
 import signal
 from dataclasses import dataclass, field
 from typing import Self
 
-from guest.errors import printable
+from guest.errors import MicroguestError, printable
 from guest.messages import Exited
-from host_client.errors import CommandFailed
 
-__all__ = ["Result"]
+__all__ = ["CommandFailed", "Result"]
 
 SHOWN = 60  # bytes of each stream in repr()
 LAST_WORDS = 200  # bytes and then characters of stderr in the error of a command that failed
@@ -114,6 +113,14 @@ class Result:
             f"Result({' '.join(self.argv):.80} {self.describe()} after {self.duration:.3f} s, "
             f"stdout={_short(self.stdout)}, stderr={_short(self.stderr)})"
         )
+
+
+class CommandFailed(MicroguestError):
+    """A command ended with another status than 0 and `check` was set. `result` has all of it."""
+
+    def __init__(self, message: str, *, result: Result) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def _signal_name(number: int) -> str:

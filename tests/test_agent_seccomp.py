@@ -16,7 +16,7 @@ from guest import limits
 from guest.errors import StartError
 from guest.messages import Failure, Keep, Winsize
 from host_client import seccomp
-from host_client.agent import connect
+from host_client.connecting import connect
 
 RETURN = 0x06
 ALLOW = 0x7FFF0000

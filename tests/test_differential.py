@@ -24,7 +24,7 @@ from init_machine import TOKEN, Machine, boot_config, make_root, require_program
 from patience import PATIENCE
 
 from host_client import seccomp
-from host_client.agent import connect
+from host_client.connecting import connect
 
 Facts = dict[str, str]
 

@@ -31,12 +31,12 @@ from guest.messages import (
 from host_client import connect
 from host_client.address import HybridAddress, UnixAddress, VsockAddress, parse
 from host_client.errors import (
-    CommandFailed,
     ConnectError,
     ConnectionLost,
     DeadlineExceeded,
     OutputTooLarge,
 )
+from host_client.result import CommandFailed
 
 
 @pytest.fixture

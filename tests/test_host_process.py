@@ -43,14 +43,13 @@ from guest.messages import (
 from host_client import Agent, connect
 from host_client.backlog import Backlog
 from host_client.errors import (
-    CommandFailed,
     ConnectionLost,
     DeadlineExceeded,
     OutputStalled,
     OutputTooLarge,
 )
 from host_client.request import signal_number, start_record
-from host_client.result import Result
+from host_client.result import CommandFailed, Result
 
 FLOOD = 8 * 1024 * 1024
 

@@ -29,7 +29,7 @@ from vm_machine import make_erofs, run_vm, vm_config
 
 from guest.privileges import CAPABILITIES
 from host_client import seccomp
-from host_client.agent import connect
+from host_client.connecting import connect
 from host_client.process import Process
 
 ALL = {name: 1 << number for number, name in enumerate(CAPABILITIES)}

@@ -11,8 +11,9 @@ from patience import PATIENCE
 
 from guest.errors import OperationError, StartError
 from host_client import boot, connect
-from host_client.errors import CommandFailed, DeadlineExceeded, MachineError, OutputTooLarge
+from host_client.errors import DeadlineExceeded, MachineError, OutputTooLarge
 from host_client.machines.machine import Machine
+from host_client.result import CommandFailed
 
 ENV = {"COLOUR": "green", "ODD": "a=b \u00e9"}
 

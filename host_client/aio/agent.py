@@ -7,11 +7,12 @@ from guest import limits
 from guest.messages import InfoResult, PingResult, ProcessInfo
 from guest.netplan import Interface
 from guest.renewal import Renewed
-from host_client import agent as blocking
 from host_client import renewal
 from host_client.address import Address
+from host_client.agent import Agent as BlockingAgent
 from host_client.aio.process import Process
 from host_client.aio.waiting import run
+from host_client.connecting import agent_at
 from host_client.driver import Driver
 from host_client.exchange import Exchange
 from host_client.forking import Rooted
@@ -38,7 +39,7 @@ async def connect(
     step_clock: bool = True,
 ) -> "Agent":
     """As `host_client.connect`: the same URLs, names, waits and errors."""
-    agent = Agent(blocking.Agent.at(url, token=token, timeout=timeout).driver)
+    agent = Agent(agent_at(url, token=token, timeout=timeout).driver)
     agent.driver.keeps_clock = step_clock
     try:
         await agent.ping()
@@ -58,7 +59,7 @@ class Agent(Rooted):
         self.driver = driver
 
     @classmethod
-    def of(cls, agent: blocking.Agent) -> Self:
+    def of(cls, agent: BlockingAgent) -> Self:
         """The same agent; closing either of them closes the connections that they share."""
         return cls(agent.driver)
 

@@ -9,21 +9,15 @@ import signal
 import sys
 from typing import Any, Final
 
-__all__ = ["Killed", "main"]
+from host_client.cli.killed import Killed
+
+__all__ = ["main"]
 
 OURS: Final = 125  # exit code for what went wrong on our side
 NOT_EXECUTABLE: Final = 126
 NOT_FOUND: Final = 127
 INTERRUPTED: Final = 130  # 128 + SIGINT
 AGAIN: Final = 0.01  # seconds until an interrupt is raised once more
-
-
-class Killed(Exception):
-    """A signal ends this program, after everything was put back in order."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 class Interrupt:

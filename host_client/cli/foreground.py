@@ -9,7 +9,7 @@ from typing import Final
 from guest.errors import MicroguestError
 from guest.messages import Attach, Exited, Start
 from host_client.agent import Agent
-from host_client.cli import Killed
+from host_client.cli.killed import Killed
 from host_client.cli.stream import (
     FORWARDED,
     Detached,

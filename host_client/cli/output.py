@@ -14,7 +14,7 @@ import time
 from collections import deque
 from typing import Final
 
-from host_client.cli import Killed
+from host_client.cli.killed import Killed
 from host_client.errors import MachineError
 from host_client.shortage import reason
 

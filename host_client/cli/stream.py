@@ -12,8 +12,8 @@ from typing import Final, NoReturn
 
 from guest.connection import Data
 from guest.messages import Exited
-from host_client.cli import Killed
 from host_client.cli.detachkeys import HELD_FOR, DetachKeys
+from host_client.cli.killed import Killed
 from host_client.cli.output import Outputs
 from host_client.cli.terminal import Terminal
 from host_client.process import ProcessStream

@@ -11,6 +11,7 @@ import time
 import warnings
 from typing import Final
 
+import guest
 from guest.record import Record, RecordError
 from host_client.descriptors import above_standard
 from host_client.errors import MachineError
@@ -250,13 +251,7 @@ class Link:
 
 def start_monitor(folder: Folder, link: socket.socket) -> "subprocess.Popen[bytes]":
     """In a session of its own: what a person types at the terminal is not for it."""
-    import guest
-    import host_client
-
-    homes = {
-        os.path.dirname(os.path.dirname(os.path.abspath(p.__file__ or "")))
-        for p in (guest, host_client)
-    }
+    homes = {ancestor(__file__, 3), ancestor(guest.__file__ or "", 2)}
     opened: list[int] = []
     try:
         opened.append(
@@ -285,3 +280,11 @@ def start_monitor(folder: Folder, link: socket.socket) -> "subprocess.Popen[byte
     finally:
         for fd in opened:
             os.close(fd)
+
+
+def ancestor(path: str, levels: int) -> str:
+    """The folder so many levels above a file."""
+    path = os.path.abspath(path)
+    for _ in range(levels):
+        path = os.path.dirname(path)
+    return path

@@ -5,14 +5,12 @@ QEMU's user network is a small network of the machine's own, always the same: th
 """
 
 import socket
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
 
 from guest.netplan import Interface, Network, Route
 from guest.record import RecordError
 from host_client.errors import MachineError
-
-if TYPE_CHECKING:
-    from host_client.machines.settings import Settings
 
 __all__ = ["MAC", "check_network", "network_of"]
 
@@ -24,7 +22,31 @@ OPTIONS: Final = {"nameservers": "dns", "search": "dns_search", "options": "dns_
 HOST_GATEWAY: Final = "host-gateway"  # docker's word for the address of the host
 
 
-def check_network(settings: "Settings") -> None:
+class Asked(Protocol):
+    """What a machine's settings say of its network; see `MachineOptions`."""
+
+    @property
+    def network(self) -> str:
+        """ "none" or "user"."""
+
+    @property
+    def dns(self) -> Sequence[str]:
+        """Addresses of name servers."""
+
+    @property
+    def dns_search(self) -> Sequence[str]:
+        """Domains."""
+
+    @property
+    def dns_options(self) -> Sequence[str]:
+        """As in resolv.conf(5)."""
+
+    @property
+    def hosts(self) -> Mapping[str, str]:
+        """Addresses by name."""
+
+
+def check_network(settings: Asked) -> None:
     """MachineError for what a guest would refuse after its boot, naming the option."""
     for server in settings.dns:
         check_address(server, f"dns {server!r:.60}", "10.0.0.53")
@@ -49,7 +71,7 @@ def check_address(text: str, about: str, example: str) -> None:
         raise MachineError(f"{about}: not an IP address, as {example} or fd00::5") from None
 
 
-def network_of(settings: "Settings") -> Network:
+def network_of(settings: Asked) -> Network:
     """RecordError for words that cannot be in the files that are written."""
     wired = settings.network == "user"
     eth0 = Interface(name="eth0", mac=MAC, addresses=(ADDRESS,), routes=(Route(via=GATEWAY),))
