@@ -136,7 +136,7 @@ class Cgroups:
         return leaf
 
     def give_back(self, leaf: Leaf) -> None:
-        """See `Leaf.give_back`."""
+        """See `Owner.give_back`."""
         empty, again = not leaf.populated(), not (leaf.limited or leaf.spent or leaf.divided())
         if empty and again and self._warm is None:
             self._warm = leaf

@@ -14,7 +14,7 @@ import trio
 
 from agent.channel import Channel, ConnectionLost, readable_bytes
 from agent.pumps import InputPump, OutputPump
-from agent.state import Process
+from agent.registry import Process
 from guest import limits
 from guest.connection import Data, End, Event
 from guest.messages import STREAMS, Acknowledge, Detach, Resize, Signal

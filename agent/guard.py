@@ -17,7 +17,8 @@ import threading
 import time
 
 from agent import tree
-from agent.state import Agent, Process, log
+from agent.registry import Process
+from agent.state import Agent, log
 from agent.threads import run_beside
 from guest import limits
 

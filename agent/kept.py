@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import trio
 
@@ -21,8 +22,9 @@ from agent.adopted import Adopted
 from agent.channel import readable_bytes
 from agent.processes import ChildProcess
 from agent.pumps import InputPump, enlarge
+from agent.registry import Process
 from agent.ring import CUT, ENDED, Ring
-from agent.state import Agent, Process, log
+from agent.state import Agent, log
 from guest import limits
 from guest.errors import OperationError
 from guest.messages import STREAMS, Exited, Keep, Start
@@ -30,12 +32,9 @@ from guest.record import Record
 from guest.status import exit_fields
 from guest.supervision import Deposit, KeptExited, KeptStatus, MainExited, Withdraw
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from agent.attaching import Attachment
-
 __all__ = [
     "MAIN_ID",
+    "Attached",
     "KeptProcess",
     "Notes",
     "check_room",
@@ -142,6 +141,16 @@ def new_rings(child: ChildProcess, notes: Notes) -> dict[int, Ring]:
     return rings
 
 
+class Attached(Protocol):
+    """A host that gets the output of one."""
+
+    def push(self) -> None:
+        """Send what is new, as far as the host takes it. Raises nothing."""
+
+    def refuse(self, error: OperationError) -> None:
+        """The process goes: there will be nothing more."""
+
+
 class KeptProcess(Process):
     """One of them, around the `child` that says how to signal it and how it ended.
 
@@ -177,8 +186,8 @@ class KeptProcess(Process):
         self.started = notes.started
         self._served_since = time.monotonic()
         self.rings = rings
-        self.attachments: list[Attachment] = []
-        self.writer: Attachment | None = None
+        self.attachments: list[Attached] = []
+        self.writer: Attached | None = None
         self._agent = agent
         self._child = child
         self.notes = notes
@@ -352,7 +361,7 @@ class KeptProcess(Process):
 
     # ── who is attached ──────────────────────────────────────────────────────────────────────────
 
-    def enter(self, attachment: "Attachment", *, write: bool) -> None:
+    def enter(self, attachment: Attached, *, write: bool) -> None:
         """It gets the output from now on."""
         if not self.attachments:
             self._alone = trio.Event()
@@ -363,7 +372,7 @@ class KeptProcess(Process):
             if self._is_main_terminal:
                 self._wait_for_reader(True)
 
-    def leave(self, attachment: "Attachment") -> None:
+    def leave(self, attachment: Attached) -> None:
         """It has what it gets."""
         self.attachments.remove(attachment)
         self.attached -= 1

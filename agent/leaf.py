@@ -6,19 +6,26 @@ Which leaf a process gets, and what becomes of it, is `agent.cgroups`' affair.
 import errno
 import os
 import signal
+from typing import Protocol
 
 from agent.tree import pidfd_of, send
 from guest.messages import Limits
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from agent.cgroups import Cgroups
-
-__all__ = ["Leaf", "read_number", "read_words", "write", "write_if_possible"]
+__all__ = ["Leaf", "Owner", "read_number", "read_words", "write", "write_if_possible"]
 
 CPU_PERIOD = 100_000  # microseconds, the kernel's default
 KILL_ROUNDS = 64  # looks at who is there, for a kernel without cgroup.kill
 SENT_AT_ONCE = 256  # processes that are held by a descriptor while they are signalled
+
+
+class Owner(Protocol):
+    """Who leaves are of. `mount`: of their hierarchy; `controllers`: those that they have."""
+
+    mount: str
+    controllers: frozenset[str]
+
+    def give_back(self, leaf: "Leaf") -> None:
+        """The leaf's process has ended."""
 
 
 class Leaf:
@@ -27,7 +34,7 @@ class Leaf:
     `name`: its path below the mount, by which a later agent can `adopt` it.
     """
 
-    def __init__(self, owner: "Cgroups", name: str, *, limited: bool) -> None:
+    def __init__(self, owner: Owner, name: str, *, limited: bool) -> None:
         self._owner = owner
         self.name = name
         self.path = path = f"{owner.mount}/{name}"

@@ -12,7 +12,8 @@ import time
 
 import trio
 
-from agent import clock, service, supervision
+from agent import clock, orders, service
+from agent.link import Link
 from agent.state import Agent
 from guest.supervision import AgentReady, Configure
 
@@ -34,7 +35,7 @@ def run() -> None:
 
 def bootstrap() -> tuple[Agent, socket.socket]:
     """Take the configuration and the listener from PID 1."""
-    link = supervision.Link.inherited()
+    link = Link.inherited()
     configure, descriptors = link.receive_first()
     if not isinstance(configure, Configure) or len(descriptors) != 1:
         raise SystemExit(f"agent: expected Configure and a listener first, got {configure!r}")
@@ -48,7 +49,7 @@ async def serve(agent: Agent, listener: socket.socket) -> None:
     """Follow PID 1's messages and answer hosts, both for ever."""
     async with trio.open_nursery() as nursery:
         agent.nursery = nursery
-        nursery.start_soon(supervision.follow, agent)
+        nursery.start_soon(orders.follow, agent)
         nursery.start_soon(clock.watch, agent)
         agent.ready_ms = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000
         agent.link.send(AgentReady(boot_ms=agent.ready_ms))

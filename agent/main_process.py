@@ -17,7 +17,8 @@ from agent import tree
 from agent.adopted import Adopted
 from agent.kept import MAIN_ID, KeptProcess, Notes
 from agent.processes import Channels
-from agent.state import Agent, Process, listed_argv, log
+from agent.registry import Process, listed_argv
+from agent.state import Agent, log
 from guest import limits
 from guest.errors import OperationError
 from guest.messages import Keep

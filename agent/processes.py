@@ -21,8 +21,9 @@ from agent.channel import Channel
 from agent.exchange import Exchange
 from agent.hunting import Hunters, Quarry
 from agent.leaf import Leaf
+from agent.registry import Process
 from agent.staging import stage
-from agent.state import Agent, Process
+from agent.state import Agent
 from guest import limits
 from guest.connection import Event, Response
 from guest.errors import OperationError, operation_error

@@ -13,7 +13,7 @@ import select
 
 from agent import terminals
 from agent.channel import BUFFER, Channel, readable_bytes
-from agent.state import Process
+from agent.registry import Process
 from guest import limits
 
 __all__ = ["InputPump", "OutputPump"]

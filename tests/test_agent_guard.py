@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LOOP = """
     import os, threading, time
     from agent.guard import Guard
-    from agent.state import Process
+    from agent.registry import Process
     from guest import limits
 
     class Watched(Process):

@@ -1,7 +1,6 @@
 """The agent's end of the supervision pair: messages from PID 1 with descriptors, messages to it.
 
-Messages are `guest.supervision`'s. When PID 1 closes the pair, or says something that cannot be
-understood, the agent ends: there is nobody left who would reap for it or power off.
+Messages are `guest.supervision`'s. What PID 1's are acted upon with is `agent.orders`.
 """
 
 import os
@@ -12,30 +11,11 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from agent.guard import Guard
-from agent.kept import MAIN_ID, KeptProcess
-from agent.main_process import ConsoleMain, take_main
-from agent.restoring import restore_all
-from agent.state import Agent, Process
+from agent.registry import Process
 from guest import limits
-from guest.supervision import (
-    AGENT_FD,
-    MESSAGES,
-    AreYouThere,
-    Deposit,
-    ExecStarted,
-    Here,
-    KeptExited,
-    MainExited,
-    MainStarted,
-    Message,
-    Restored,
-    RootReady,
-    Taken,
-    Withdraw,
-)
+from guest.supervision import AGENT_FD, MESSAGES, Deposit, ExecStarted, Message, Withdraw
 
-__all__ = ["Link", "follow"]
+__all__ = ["Link", "Packet"]
 
 Packet = tuple[Message, Sequence[int]]  # with the descriptors that go with it
 Parting = list[tuple[Process, int]]  # descriptors to close, each with whose stream it is
@@ -130,48 +110,3 @@ class Link:
         """PID 1 has done what the oldest of these messages says."""
         for process, fd in self._parting.popleft():
             process.close(fd)
-
-
-async def follow(agent: Agent) -> None:
-    """Act on PID 1's messages. When it is gone, end the whole agent."""
-    deposits: list[tuple[Restored, list[int]]] = []
-    while True:
-        message, descriptors = await agent.link.receive()
-        match message:
-            case Restored():
-                deposits.append((message, descriptors))
-            case RootReady():
-                enter_root(descriptors[0])
-                Guard(agent).start()  # now, as a machine may have no /proc before
-                await restore_all(agent, deposits)
-                agent.root_ready.set()
-            case MainStarted():
-                await take_main(agent, message, descriptors)
-            case MainExited() | KeptExited():
-                process_id = message.id if isinstance(message, KeptExited) else MAIN_ID
-                process = agent.processes.get(process_id)
-                if isinstance(process, KeptProcess):
-                    process.reaped(message)
-                elif isinstance(process, ConsoleMain) and isinstance(message, MainExited):
-                    process.ended(message)
-            case Taken():
-                agent.link.taken()
-            case AreYouThere():
-                answer(agent, message)
-            case _:
-                agent.kill_everything()
-                os._exit(0)
-
-
-def answer(agent: Agent, question: AreYouThere) -> None:
-    """Say that the event loop turns; not in `follow` itself, which goes on hearing meanwhile."""
-    assert agent.nursery is not None  # since before PID 1's messages are followed
-    agent.nursery.start_soon(agent.link.deliver, lambda: (Here(number=question.number), ()))
-
-
-def enter_root(directory: int) -> None:
-    """Make the image's root the agent's own, from its O_PATH descriptor."""
-    os.fchdir(directory)
-    os.chroot(".")
-    os.chdir("/")
-    os.close(directory)

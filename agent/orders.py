@@ -1,0 +1,70 @@
+"""What PID 1 says is acted upon.
+
+When PID 1 closes the pair, or says something that cannot be understood, the agent ends: there is
+nobody left who would reap for it or power off.
+"""
+
+import os
+
+from agent.guard import Guard
+from agent.kept import MAIN_ID, KeptProcess
+from agent.main_process import ConsoleMain, take_main
+from agent.restoring import restore_all
+from agent.state import Agent
+from guest.supervision import (
+    AreYouThere,
+    Here,
+    KeptExited,
+    MainExited,
+    MainStarted,
+    Restored,
+    RootReady,
+    Taken,
+)
+
+__all__ = ["follow"]
+
+
+async def follow(agent: Agent) -> None:
+    """Act on PID 1's messages. When it is gone, end the whole agent."""
+    deposits: list[tuple[Restored, list[int]]] = []
+    while True:
+        message, descriptors = await agent.link.receive()
+        match message:
+            case Restored():
+                deposits.append((message, descriptors))
+            case RootReady():
+                enter_root(descriptors[0])
+                Guard(agent).start()  # now, as a machine may have no /proc before
+                await restore_all(agent, deposits)
+                agent.root_ready.set()
+            case MainStarted():
+                await take_main(agent, message, descriptors)
+            case MainExited() | KeptExited():
+                process_id = message.id if isinstance(message, KeptExited) else MAIN_ID
+                process = agent.processes.get(process_id)
+                if isinstance(process, KeptProcess):
+                    process.reaped(message)
+                elif isinstance(process, ConsoleMain) and isinstance(message, MainExited):
+                    process.ended(message)
+            case Taken():
+                agent.link.taken()
+            case AreYouThere():
+                answer(agent, message)
+            case _:
+                agent.kill_everything()
+                os._exit(0)
+
+
+def answer(agent: Agent, question: AreYouThere) -> None:
+    """Say that the event loop turns; not in `follow` itself, which goes on hearing meanwhile."""
+    assert agent.nursery is not None  # since before PID 1's messages are followed
+    agent.nursery.start_soon(agent.link.deliver, lambda: (Here(number=question.number), ()))
+
+
+def enter_root(directory: int) -> None:
+    """Make the image's root the agent's own, from its O_PATH descriptor."""
+    os.fchdir(directory)
+    os.chroot(".")
+    os.chdir("/")
+    os.close(directory)
