@@ -12,8 +12,7 @@ from guest.bootconfig import BootConfig
 from guest.workload import Workload
 from init_shim import keeper, workload
 from init_shim.agent_process import AgentProcess
-from init_shim.main import announcement
-from init_shim.reporter import Reporter
+from init_shim.reporter import Reporter, announcement
 from init_shim.signals import Signals
 from init_shim.timeline import Timeline
 from init_shim.workload import WorkloadNotStarted

@@ -20,10 +20,9 @@ from guest.workload import signal_number
 from init_shim import power, protection, write_out
 from init_shim.agent_process import AgentProcess
 from init_shim.failure import Failure, call
-from init_shim.main import await_agent, failed_boot
-from init_shim.reporter import Reporter, say
+from init_shim.reporter import Reporter, failed_boot, say
 from init_shim.signals import CONTINUE, KILL, TERMINATE, Signals
-from init_shim.supervisor import Supervisor
+from init_shim.supervisor import Supervisor, await_agent
 from init_shim.timeline import Timeline, boot_ms
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1

@@ -6,10 +6,9 @@ open, and it stays in memory for as long as the machine lives. A test pins the l
 
 import os
 
-from guest import bootconfig, limits
+from guest import bootconfig
 from guest.bootconfig import BootConfig
 from guest.errors import BootConfigError, raised_at
-from guest.report import BootFailed, Ready
 from init_shim import (
     hardening,
     modules,
@@ -22,12 +21,12 @@ from init_shim import (
     volumes,
 )
 from init_shim.agent_process import AgentProcess
-from init_shim.failure import SHORT, Failure, call, reason
+from init_shim.failure import Failure, call
 from init_shim.listener import open_listener
 from init_shim.main_process import MainProcess, failed_start
-from init_shim.reporter import Reporter, left_out, mark_lines, say
+from init_shim.reporter import Reporter, announcement, failed_boot, mark_lines, say
 from init_shim.signals import Signals
-from init_shim.supervisor import Supervisor
+from init_shim.supervisor import Supervisor, await_agent
 from init_shim.timeline import Timeline
 from init_shim.workload import WorkloadNotStarted, start_workload
 from init_shim.workload_cgroup import Most
@@ -163,38 +162,6 @@ def hand_off(
     supervisor.status = "shutdown"
 
 
-def await_agent(supervisor: Supervisor, agent: AgentProcess) -> None:
-    """Until the agent serves, or the machine was told to end meanwhile.
-
-    A workload that is done sooner does not end the wait: its host has to hear of a whole boot.
-    """
-    in_time = supervisor.run(
-        lambda: agent.ready or agent.crashes >= limits.AGENT_BOOT_CRASHES,
-        timeout=limits.AGENT_READY_TIMEOUT,
-        despite="done",
-    )
-    if agent.ready or supervisor.status not in ("", "done"):
-        return
-    after = f"{agent.crashes} crashes" if in_time else f"{limits.AGENT_READY_TIMEOUT:g} s"
-    raise Failure(f"the agent does not serve after {after}; what it said is on the console")
-
-
-def announcement(config: BootConfig, timeline: Timeline) -> Ready:
-    """What the host is told when the agent serves."""
-    return Ready(
-        steps=tuple(timeline.steps),
-        token_proof=proof(config.agent.token),
-        left_out=tuple(left_out),
-    )
-
-
-def proof(token: str) -> str:
-    """What shows the host that it is this boot which reports, without showing the token."""
-    import hashlib
-
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
 def hide_paths(config: BootConfig) -> None:
     """What nobody shall see or change, processes of hosts included. Raises Failure."""
     workload = config.workload
@@ -222,23 +189,3 @@ def start_main(config: BootConfig, supervisor: Supervisor) -> WorkloadNotStarted
     except WorkloadNotStarted as error:
         return error
     return None
-
-
-def failed_boot(error: BaseException, timeline: Timeline) -> BootFailed:
-    """What to tell about an exception that ended the boot, or later the supervision."""
-    steps = tuple(timeline.steps)
-    step = timeline.current or "start"
-    if isinstance(error, Failure):
-        return BootFailed(
-            step=step,
-            message=error.message,
-            syscall=error.syscall,
-            path=error.path,
-            errno=error.errno,
-            steps=steps,
-        )
-    number = (error.errno or 0) if isinstance(error, OSError) else 0
-    message = f"unexpected: {raised_at(error)}"
-    if number in SHORT:
-        message += f"; {reason(number)}"
-    return BootFailed(step=step, message=message, errno=number, steps=steps)

@@ -13,14 +13,18 @@ import stat
 import time
 
 from guest import limits
-from guest.bootconfig import Endpoint
-from guest.report import CONSOLE_MARK, REPORTS, BootFailed, Report, line_mark
-from init_shim.failure import Failure, call
+from guest.bootconfig import BootConfig, Endpoint
+from guest.errors import raised_at
+from guest.report import CONSOLE_MARK, REPORTS, BootFailed, Ready, Report, line_mark
+from init_shim.failure import SHORT, Failure, call, reason
 from init_shim.listener import VMADDR_CID_HOST, address_of, socket_for
+from init_shim.timeline import Timeline
 
 __all__ = [
     "Reporter",
+    "announcement",
     "copy_to_console",
+    "failed_boot",
     "leave_out",
     "left_out",
     "mark_lines",
@@ -107,6 +111,42 @@ class Reporter:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def announcement(config: BootConfig, timeline: Timeline) -> Ready:
+    """What the host is told when the agent serves."""
+    return Ready(
+        steps=tuple(timeline.steps),
+        token_proof=proof(config.agent.token),
+        left_out=tuple(left_out),
+    )
+
+
+def proof(token: str) -> str:
+    """What shows the host that it is this boot which reports, without showing the token."""
+    import hashlib
+
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def failed_boot(error: BaseException, timeline: Timeline) -> BootFailed:
+    """What to tell about an exception that ended the boot, or later the supervision."""
+    steps = tuple(timeline.steps)
+    step = timeline.current or "start"
+    if isinstance(error, Failure):
+        return BootFailed(
+            step=step,
+            message=error.message,
+            syscall=error.syscall,
+            path=error.path,
+            errno=error.errno,
+            steps=steps,
+        )
+    number = (error.errno or 0) if isinstance(error, OSError) else 0
+    message = f"unexpected: {raised_at(error)}"
+    if number in SHORT:
+        message += f"; {reason(number)}"
+    return BootFailed(step=step, message=message, errno=number, steps=steps)
 
 
 def console_line(report: BootFailed) -> str:

@@ -12,6 +12,7 @@ from guest import limits
 from guest.report import AgentServes, FirstExec, WorkloadFailed
 from guest.supervision import AgentReady, ExecStarted, MainCollected, MainReader, ShutdownRequest
 from init_shim.agent_process import AgentProcess
+from init_shim.failure import Failure
 from init_shim.main_process import MainProcess
 from init_shim.reporter import Reporter
 from init_shim.signals import KILL, Signals
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from guest.record import Record
 
-__all__ = ["Supervisor"]
+__all__ = ["Supervisor", "await_agent"]
 
 REAPED_AT_ONCE = 128  # children per turn: a flood of orphans starves nobody and takes no memory
 MESSAGES_AT_ONCE = 512  # more than the pair's queue holds, but not without an end
@@ -281,6 +282,22 @@ class Supervisor:
     def _end(self, status: str) -> None:
         if self.status in ("", "done"):
             self.status = status
+
+
+def await_agent(supervisor: Supervisor, agent: AgentProcess) -> None:
+    """Until the agent serves, or the machine was told to end meanwhile.
+
+    A workload that is done sooner does not end the wait: its host has to hear of a whole boot.
+    """
+    in_time = supervisor.run(
+        lambda: agent.ready or agent.crashes >= limits.AGENT_BOOT_CRASHES,
+        timeout=limits.AGENT_READY_TIMEOUT,
+        despite="done",
+    )
+    if agent.ready or supervisor.status not in ("", "done"):
+        return
+    after = f"{agent.crashes} crashes" if in_time else f"{limits.AGENT_READY_TIMEOUT:g} s"
+    raise Failure(f"the agent does not serve after {after}; what it said is on the console")
 
 
 def is_due(moment: float | None, now: float) -> bool:
