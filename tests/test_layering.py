@@ -6,7 +6,9 @@ A package that is not in the tree yet has no imports to judge.
 import ast
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,8 @@ MAY_IMPORT = {
 }
 # The one place where the frozen program becomes the agent, and the one command with an extra.
 EXCEPTIONS = {("init_shim/dispatch.py", "agent.main"), ("host_client/cli/completion.py", "shtab")}
+
+PACKAGES = ("guest", "agent", "init_shim", "host_client")
 
 # Modules that read, write, wait or look at a clock: the contract does none of it.
 IO_MODULES = {
@@ -123,6 +127,56 @@ def sources(package: str) -> list[Path]:
     return sorted((PROJECT / package).rglob("*.py"))
 
 
+def modules() -> dict[str, str]:
+    """Our files by the names that they are imported by."""
+    paths = [path.relative_to(PROJECT) for package in PACKAGES for path in sources(package)]
+    return {
+        ".".join(path.with_suffix("").parts).removesuffix(".__init__"): str(path) for path in paths
+    }
+
+
+def imports_of_ours() -> dict[str, dict[str, str]]:
+    """By file: the files of ours that it imports, each with where it first does."""
+    known = modules()
+    found: dict[str, dict[str, str]] = {path: {} for path in known.values()}
+    for path, others in found.items():
+        for line, name in imports(PROJECT / path):
+            module = name
+            while module and module not in known:
+                module = module.rpartition(".")[0]
+            if module and known[module] != path:
+                others.setdefault(known[module], f"{path}:{line}")
+    return found
+
+
+def rooms_of(files: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """The same for rooms: a folder is one, and so is each file that lies beside the folders."""
+
+    def room(path: str) -> str:
+        folder, _, name = path.rpartition("/")
+        return folder if "/" in folder else f"{folder}/{name}"
+
+    found: dict[str, dict[str, str]] = {}
+    for path, others in files.items():
+        ways = found.setdefault(room(path), {})
+        for other, where in others.items():
+            if room(other) != room(path):
+                ways.setdefault(room(other), where)
+    return found
+
+
+def circle(graph: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """One circle of imports, import by import; [] where there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        imported = error.args[1]  # each by the next one
+        return [
+            f"{graph[importer][module]} imports {module}" for module, importer in pairwise(imported)
+        ]
+    return []
+
+
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_packages_import_only_what_their_layer_may(package: str) -> None:
     wrong = []
@@ -136,6 +190,37 @@ def test_packages_import_only_what_their_layer_may(package: str) -> None:
             if top not in STDLIB | MAY_IMPORT[package] and not excepted:
                 wrong.append(f"{name}:{line} imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Whichever is needed by the other says what it needs itself: a small Protocol of its own."""
+    wrong = circle(imports_of_ours())
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_rooms_import_each_other_in_a_circle() -> None:
+    wrong = circle(rooms_of(imports_of_ours()))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_circle_of_files_or_rooms_is_found() -> None:
+    files = {
+        "p/a.py": {"p/x/b.py": "p/a.py:1"},
+        "p/x/b.py": {"p/x/c.py": "p/x/b.py:2"},
+        "p/x/c.py": {},
+        "p/x/d.py": {"p/a.py": "p/x/d.py:3"},
+    }
+    assert circle(files) == []
+    in_rooms = ["p/a.py:1 imports p/x", "p/x/d.py:3 imports p/a.py"]
+    assert sorted(circle(rooms_of(files))) == in_rooms
+    in_files = {**files, "p/x/c.py": {"p/a.py": "p/x/c.py:4"}}
+    assert len(circle(in_files)) == 3
+
+
+def test_lazy_and_typing_only_imports_count() -> None:
+    ways = imports_of_ours()
+    assert "init_shim/handoff.py" in ways["init_shim/main.py"]  # inside a function
+    assert "host_client/machines/boot.py" in ways["host_client/__init__.py"]  # for types
 
 
 def test_the_contract_does_no_io() -> None:
