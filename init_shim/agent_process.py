@@ -31,6 +31,7 @@ from guest.supervision import (
 )
 from init_shim import deposits
 from init_shim.deposits import Deposits
+from init_shim.ending import Ending
 from init_shim.failure import Failure, call
 from init_shim.last_words import LastWords
 from init_shim.reporter import say
@@ -57,6 +58,7 @@ class AgentProcess:
     """`pid` is 0 while none runs. `ready` says whether the running one serves.
 
     Whoever reaps it sets `reaped` at once, and calls `ended` after its last messages were received.
+    `ending` has begun where that is to be expected.
 
     `root` and `workload` are what a later start has to be told about too.
     """
@@ -70,6 +72,7 @@ class AgentProcess:
         self.restart_at: float | None = None  # time.monotonic()
         self.words: LastWords | None = None
         self.watchdog = Watchdog(config.agent.watchdog, self._ask)
+        self.ending = Ending(0, NAME)
         self.root_fd = -1
         self.deposits = Deposits()
         self.workload: RunningWorkload | None = None
@@ -111,6 +114,7 @@ class AgentProcess:
         theirs.close()
         words.close_writer()
         self.pid, self._pair, self.words = pid, ours, words
+        self.ending = Ending(pid, f"agent {pid}")
         self.reaped = False
         self.ready = self._hung = False
         self._served_since = None
@@ -128,7 +132,7 @@ class AgentProcess:
             self.restart_at = time.monotonic() + limits.AGENT_RESTART_DELAYS[-1]
 
     def ended(self, status: int) -> AgentExited:
-        """It was reaped with this wait status.
+        """With this wait status.
 
         `restart_at` is set unless it has crashed AGENT_CRASH_LIMIT times in a row. Then it stays
         down, and who dials is refused instead of waiting for nobody.
@@ -165,17 +169,28 @@ class AgentProcess:
         words.close()
         return words.text()
 
-    def watch(self) -> None:
-        """Look after it when its watchdog's time has come."""
+    def watch(self) -> bool:
+        """Look after it when its watchdog's time has come. Whether it is to be helped to its end.
+
+        What it has said is to be heard before that: from now on it says nothing more.
+        """
         if self.watchdog.look() and not self.reaped:
             say(f"agent {self.pid} hangs; it is replaced")
             self._hung = True
-            os.kill(self.pid, KILL)
-        if self.watchdog.ends and not self.reaped:
-            from init_shim.dying import kill_others
+            self._kill()
+        return self.watchdog.ends and not self.reaped
 
-            killed = kill_others(self.pid, self.deposits.agents_meta(), self.deposits.pids())
-            say(f"agent {self.pid} cannot end; {killed} of its processes are killed first")
+    def let_end(self) -> None:
+        """Kill what can keep it from its end, but not what it has deposited."""
+        from init_shim.dying import kill_others
+
+        self.ending.begin()
+        killed = kill_others(self.pid, self.deposits.agents_meta(), self.deposits.pids())
+        say(f"agent {self.pid} cannot end; {killed} of its processes are killed first")
+
+    def _kill(self) -> None:
+        os.kill(self.pid, KILL)
+        self.ending.begin()
 
     def _ask(self, number: int) -> None:
         self._send(AreYouThere(number=number))
@@ -312,6 +327,7 @@ class AgentProcess:
         if not data:
             deposits.close_all(fds)
             self._close()  # its exit follows, or it goes on without us until it exits
+            self.ending.begin()
             return None
         try:
             message = supervision.MESSAGES.decode(data)
@@ -345,7 +361,7 @@ class AgentProcess:
         say(f"agent {self.pid} {why}")
         self._close()
         if self.pid and not self.reaped:
-            os.kill(self.pid, KILL)
+            self._kill()
 
     def _close(self) -> None:
         if self._pair is not None:

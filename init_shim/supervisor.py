@@ -12,6 +12,7 @@ from guest import limits
 from guest.report import AgentServes, FirstExec, WorkloadFailed
 from guest.supervision import AgentReady, ExecStarted, MainCollected, MainReader, ShutdownRequest
 from init_shim.agent_process import AgentProcess
+from init_shim.ending import Ending
 from init_shim.failure import Failure
 from init_shim.main_process import MainProcess
 from init_shim.reporter import Reporter
@@ -49,6 +50,7 @@ class Supervisor:
         self._readers: dict[int, Callable[[], None]] = {}
         self._first_exec_told = False
         self._last_phase = False  # everybody is being ended: nobody is started again
+        self._told: set[int] = set()  # those whose end was told, and who are not reaped yet
 
     # ── what it looks after ──────────────────────────────────────────────────────────────────────
 
@@ -149,7 +151,7 @@ class Supervisor:
             self._attend(self.agent, ready, ended)
         self._more_to_reap = len(ended) == REAPED_AT_ONCE
         for pid, status, usage in ended:
-            self._ended(pid, status, usage)
+            self._reaped(pid, status, usage)
         self._act_in_time()
 
     def _wait(self, deadline: float | None) -> set[int]:
@@ -162,8 +164,8 @@ class Supervisor:
             reading = [*readers, *pair]
             writing = pair if self.agent.has_more_to_say else []
         life = None if self.main is None else self.main.running
-        if life is not None and life.untrace_at is None:
-            readers[life.pidfd] = life.note_end
+        if life is not None and life.ending.look_at is None:
+            readers[life.pidfd] = life.ending.begin
             reading = [*reading, life.pidfd]
         ready = self.signals.wait(self._patience(deadline), read=reading, write=writing)
         for fd, act in readers.items():
@@ -180,8 +182,7 @@ class Supervisor:
             moments += [self.agent.restart_at, self.agent.watchdog.look_at]
         if self.main is not None and not self.status:
             moments += [self.main.restart_at, self.main.collection.until]
-        if self.main is not None and self.main.running is not None:
-            moments.append(self.main.running.untrace_at)
+        moments += [ending.look_at for ending in self._endings()]
         known = [moment for moment in moments if moment is not None]
         return max(0.0, min(known) - time.monotonic()) if known else None
 
@@ -195,8 +196,11 @@ class Supervisor:
         if pair in ready:
             agent.say_more()
         agent.reaped |= any(pid == agent.pid for pid, _, _ in ended)
-        if not (pair in ready or ended):
-            return
+        if pair in ready or ended:
+            self._hear(agent)
+
+    def _hear(self, agent: AgentProcess) -> None:
+        """All that it has said, but for who says ever more."""
         for _ in range(MESSAGES_AT_ONCE):
             message = agent.receive()
             if message is None:
@@ -227,7 +231,23 @@ class Supervisor:
         elif self.main.collection.pending:
             self._collected(self.main)
 
-    def _ended(self, pid: int, status: int, usage: struct_rusage) -> None:
+    def _reaped(self, pid: int, status: int, usage: struct_rusage) -> None:
+        if pid in self._told:
+            self._told.remove(pid)
+        elif not self._ended(pid, status) and self.agent is not None:
+            self.agent.kept_reaped(pid, status, usage)
+
+    def _endings(self) -> list[Ending]:
+        """Of the two children that are known."""
+        found = []
+        if self.main is not None and self.main.running is not None:
+            found.append(self.main.running.ending)
+        if self.agent is not None and self.agent.pid:
+            found.append(self.agent.ending)
+        return found
+
+    def _ended(self, pid: int, status: int) -> bool:
+        """Whether it is one of these."""
         main, agent = self.main, self.agent
         if agent is not None and pid == agent.pid:
             exited = agent.ended(status)
@@ -239,8 +259,9 @@ class Supervisor:
                 self.reporter.send(exited)
         elif main is not None and main.running is not None and pid == main.running.pid:
             self._main_ended(main, status)
-        elif agent is not None:
-            agent.kept_reaped(pid, status, usage)
+        else:
+            return False
+        return True
 
     def _main_ended(self, main: MainProcess, status: int) -> None:
         exited = main.ended(status, for_good=self.status != "")
@@ -259,20 +280,28 @@ class Supervisor:
         now = time.monotonic()
         if self.main is not None and is_due(self.main.collection.until, now):
             self._collected(self.main)
-        life = None if self.main is None else self.main.running
-        if life is not None and is_due(life.untrace_at, now):
-            life.untrace(0 if self.agent is None else self.agent.pid)
+        for ending in self._endings():
+            if is_due(ending.look_at, now):
+                self._look_after(ending)
         if self.agent is not None and not self._last_phase:
             if is_due(self.agent.restart_at, now):
                 self.agent.start_again()
-            if is_due(self.agent.watchdog.look_at, now):
-                self.agent.watch()
+            if is_due(self.agent.watchdog.look_at, now) and self.agent.watch():
+                self._hear(self.agent)
+                self.agent.let_end()
         if self.main is not None and not self.status and is_due(self.main.restart_at, now):
             report = self.main.start_again()
             self.reporter.send(report)
             self._tell_of(self.main)
             if isinstance(report, WorkloadFailed) and report.restart_in is None:
                 self._end("workload-failed")
+
+    def _look_after(self, ending: Ending) -> None:
+        """What should have been reaped is not."""
+        status = ending.look(0 if self.agent is None else self.agent.pid)
+        if status is not None:
+            self._told.add(ending.pid)
+            self._ended(ending.pid, status)
 
     def _collected(self, main: MainProcess) -> None:
         """The ended workload's output: all of it, or as long as it could wait."""

@@ -1,8 +1,8 @@
-"""A debugger that keeps the workload's end from PID 1: ptrace(2).
+"""A debugger that keeps a child's end from PID 1: ptrace(2).
 
-The end of a traced process is its tracer's to wait for first, and PID 1 is told nothing of it. Who
-has not waited for it in TRACER_WAIT is killed, and who traces that one. What is read of them here
-asks for no lock of theirs.
+The end of a traced process is its tracer's to wait for first, and PID 1 is told nothing of it; so
+is the end of each thread. Who has not waited for it in TRACER_WAIT is killed, and who traces that
+one. What is read of them here asks for no lock of theirs.
 """
 
 import os
@@ -10,33 +10,75 @@ import os
 from init_shim.mounts import open_proc
 from init_shim.signals import KILL
 
-__all__ = ["kill_tracers"]
+__all__ = ["kill_tracers", "wait_status"]
 
-CHAIN = 64  # processes that are looked at: a tracer may be traced too
+CHAIN = 64  # processes that are looked at for one: a tracer may be traced too
+THREADS = 256  # that are looked at of each
+ENDED = "ZX"  # states of proc_pid_stat(5)
+EXIT_CODE = 49  # field 52 there, counted from the state
 
 
 def kill_tracers(pid: int, agent: int) -> "list[int]":
-    """SIGKILL to the tracer of `pid`, and to that one's; not to the agent. Raises nothing."""
-    spared = {0, 1, agent, pid}  # 0: it is outside of the guest
+    """SIGKILL to those of each thread of `pid`, and to theirs; not to the agent. Raises nothing."""
+    seen = {0, 1, os.getpid(), agent, pid}  # 0: it is outside of the guest
+    waiting = [pid]
     killed: list[int] = []
-    while len(killed) < CHAIN:
-        tracer = status_number(pid, b"TracerPid:")
-        pid = status_number(tracer, b"Tgid:") if tracer else 0  # any thread of it may trace
-        if pid in spared:
-            break
-        spared.add(pid)
-        killed.append(pid)
-        try:
-            os.kill(pid, KILL)
-        except OSError:
-            pass  # it has ended
+    while waiting and len(killed) < CHAIN:
+        traced = waiting.pop()
+        for thread in threads(traced):
+            tracer = status_number(f"{traced}/task/{thread}", b"TracerPid:")
+            tracer = status_number(str(tracer), b"Tgid:") if tracer else 0  # any thread may trace
+            if tracer in seen:
+                continue
+            seen.add(tracer)
+            waiting.append(tracer)
+            killed.append(tracer)
+            try:
+                os.kill(tracer, KILL)
+            except OSError:
+                pass  # it has ended
     return killed
 
 
-def status_number(pid: int, name: bytes) -> int:
+def wait_status(pid: int) -> "int | None":
+    """How a child that is not reaped has ended, as wait(2) says; None while a thread of it runs."""
+    own: list[str] = []
+    for thread in threads(pid):
+        fields = stat_fields(f"{pid}/task/{thread}")
+        if not fields or fields[0] not in ENDED:
+            return None
+        if thread == str(pid):
+            own = fields
+    return int(own[EXIT_CODE]) if len(own) > EXIT_CODE else None
+
+
+def threads(pid: int) -> "list[str]":
+    """At most THREADS; [] where it has gone."""
+    try:
+        folder = open_proc(f"{pid}/task")
+    except OSError:
+        return []
+    try:
+        return os.listdir(folder)[:THREADS]
+    except OSError:
+        return []
+    finally:
+        os.close(folder)
+
+
+def stat_fields(folder: str) -> "list[str]":
+    """Of proc_pid_stat(5), from the state on; [] where it has gone."""
+    try:
+        with open(open_proc(f"{folder}/stat"), encoding="ascii", errors="replace") as file:
+            return file.read(4096).rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def status_number(folder: str, name: bytes) -> int:
     """Of proc_pid_status(5); 0 where it has gone."""
     try:
-        with open(open_proc(f"{pid}/status"), "rb", buffering=0) as file:
+        with open(open_proc(f"{folder}/status"), "rb", buffering=0) as file:
             lines = (file.read(8192) or b"").splitlines()
     except OSError:
         return 0

@@ -24,6 +24,7 @@ STOPPED = "T"
 HANGING = "ST"
 ENDED = "Z"  # but not for waitpid(2), while another thread of it is on its way
 EXITING = 0x4  # PF_EXITING of the flags there, in the kernel's sched.h
+EXIT_STOP = 6 << 8 | 5  # exit_code there of who stands in its end for a debugger: ptrace(2)
 
 
 class Watchdog:
@@ -69,8 +70,7 @@ class Watchdog:
             self._number += 1
             self._ask(self._number)
             return False
-        state, flags, did = activity(self._pid)
-        self.ends = state == ENDED or bool(flags & EXITING)
+        state, self.ends, did = activity(self._pid)
         idle = state in HANGING and did == self._seen
         self._misses = self._misses + 1 if idle else 0
         self._seen = did
@@ -82,8 +82,8 @@ class Watchdog:
         self.look_at = time.monotonic() + self._interval if self._interval else None
 
 
-def activity(pid: int) -> tuple[str, int, tuple[int, ...]]:
-    """Its state, "" where it cannot be seen, its flags, and what it has had of the processor.
+def activity(pid: int) -> tuple[str, bool, tuple[int, ...]]:
+    """Its state, "" where it cannot be seen, whether it ends, and what it had of the processor.
 
     The latter are numbers that only grow, of the time that it ran and that it waited for its turn.
     All of it is of its first thread, which the event loop is in: another one looks at that every
@@ -94,11 +94,12 @@ def activity(pid: int) -> tuple[str, int, tuple[int, ...]]:
         with open(open_proc(f"{thread}/stat"), encoding="ascii", errors="replace") as file:
             state, *fields = file.read().rpartition(")")[2].split()
     except OSError:
-        return "", 0, ()
+        return "", False, ()
     used = tuple(int(field) for field in fields[10:12])  # utime and stime
     try:
         with open(open_proc(f"{thread}/schedstat"), encoding="ascii") as file:
             used += tuple(map(int, file.read().split()))
     except OSError:
         pass  # a kernel without CONFIG_SCHED_INFO: ticks have to do
-    return state, int(fields[5]), used
+    ends = state == ENDED or bool(int(fields[5]) & EXITING) or int(fields[48]) == EXIT_STOP
+    return state, ends, used

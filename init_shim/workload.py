@@ -17,8 +17,8 @@ from guest.errors import OperationError
 from guest.status import exit_fields
 from guest.workload import ImageDefaults, Workload
 from init_shim.confined import RootFolder
+from init_shim.ending import Ending
 from init_shim.failure import SHORT, call, reason
-from init_shim.reporter import say
 from init_shim.workload_cgroup import LimitsUnavailable, Most, WorkloadCgroup, open_cgroup
 
 __all__ = ["RunningWorkload", "WorkloadNotStarted", "start_workload"]
@@ -72,7 +72,7 @@ class RunningWorkload:
     ) -> None:
         self.pid = pid
         self.pidfd = pidfd  # readable once it has ended, also while a debugger hides that
-        self.untrace_at: float | None = None  # time.monotonic(), once it has
+        self.ending = Ending(pid, "the workload")
         self.stdin = streams.stdin  # the writing end, until the agent has made its deposit
         self.stdout = streams.stdout  # reading ends
         self.stderr = streams.stderr
@@ -89,21 +89,8 @@ class RunningWorkload:
             os.close(self.stdin)
             self.stdin = -1
 
-    def note_end(self) -> None:
-        """It has ended. Most often it is reaped in the same turn."""
-        self.untrace_at = time.monotonic() + limits.TRACER_WAIT
-
-    def untrace(self, agent: int) -> None:
-        """It could not be reaped in time: kill who keeps that from PID 1, but the agent."""
-        from init_shim.tracers import kill_tracers
-
-        self.note_end()
-        killed = kill_tracers(self.pid, agent)
-        if killed:
-            say(f"the workload was kept from its end by who traces it: {killed} are killed")
-
     def ended(self, status: int) -> dict[str, int | bool]:
-        """It was reaped with this wait status. Returns the fields of its ExitStatus."""
+        """With this wait status. Returns the fields of its ExitStatus."""
         self.exit = exit_fields(status)
         os.close(self.pidfd)
         self.duration = time.monotonic() - self._started

@@ -1,0 +1,133 @@
+"""PID 1 and debuggers of its agent and its workload, which keep their ends from it: ptrace(2)."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from init_machine import (
+    Machine,
+    boot_config,
+    command_of,
+    make_root,
+    require_program,
+    state_of,
+    wait_for,
+)
+from patience import SLACK
+from test_agent_traced import PRELUDE
+from test_machine_keep import attach, listed, start
+
+from guest import limits
+from guest.connection import Data
+
+NOTHING, TRACEEXIT = 0, 0x40  # options of ptrace(2)
+WALL = 0x40000000  # __WALL of wait(2): threads as well
+TRACER = Path(__file__).parent / "data" / "tracer.c"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a program that traces its parent."""
+    require_program()
+    if shutil.which("gcc") is None:
+        pytest.skip("needs a C compiler: apt install gcc")
+    root = make_root(tmp_path_factory.mktemp("image"))
+    subprocess.run(["gcc", "-static", "-o", str(root / "bin" / "tracer"), str(TRACER)], check=True)
+    return root
+
+
+def trace_agent(machine: Machine, options: int, threads: str) -> str:
+    """From within; the id of the kept process that does."""
+    tracer = start(machine, "tracer", str(options), threads).id
+    host, _ = attach(machine, tracer)
+    with host:
+        wait_for(lambda: host.receive() == Data(stream=1, data=b"traced\n"), "it is traced")
+    return tracer
+
+
+@contextlib.contextmanager
+def traced_from_outside(pid: int) -> Iterator[None]:
+    """By the test, with all its threads; it has ended at the end of this, and is let go then."""
+    names: dict[str, Any] = {}
+    exec(PRELUDE, names)
+    threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+    for thread in threads:
+        names["trace"](thread)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # where the test has failed
+        for thread in sorted(threads, key=lambda thread: thread == pid):  # the first one last
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(thread, WALL)
+
+
+@pytest.mark.parametrize(
+    ("options", "threads", "watchdog"),
+    [(NOTHING, "first", 0), (NOTHING, "all", 0), (TRACEEXIT, "all", 0.2)],
+    ids=["ended", "ended-threads", "ending"],
+)
+def test_an_agent_that_is_traced_when_it_is_killed_is_replaced(
+    root: Path, options: int, threads: str, watchdog: float
+) -> None:
+    """One that stands in its end has closed nothing yet, and so is found by the watchdog."""
+    config = boot_config()
+    config["agent"]["watchdog"] = watchdog
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        kept = start(machine, "sleep", "4344").id
+        tracer = trace_agent(machine, options, threads)
+        os.kill(machine.agent_pid(), signal.SIGKILL)
+        assert machine.report("agent_exited")["signal"] == signal.SIGKILL
+        assert machine.report("agent_serves")["starts"] == 2
+        assert listed(machine)[kept].exited is None
+        wait_for(lambda: listed(machine)[tracer].exited is not None, "the end of who traced it")
+        assert "was kept from its end by who traces it" in machine.console
+
+
+def test_an_agent_that_is_traced_from_outside_is_replaced(root: Path) -> None:
+    """PID 1 cannot kill who does; what is reaped in the end is nobody's."""
+    with Machine(root, boot_config()) as machine:
+        machine.report("ready")
+        kept = start(machine, "sleep", "4345").id
+        agent = machine.agent_pid()
+        with traced_from_outside(agent):
+            os.kill(agent, signal.SIGKILL)
+            began = time.monotonic()
+            assert machine.report("agent_exited")["signal"] == signal.SIGKILL
+            assert machine.report("agent_serves")["starts"] == 2
+            assert time.monotonic() - began < limits.TRACED_END + SLACK
+            assert state_of(agent) == "Z"
+            assert listed(machine)[kept].exited is None
+        wait_for(lambda: not state_of(agent), "it is reaped")
+        assert listed(machine)[kept].exited is None
+
+
+@pytest.mark.parametrize("stdio", ["console", "attached"])
+def test_a_workload_that_is_traced_from_outside_ends_its_machine(root: Path, stdio: str) -> None:
+    config = boot_config(["sleep", "4346"], stdio=stdio, output_wait=0.5)
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        machine.report("workload_started")
+        workload = wait_for(lambda: workload_of(machine), "the workload")
+        with traced_from_outside(workload):
+            os.kill(workload, signal.SIGKILL)
+            began = time.monotonic()
+            assert machine.report("workload_exited")["signal"] == signal.SIGKILL
+            assert machine.report("stopping")["status"] == "done"
+            assert time.monotonic() - began < limits.TRACED_END + SLACK
+        assert machine.wait() == 0
+
+
+def workload_of(machine: Machine) -> int:
+    """As the host numbers it; 0 before it is there."""
+    found = (pid for pid in machine.everybody() if command_of(pid) == ["sleep", "4346"])
+    return next(found, 0)
