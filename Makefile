@@ -9,6 +9,9 @@ ARCH ?= x86_64
 GUEST := dist/guest/$(ARCH)
 DEMO_IMAGE := dist/demo
 TEST ?= tests
+# Most tests wait for processes and machines: so many run at once, each file by one worker.
+TEST_WORKERS ?= 3
+SIDE_BY_SIDE := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST_OPTIONS ?=
 
 .PHONY: setup demo test test-slowed soak man check guest bench clean
@@ -41,7 +44,7 @@ demo: guest $(DEMO_IMAGE)/index.json
 test: guest $(DEMO_IMAGE)/index.json
 	$(PYTHON) build/packages.py run
 	$(PYTHON) build/packages.py test
-	$(BIN)/pytest $(PYTEST_OPTIONS) $(TEST)
+	$(BIN)/pytest $(SIDE_BY_SIDE) --durations 10 $(PYTEST_OPTIONS) $(TEST)
 
 # The demo, and of each part some tests, on a fifth of this machine: what holds only where it is quiet
 # shows. About ten minutes.

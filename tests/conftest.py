@@ -157,10 +157,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--most-reruns", type=int, help="reruns that do not fail the whole run")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first: no worker has one of them left when the others are done."""
+    marks = {"qemu", "slow"}
+    slow = {item.path for item in items if marks & {mark.name for mark in item.iter_markers()}}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     most = session.config.option.most_reruns
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if most is not None and len(reporter.stats.get("rerun", ())) > most:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")  # none in a worker
+    if most is not None and reporter and len(reporter.stats.get("rerun", ())) > most:
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
 
