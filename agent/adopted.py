@@ -12,16 +12,18 @@ import trio
 from agent import tracers
 from agent.leaf import Leaf
 from agent.processes import REAPING, Channels, ChildProcess
+from agent.state import log
 from agent.tree import UNMARKED
 from guest import limits
 from guest.messages import Exited
+from guest.status import exit_fields
 from guest.supervision import KeptStatus, MainExited
 
 __all__ = ["Adopted"]
 
 
 class Adopted(ChildProcess):
-    """`reaped` is set once PID 1 has said how it ended."""
+    """`reaped` is set once it is known how it ended: PID 1 has said so, or cannot."""
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class Adopted(ChildProcess):
 
     async def settled(self) -> None:
         """See `Process.settled`. Until PID 1 has its end, which a tracer keeps from it as well."""
+        began = time.monotonic()
         while not self.reaped.is_set():
             with trio.move_on_after(limits.TRACER_WAIT):
                 await self.reaped.wait()
@@ -65,6 +68,17 @@ class Adopted(ChildProcess):
             with contextlib.suppress(OSError):  # it had ended before there was a pidfd of it
                 if not self._is_reaped():
                     await tracers.kill_tracers(self.pid)
+                    if time.monotonic() - began >= limits.TRACED_END:
+                        self._give_up()
+
+    def _give_up(self) -> None:
+        """What traces it is out of reach: tell its end from /proc, unless PID 1 can tell it now."""
+        fields = exit_fields(tracers.wait_status(self.pid))
+        if self._is_reaped():  # before that was read, perhaps
+            return
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        log(f"process {self.pid} has ended, and what traces it cannot be killed from here")
+        self.ended(KeptStatus.from_map({**fields, "ended_ms": now * 1000}))
 
     def status(self) -> Exited:
         """See `Process.status`; only once `reaped` is set."""

@@ -330,6 +330,8 @@ class Starting:
             )
         except OSError as error:
             close_all(ours)
+            if isinstance(error, _guestsys.SpawnError) and error.pid:
+                tracers.reap_later(error.pid)
             raise not_started(self.plan, getattr(error, "step", step), error) from None
         finally:
             close_all(set(theirs))

@@ -2,13 +2,14 @@
 
 import os
 import pathlib
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from agentharness import AgentProcess, Host
+from agentharness import AgentProcess, Host, Refused
 from machinekit import wait_until
 from patience import SLACK
 
@@ -129,6 +130,42 @@ def test_who_traces_from_outside_of_the_guest_delays_no_end(
             os.kill(pid, 9)  # where the test has failed
             os.waitpid(pid, 0)  # as its tracer, which lets it go
     wait_until_gone(pid)
+
+
+# Traces a process and what that starts, lets them go on, and is told of no end: waitid(2).
+FOLLOW = """
+VFORK, CONT, WALL = 0x4, 7, 0x40000000
+trace(int(sys.argv[1]), VFORK)
+print("traced", flush=True)
+while True:
+    stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED | WALL)
+    assert ptrace(CONT, stopped.si_pid, None, None) == 0
+"""
+
+
+def test_a_start_that_fails_while_it_is_traced_stops_nobody(agent: AgentProcess) -> None:
+    with Host(agent) as host, Host(agent) as other:
+        tracer = [*python(FOLLOW), str(agent.popen.pid)]
+        with subprocess.Popen(tracer, stdout=subprocess.PIPE) as traces:
+            try:
+                assert traces.stdout is not None
+                assert traces.stdout.readline() == b"traced\n"
+                with pytest.raises(Refused) as refused:
+                    host.start("/no/such/program")
+                assert refused.value.failure.code == "not_found"
+                other.ping()
+                left = children(agent.popen.pid)
+                assert [state(pid) for pid in left] == ["Z"]
+            finally:
+                traces.kill()
+        for pid in left:
+            wait_until_gone(pid)
+        other.ping()
+
+
+def children(pid: int) -> list[int]:
+    """Of its first thread."""
+    return [*map(int, pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
 
 def test_a_debugger_that_waits_is_left_alone(agent: AgentProcess) -> None:

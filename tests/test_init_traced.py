@@ -1,4 +1,4 @@
-"""PID 1 and debuggers of its agent and its workload, which keep their ends from it: ptrace(2)."""
+"""PID 1 and debuggers of its children, which keep their ends from it: ptrace(2)."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from init_machine import (
 )
 from patience import SLACK
 from test_agent_traced import PRELUDE
-from test_machine_keep import attach, listed, start
+from test_machine_keep import attach, kill_agent, listed, start, wait
 
 from guest import limits
 from guest.connection import Data
@@ -117,7 +117,7 @@ def test_a_workload_that_is_traced_from_outside_ends_its_machine(root: Path, std
     with Machine(root, config) as machine:
         machine.report("ready")
         machine.report("workload_started")
-        workload = wait_for(lambda: workload_of(machine), "the workload")
+        workload = wait_for(lambda: process_of(machine, "sleep 4346"), "the workload")
         with traced_from_outside(workload):
             os.kill(workload, signal.SIGKILL)
             began = time.monotonic()
@@ -127,7 +127,25 @@ def test_a_workload_that_is_traced_from_outside_ends_its_machine(root: Path, std
         assert machine.wait() == 0
 
 
-def workload_of(machine: Machine) -> int:
-    """As the host numbers it; 0 before it is there."""
-    found = (pid for pid in machine.everybody() if command_of(pid) == ["sleep", "4346"])
-    return next(found, 0)
+def test_what_an_earlier_agent_kept_and_is_traced_from_outside_has_an_end(root: Path) -> None:
+    """PID 1 is the one that waits for it. The next agent knows of the end as well."""
+    with Machine(root, boot_config()) as machine:
+        machine.report("ready")
+        kept = start(machine, "sleep", "4347")
+        kill_agent(machine)
+        pid = wait_for(lambda: process_of(machine, "sleep 4347"), "the process")
+        with traced_from_outside(pid):
+            os.kill(pid, signal.SIGKILL)
+            began = time.monotonic()
+            assert wait(machine, kept.id).signal == signal.SIGKILL
+            assert time.monotonic() - began < limits.TRACED_END + SLACK
+            assert state_of(pid) == "Z"
+            kill_agent(machine)
+            assert wait(machine, kept.id).signal == signal.SIGKILL
+        wait_for(lambda: not state_of(pid), "it is reaped")
+        assert wait(machine, kept.id).signal == signal.SIGKILL
+
+
+def process_of(machine: Machine, words: str) -> int:
+    """Whose command has these words, as the host numbers it; 0 before it is there."""
+    return next((pid for pid in machine.everybody() if words in " ".join(command_of(pid))), 0)

@@ -45,9 +45,13 @@ class SpawnError(OSError):
     Steps: clone, cgroup, setsid, setpgid, tty, fds, oom_score_adj, rlimit, setgroups,
     capabilities, setgid, setuid, chdir, no_new_privs, close_range, signals, seccomp, exec.
     `filename` is set for exec: the candidate.
+
+    `pid` is the child where it is the caller's to reap, later: it has not ended in 0.1 s, or a
+    debugger is told of its end first (ptrace(2)). Else 0, and no child exists any more.
     """
 
     step: str
+    pid: int
 
 def spawn(
     argv: Sequence[bytes],
@@ -88,6 +92,5 @@ def spawn(
     to allow execve. With `filter_first` it implies nothing, needs a caller with CAP_SYS_ADMIN, and
     has to allow what the steps from setgroups on take.
 
-    The calling thread holds the GIL until the child has exec'ed. Raises SpawnError; then no child
-    exists any more.
+    The calling thread holds the GIL until the child has exec'ed. Raises SpawnError.
     """

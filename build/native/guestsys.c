@@ -18,6 +18,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <linux/capability.h> /* the structures of capset(2) */
 #include <linux/filter.h> /* struct sock_filter, struct sock_fprog */
 #include <linux/sched.h> /* CLONE_PIDFD, CLONE_INTO_CGROUP */
@@ -230,6 +231,7 @@ sys_openat2(PyObject *module, PyObject *args)
 
 enum { STACK_SIZE = 32 * 1024, SIGNAL_SET_SIZE = 8, LAST_SIGNAL = 64, FIRST_OWN_FD = 3 };
 enum { START_SECONDS = 5 }; /* from clone to exec */
+enum { END_MILLISECONDS = 100 }; /* from a failed start to the end of its child */
 
 struct limit {
     int resource;
@@ -614,20 +616,23 @@ start_child(struct plan *plan, int *pidfd)
 
 static PyObject *spawn_error; /* _guestsys.SpawnError */
 
-/* Raise SpawnError(errno, strerror, path) with its step. */
+/* Raise SpawnError(errno, strerror, path) with its step, and the child that is not reaped, or 0. */
 static PyObject *
-raise_spawn_error(const char *step, int error, const char *path)
+raise_spawn_error(const char *step, int error, const char *path, long left)
 {
     /* A caller's bytes, which need not be UTF-8: "z" would refuse them. */
     PyObject *where = path ? PyUnicode_DecodeFSDefault(path) : Py_NewRef(Py_None);
     PyObject *exception =
         where ? PyObject_CallFunction(spawn_error, "isO", error, strerror(error), where) : NULL;
     PyObject *name = PyUnicode_FromString(step);
-    if (exception && name && !PyObject_SetAttrString(exception, "step", name))
+    PyObject *pid = PyLong_FromLong(left);
+    if (exception && name && pid && !PyObject_SetAttrString(exception, "step", name) &&
+        !PyObject_SetAttrString(exception, "pid", pid))
         PyErr_SetObject(spawn_error, exception);
     Py_XDECREF(where);
     Py_XDECREF(exception);
     Py_XDECREF(name);
+    Py_XDECREF(pid);
     return NULL;
 }
 
@@ -704,20 +709,32 @@ start_apart(struct plan *plan, int *pidfd)
     return pid;
 }
 
-/* Turn a plan into (pid, pidfd) or SpawnError; a child that failed is reaped here. */
+/* Reap a child that failed, which ends by itself. Whether it is: a debugger, which is told of the end
+ * first, may never let it go. */
+static int
+reap_failed(pid_t pid, int pidfd)
+{
+    struct pollfd end = {.fd = pidfd, .events = POLLIN};
+    const struct timespec time = {.tv_nsec = END_MILLISECONDS * 1000000L};
+    sigset_t everything; /* no signal makes the time begin anew */
+    sigfillset(&everything);
+    ppoll(&end, 1, &time, &everything);
+    return waitpid(pid, NULL, WNOHANG) != 0;
+}
+
+/* Turn a plan into (pid, pidfd) or SpawnError. */
 static PyObject *
 run_plan(struct plan *plan)
 {
     int pidfd = -1;
     long pid = plan->filter.len ? start_apart(plan, &pidfd) : start_child(plan, &pidfd);
     if (pid < 0)
-        return raise_spawn_error("clone", (int)-pid, NULL);
+        return raise_spawn_error("clone", (int)-pid, NULL, 0);
     if (!plan->error)
         return Py_BuildValue("(ii)", (int)pid, pidfd);
-    while (waitpid((pid_t)pid, NULL, 0) < 0 && errno == EINTR)
-        ;
+    int reaped = reap_failed((pid_t)pid, pidfd);
     close(pidfd);
-    return raise_spawn_error(plan->step, plan->error, plan->path);
+    return raise_spawn_error(plan->step, plan->error, plan->path, reaped ? 0 : pid);
 }
 
 /* The effective set: all that is permitted, or of what it has now only what is kept. */
