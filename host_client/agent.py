@@ -126,12 +126,16 @@ class Agent(Rooted):
         """
         start = start_record(argv, options, stdin=stdin, tty=tty)
         check_reading(acknowledge, max_unread)
-        exchange = run(self.driver.open(start, Exchange, acknowledge=start.keep is not None))
+        opened: list[Exchange] = []
+        keeps = start.keep is not None
         try:
-            return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
+            run(self.driver.open(start, Exchange, opened, acknowledge=keeps))
+            process = Process(opened[0], acknowledge=acknowledge, max_unread=max_unread)
         except BaseException:  # interrupted: nobody would have its id
-            exchange.abandon()
+            for exchange in opened:
+                exchange.abandon()
             raise
+        return process
 
     def attach(
         self,

@@ -66,6 +66,7 @@ class Channel:
         self._bytes_sent = 0  # of the next one
         self._send_broken = False
         self._failed: MicroguestError | None = None  # why nothing can be sent or received any more
+        self._torn: ConnectionLost | None = None  # why nothing can be received any more
         self._heard = 0.0  # monotonic: last sign of life from the agent; 0.0: since the last look
         self._looked = 0.0  # when somebody last looked whether it lives
 
@@ -104,7 +105,8 @@ class Channel:
     @property
     def ready(self) -> bool:
         """Whether another request may follow."""
-        return self._connection.state is State.READY and not self._send_broken
+        usable = not self._send_broken and self._torn is None
+        return usable and self._connection.state is State.READY
 
     @property
     def usable(self) -> bool:
@@ -145,6 +147,14 @@ class Channel:
 
         DeadlineExceeded, ConnectionLost and RemoteProtocolError end the connection's use.
         """
+        ready = yield from self.until_ready(deadline)
+        try:
+            return self.arrived(ready)
+        except Broken as error:
+            raise (yield from self.explained(error)) from error
+
+    def until_ready(self, deadline: Deadline) -> Steps[int]:
+        """Send what can be sent; what `arrived` is then to do, poll(2)'s bits. Takes nothing."""
         self.flush()  # most often all of it fits and nobody needs to wait for room
         events = select.POLLIN | select.POLLOUT if self._outbox else select.POLLIN
         if deadline.overdue:  # the agent always has something, and never all of it
@@ -153,10 +163,7 @@ class Channel:
             if deadline.passed:
                 raise self._late(deadline)
             yield from self.check_alive(deadline)
-        try:
-            return self.arrived(ready)
-        except Broken as error:
-            raise (yield from self.explained(error)) from error
+        return ready
 
     def _late(self, deadline: Deadline) -> DeadlineExceeded:
         return DeadlineExceeded(
@@ -246,6 +253,8 @@ class Channel:
     def receive(self) -> list[Event]:
         """What is there. Raises Broken, RemoteProtocolError; then again what it failed with."""
         self._check_whole()
+        if self._torn is not None:
+            raise self._torn
         try:
             buffer = _buffers.pop()
         except IndexError:
@@ -262,6 +271,9 @@ class Channel:
             raise
         except OSError as error:
             raise Broken(str(error.strerror)) from error
+        except BaseException:
+            self.torn()
+            raise
         finally:
             _buffers.append(buffer)
         try:
@@ -272,6 +284,17 @@ class Channel:
             reason = "connection closed"
         self._failed = ConnectionLost(f"lost the agent at {self.url()}: {reason}")
         raise Broken(reason)
+
+    def torn(self) -> ConnectionLost:
+        """An interrupt came between bytes that were taken from the socket and who was to have them.
+
+        What `receive` raises from now on. What is to be said can still be sent.
+        """
+        self._torn = ConnectionLost(
+            f"the connection to {self.url()} was interrupted while it received: attach again where "
+            "the process is kept"
+        )
+        return self._torn
 
     def explained(self, error: Broken) -> Steps[ConnectionLost]:
         """What to raise for it: how the machine ended, where that can be known."""

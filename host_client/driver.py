@@ -180,8 +180,18 @@ class Driver:
             raise _timed_out(start, output, "and was killed")
         return Result.of(command(start), exited, output.stdout, output.stderr)
 
-    def open(self, args: Start | Attach, kind: type[E], *, acknowledge: bool = False) -> Steps[E]:
-        """Start or attach, and keep the connection. `acknowledge`: begin to, with what we have."""
+    def open(
+        self,
+        args: Start | Attach,
+        kind: type[E],
+        opened: list[E] | None = None,
+        *,
+        acknowledge: bool = False,
+    ) -> Steps[E]:
+        """Start or attach, and keep the connection. `acknowledge`: begin to, with what we have.
+
+        `opened`: gets it as well, for a caller who may be interrupted before it has the result.
+        """
         ends = self._ends
         yield from self._require(args)
         if acknowledge and self._features is None:
@@ -205,6 +215,8 @@ class Driver:
             if exchange.welcome is not None:
                 self._welcomed(exchange.welcome, began)
             yield from self._correct_clock()
+            if opened is not None:
+                opened.append(exchange)
         except BaseException:
             exchange.abandon()
             raise
@@ -454,7 +466,8 @@ class Driver:
 def _collected(exchange: Exchange, output: Output, deadline: Deadline) -> Steps[Exited]:
     """Everything until the end."""
     while True:
-        for event in (yield from exchange.next_events(deadline)):
+        yield from exchange.gather(deadline)
+        for event in exchange.early():
             if isinstance(event, Data):
                 output.add(event.stream, event.data)
         if exchange.exited is not None:

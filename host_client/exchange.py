@@ -8,7 +8,12 @@ from signal import SIGKILL
 from typing import Final
 
 from guest.connection import Data, End, Event, Request, Response
-from guest.errors import LocalProtocolError, RemoteProtocolError, operation_error
+from guest.errors import (
+    LocalProtocolError,
+    MicroguestError,
+    RemoteProtocolError,
+    operation_error,
+)
 from guest.messages import (
     STREAMS,
     Acknowledge,
@@ -25,9 +30,9 @@ from guest.messages import (
     Welcome,
 )
 from host_client.backlog import Backlog
-from host_client.channel import Channel
+from host_client.channel import Broken, Channel
 from host_client.deadline import Deadline
-from host_client.errors import OutputTooLarge
+from host_client.errors import ConnectionLost, OutputTooLarge
 from host_client.steps import Steps
 
 __all__ = ["Exchange", "Output", "too_large"]
@@ -44,7 +49,7 @@ class Exchange:
         self.welcome: Welcome | None = None
         self.started: Started | None = None
         self.exited: Exited | None = None
-        self._early: list[Event] = []  # what came together with the answer; one recv(2) at most
+        self._early: list[Event] = []  # one recv(2) at most, and what came with the answer
         self._left = False  # detached
         self._input: deque[memoryview] = deque()  # stdin that waits for credit
         self._input_ends = False  # behind it
@@ -91,20 +96,44 @@ class Exchange:
         StartError or OperationError where the answer is no.
         """
         while self.started is None:
-            deadline = hello if self.welcome is None else start
-            self._early += self.checked((yield from self.channel.step(deadline)))
+            yield from self._more(hello if self.welcome is None else start)
         return self.started
 
-    def next_events(self, deadline: Deadline) -> Steps[list[Event]]:
-        """Data, End and, last, Exited; an empty list when only stdin moved. Empty after Exited."""
-        if self._early or self.exited is not None:
-            return self.early()
-        return self.checked((yield from self.channel.step(deadline)))
+    def gather(self, deadline: Deadline) -> Steps[None]:
+        """Wait until there is something for `early`, or only stdin has moved, or it has ended."""
+        if not self._early and self.exited is None:
+            yield from self._more(deadline)
 
     def early(self) -> list[Event]:
-        """What came together with the answer and nobody has taken yet."""
+        """Data, End and, last, Exited: what has arrived and nobody has taken yet."""
         early, self._early = self._early, []
         return early
+
+    def _more(self, deadline: Deadline) -> Steps[None]:
+        ready = yield from self.channel.until_ready(deadline)
+        try:
+            self.receive(ready)
+        except Broken as error:
+            raise (yield from self.channel.explained(error)) from error
+
+    def receive(self, ready: int) -> None:
+        """Do what poll(2) said can be done; what arrives is for `early`. Never waits.
+
+        Interrupted in between (Ctrl-C, a signal's handler that raises), the connection is of no use
+        any more: what was taken from the socket is not all here.
+        """
+        try:
+            self._early += self.checked(self.channel.arrived(ready))
+        except (Broken, MicroguestError):
+            raise
+        except BaseException:
+            self.torn()
+            raise
+
+    def torn(self) -> ConnectionLost:
+        """What whoever receives from now on is told; and its end, which may have come, is not."""
+        self.exited = None
+        return self.channel.torn()
 
     def checked(self, events: list[Event]) -> list[Event]:
         """Events of the process; answers are noted and refusals raised."""

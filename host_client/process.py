@@ -4,14 +4,17 @@
 """
 
 import codecs
+import select
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, Protocol, Self, TypeVar
 
 from guest.connection import Event
 from guest.messages import Resize, Signal
+from host_client.backlog import Taking
 from host_client.channel import Broken
 from host_client.deadline import Deadline
+from host_client.errors import DeadlineExceeded
 from host_client.exchange import Exchange
 from host_client.forking import Rooted, tell_children
 from host_client.request import signal_number
@@ -25,12 +28,15 @@ __all__ = ["Process", "ProcessInput", "ProcessOutput", "ProcessStream"]
 CHUNK: Final = 256 * 1024  # bytes that an iteration gives at a time, at most
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Runner(Protocol):
     """Runs steps of the session."""
 
     def __call__(self, steps: Steps[R], /) -> R: ...
+
+    def put_back(self, taking: Taking) -> None: ...
 
 
 class Process(Rooted):
@@ -75,13 +81,21 @@ class Process(Rooted):
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
         """("stdout" or "stderr", bytes) as they arrive, until it has ended."""
-        while (chunk := self._run(self._session.read_any())) is not None:
+        while True:
+            taking = Taking()
+            try:
+                chunk = self._run(self._session.read_any(taking))
+            except BaseException:
+                self._run.put_back(taking)
+                raise
+            if chunk is None:
+                return
             yield chunk
 
     @property
     def offsets(self) -> dict[str, int]:
         """By output, the number of the first byte that was not given out yet: for `attach`."""
-        return dict(self._session.offsets)
+        return self._session.offsets
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -109,7 +123,15 @@ class Process(Rooted):
         DeadlineExceeded after `timeout` seconds, with the output so far; OutputTooLarge beyond
         `max_output` bytes of one output. The process goes on in both cases.
         """
-        return self._run(self._session.communicate(input, timeout, max_output))
+        taking = Taking()
+        try:
+            result = self._run(self._session.communicate(input, timeout, max_output, taking))
+        except DeadlineExceeded:
+            raise  # it has what was taken
+        except BaseException:
+            self._run.put_back(taking)
+            raise
+        return result
 
     def signal(self, name: str | int, target: str = "group") -> None:
         """Send "TERM", "SIGTERM" or 15 to the "process", its "group" or its whole "tree".
@@ -207,6 +229,16 @@ class Turns:
                 self._wake()
             raise
 
+    def put_back(self, taking: Taking) -> None:
+        """What a call has taken and could not return is there for the next one.
+
+        For every frame between that call and its caller: behind each call in it comes a moment at
+        which an interrupt can take what was returned away.
+        """
+        with self._lock:
+            self._session.put_back(taking)
+            self._wake()
+
     def _bell(self) -> threading.Lock:
         """What the next `_wake` lets be taken."""
         bell = threading.Lock()
@@ -255,25 +287,51 @@ class ProcessOutput:
         self._stream = stream
 
     def __iter__(self) -> Iterator[bytes]:
-        while piece := self.read(CHUNK):
-            yield piece
+        return self._each(lambda taking: self._session.read(self._stream, CHUNK, taking), _as_is)
 
     def read(self, most: int = -1) -> bytes:
         """At least 1 and at most `most` bytes, as soon as there are any; b"" at the end.
 
         -1 is everything until the end, of which there may be 256 MiB (OutputTooLarge).
         """
-        return self._run(self._session.reading(self._stream, most))
+        taking = Taking()
+        try:
+            piece = self._run(self._session.reading(self._stream, most, taking))
+        except BaseException:
+            self._run.put_back(taking)
+            raise
+        return piece
 
     def lines(self) -> Iterator[bytes]:
         """Lines with their newlines as they arrive; one over 1 MiB comes in pieces."""
-        while line := self._run(self._session.read_line(self._stream)):
-            yield line
+        return self._each(lambda taking: self._session.read_line(self._stream, taking), _as_is)
 
     def text(self, encoding: str = "utf-8", errors: str = "replace") -> Iterator[str]:
-        """Lines as text, without their newlines."""
-        for line in self.lines():
-            yield codecs.decode(line, encoding, errors).removesuffix("\n")
+        """Lines as text, without their newlines. One that cannot be decoded stays to be read."""
+
+        def decoded(line: bytes) -> str:
+            return codecs.decode(line, encoding, errors).removesuffix("\n")
+
+        return self._each(lambda taking: self._session.read_line(self._stream, taking), decoded)
+
+    def _each(
+        self, take: Callable[[Taking], Steps[bytes]], made: Callable[[bytes], T]
+    ) -> Iterator[T]:
+        while True:
+            taking = Taking()
+            try:
+                piece = self._run(take(taking))
+                item = made(piece)
+            except BaseException:
+                self._run.put_back(taking)
+                raise
+            if not piece:
+                return
+            yield item
+
+
+def _as_is(piece: bytes) -> bytes:
+    return piece
 
 
 class ProcessStream(Exchange):
@@ -290,18 +348,20 @@ class ProcessStream(Exchange):
 
     def step(self, deadline: Deadline) -> list[Event]:
         """The next events; an empty list when only stdin moved. Empty for ever after Exited."""
-        return run(self.next_events(deadline))
+        run(self.gather(deadline))
+        events, self._early = self._early, []
+        return events  # with no call in between, at which an interrupt could take them away
 
     def take(self) -> list[Event]:
         """What is there, without waiting."""
-        early = self.early()
-        if early or self.exited is not None:
-            return early
-        self.channel.flush()
-        try:
-            return self.checked(self.channel.receive())
-        except Broken as error:
-            raise run(self.channel.explained(error)) from error
+        if not self._early and self.exited is None:
+            self.channel.flush()
+            try:
+                self.receive(select.POLLIN)
+            except Broken as error:
+                raise run(self.channel.explained(error)) from error
+        events, self._early = self._early, []
+        return events
 
     def check_alive(self) -> None:
         """ConnectionLost where the machine has died, or answers nobody any more."""
@@ -309,9 +369,12 @@ class ProcessStream(Exchange):
 
     def events(self, deadline: Deadline) -> Iterator[Event]:
         """All events until and including Exited."""
-        while self.exited is None:
-            yield from self.step(deadline)
-        yield from self.early()
+        while self._early or self.exited is None:
+            run(self.gather(deadline))
+            while self._early:
+                event = self._early[0]
+                del self._early[0]
+                yield event
 
     def __iter__(self) -> Iterator[Event]:
         return self.events(Deadline(None))

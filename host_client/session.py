@@ -9,33 +9,28 @@ change, by a `Wait` without a socket.
 import select
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Final
 
 from guest import limits
-from guest.connection import Data, End, Event
 from guest.messages import FEATURES, STREAMS, Acknowledge, Attach, Exited, Resize, Signal, Start
-from host_client.backlog import Backlog
+from host_client.backlog import Taking
 from host_client.channel import CHECK_EVERY, Broken
 from host_client.deadline import Deadline
-from host_client.errors import ConnectionLost, DeadlineExceeded, OutputStalled
-from host_client.exchange import Exchange, too_large
+from host_client.errors import ConnectionLost, DeadlineExceeded, MicroguestError, OutputStalled
+from host_client.exchange import Exchange
 from host_client.result import Result
 from host_client.steps import Steps, Wait
+from host_client.unread import STDERR, STDOUT, Unread
 from host_client.values import Buffer, check_bytes, check_count, check_number, check_seconds
 
 __all__ = ["MAX_OUTPUT", "MAX_UNREAD", "STDERR", "STDOUT", "Session"]
 
 ENGINE: Final = FEATURES[0]  # agents without it take no acknowledgements
-STDOUT: Final = 1
-STDERR: Final = 2
 MAX_OUTPUT: Final = 256 * 1024 * 1024  # bytes of each output that are held in memory unless told
 MAX_UNREAD: Final = 1024 * 1024  # bytes of each output that wait for their reader, and one recv(2)
 STALLED_AFTER: Final = 2.0  # seconds that a caller waits on an output that only it could read
 SHARED_EVERY: Final = 0.05  # seconds of a wait that hears of only one direction
-RUNS: Final = 1024  # alternations between the outputs whose order is remembered
 LEAVE_WITHIN: Final = 5.0  # seconds to tell the agent that we leave
 
 
@@ -62,24 +57,22 @@ class Session:
         writes = isinstance(exchange.request, Start) or exchange.request.write
         able = exchange.welcome is not None and ENGINE in exchange.welcome.features
         self._acknowledges = acknowledge and self.kept and writes and able
-        self.offsets = {name: self.started.offsets.get(name, 0) for name in ("stdout", "stderr")}
-        self._acknowledged = dict(self.offsets)
+        self.unread = Unread(max_unread)
+        self._acknowledged = self.offsets
         self._caller = caller
-        self._max_unread = max_unread
-        self._unread = {STDOUT: Backlog(), STDERR: Backlog()}
-        self._collectors: dict[int, list[int]] = {STDOUT: [], STDERR: []}  # bytes that they allow
         self._readers: dict[int, int] = {}  # who read an output last
-        self._runs: deque[list[int]] = deque()  # [output, bytes] in the order of their arrival
         self._full_since = 0.0  # monotonic; 0.0: nothing is full, or something was taken since
-        self._ended: set[int] = set()
         self._reading = False  # somebody watches for input
         self._writing = False  # somebody watches for room
         self._input_ended = False
         self._failed: Exception | None = None
         self._closed = False
-        self._take(exchange.early())
+        self.unread.add(exchange.early())
 
     # ── for callers ──────────────────────────────────────────────────────────────────────────────
+    #
+    # What gives bytes to its caller has a `Taking`. Where the call does not come to its return,
+    # whoever runs these steps puts back what is in there.
 
     @property
     def exited(self) -> Exited | None:
@@ -93,46 +86,61 @@ class Session:
         argv = (request.id,) if isinstance(request, Attach) else command(request)
         return Result.of(argv, self.exited, stdout, stderr)
 
-    def read(self, stream: int, most: int) -> Steps[bytes]:
-        """1 to `most` bytes as soon as there are any; b"" at the end."""
-        unread = self._unread[stream]
-        while not unread.size and stream not in self._ended:
-            yield from self._turn(stream=stream)
-        return self._hand(stream, unread.take(most)) if unread.size else b""
+    @property
+    def offsets(self) -> dict[str, int]:
+        """By output, the number of the first byte that was not handed out."""
+        began = self.started.offsets
+        return {
+            STREAMS[each]: began.get(STREAMS[each], 0) + self.unread.taken(each)
+            for each in (STDOUT, STDERR)
+        }
 
-    def reading(self, stream: int, most: int) -> Steps[bytes]:
+    def read(self, stream: int, most: int, taking: Taking) -> Steps[bytes]:
+        """1 to `most` bytes as soon as there are any; b"" at the end."""
+        while not self.unread.size(stream) and not self.unread.over(stream):
+            yield from self._turn(stream=stream)
+        return self._handed(stream, self.unread.take(stream, most, taking))
+
+    def reading(self, stream: int, most: int, taking: Taking) -> Steps[bytes]:
         """`read`, or with -1 all until the end, up to MAX_OUTPUT bytes."""
         check_number(most, "read")
-        return self.read_all(stream, MAX_OUTPUT) if most < 0 else self.read(stream, most)
+        if most < 0:
+            return self.read_all(stream, MAX_OUTPUT, taking)
+        return self.read(stream, most, taking)
 
-    def read_all(self, stream: int, most: int) -> Steps[bytes]:
+    def read_all(self, stream: int, most: int, taking: Taking) -> Steps[bytes]:
         """All until the end. OutputTooLarge beyond `most` bytes; they can still be read then."""
-        with self._collecting(most, stream):
-            while self._fits(stream, most) and stream not in self._ended:
+        self.version += 1
+        with self.unread.collecting(most, taking, stream):
+            while self.unread.fits(stream, most) and not self.unread.over(stream):
                 yield from self._turn(stream=stream)
-        return self._hand_all(stream)
+        return self._handed(stream, self.unread.take_all(stream, taking))
 
-    def read_line(self, stream: int) -> Steps[bytes]:
+    def read_line(self, stream: int, taking: Taking) -> Steps[bytes]:
         """A line with its newline; the last one may have none. b"" at the end.
 
         One that is longer than the buffer comes in pieces.
         """
-        unread = self._unread[stream]
-        while not (line := unread.take_line()):
-            if stream in self._ended or unread.size >= self._max_unread:
-                line = unread.take_all()
+        while not (line := self.unread.take_line(stream, taking)):
+            if self.unread.over(stream):
                 break
             yield from self._turn(stream=stream)
-        return self._hand(stream, line)
+        return self._handed(stream, line)
 
-    def read_any(self) -> Steps[tuple[str, bytes] | None]:
+    def read_any(self, taking: Taking) -> Steps[tuple[str, bytes] | None]:
         """The next bytes of either output, in the order in which they arrived; None at the end."""
-        while not self._runs:
+        while not (first := self.unread.first())[0]:
             if self.exited is not None:
                 return None
             yield from self._turn(stream=0)
-        stream, size = self._runs[0]
-        return STREAMS[stream], self._hand(stream, self._unread[stream].take(size))
+        stream, size = first
+        data = self._handed(stream, self.unread.take(stream, size, taking))
+        return STREAMS[stream], data
+
+    def put_back(self, taking: Taking) -> None:
+        """What a call has taken that did not come to its return is there for the next one."""
+        self.unread.put_back(taking)
+        self.version += 1
 
     def write(self, data: Buffer) -> Steps[None]:
         """Feed stdin; until the kernel has all of it, or the process has ended.
@@ -215,7 +223,7 @@ class Session:
         """What is known without waiting."""
         if self.exited is None:
             self._check_usable()
-            if not (self._reading or self._full()):
+            if not (self._reading or self.unread.full):
                 try:
                     self._receive(select.POLLIN)
                 except Broken as error:
@@ -223,7 +231,7 @@ class Session:
         return None if self.exited is None else self.result()
 
     def communicate(
-        self, stdin: Buffer | None, timeout: float | None, max_output: int
+        self, stdin: Buffer | None, timeout: float | None, max_output: int, taking: Taking
     ) -> Steps[Result]:
         """Feed all of stdin and end it, collect both outputs, wait for the end: all at once."""
         check_seconds(timeout, "timeout")
@@ -231,13 +239,14 @@ class Session:
         if stdin is not None:
             check_bytes(stdin, "input")
             self._check_feeds()
-        deadline, exchange = Deadline(timeout), self.exchange
+        deadline, exchange, unread = Deadline(timeout), self.exchange, self.unread
+        self.version += 1
         rest = None if stdin is None else memoryview(stdin).cast("B")
         try:
-            with self._collecting(max_output, STDOUT, STDERR):
+            with unread.collecting(max_output, taking, STDOUT, STDERR):
                 while (
-                    self._fits(STDOUT, max_output)
-                    and self._fits(STDERR, max_output)
+                    unread.fits(STDOUT, max_output)
+                    and unread.fits(STDERR, max_output)
                     and self.exited is None
                     and not deadline.passed
                 ):
@@ -246,10 +255,11 @@ class Session:
                     yield from self._turn(stream=0, deadline=deadline)
         finally:
             exchange.own_queued()
-        outputs = self._hand_all(STDOUT), self._hand_all(STDERR)
+        stdout = self._handed(STDOUT, unread.take_all(STDOUT, taking))
+        stderr = self._handed(STDERR, unread.take_all(STDERR, taking))
         if self.exited is None:
-            raise self._late(timeout, *outputs)
-        return self.result(*outputs)
+            raise self._late(timeout, stdout, stderr)
+        return self.result(stdout, stderr)
 
     def _feed(self, rest: memoryview) -> memoryview | None:
         """Queue the next piece of stdin; what is left of it, None after its end."""
@@ -333,7 +343,7 @@ class Session:
         self._acknowledge()
         channel = self.exchange.channel
         channel.flush()
-        full = self._full()
+        full = self.unread.full
         if full:
             self._check_stalled(full)
         wanted = self._unwatched(full)
@@ -362,11 +372,12 @@ class Session:
     def _receive(self, ready: int) -> None:
         """Take what has arrived. Interrupted in between, the connection is of no use any more."""
         try:
-            self._take(self.exchange.checked(self.exchange.channel.arrived(ready)))
-        except Broken:
+            self.exchange.receive(ready)
+            self.unread.add(self.exchange.early())
+        except (Broken, MicroguestError):
             raise
-        except BaseException as error:
-            self._failed = error if isinstance(error, Exception) else self._torn()
+        except BaseException:
+            self._failed = self.exchange.torn()
             raise
 
     def _unwatched(self, full: int) -> int:
@@ -380,11 +391,12 @@ class Session:
 
     def _watch(self, wanted: int, seconds: float) -> Steps[int]:
         """Watch the socket in the name of all; poll(2)'s bits."""
-        if reads := bool(wanted & select.POLLIN):
-            self._reading = True
-        if writes := bool(wanted & select.POLLOUT):
-            self._writing = True
+        reads, writes = wanted & select.POLLIN, wanted & select.POLLOUT
         try:
+            if reads:
+                self._reading = True
+            if writes:
+                self._writing = True
             return (yield Wait(self.exchange.channel.sock, wanted, seconds))
         finally:
             if reads:
@@ -402,97 +414,31 @@ class Session:
             return
         name = STREAMS[full]
         raise OutputStalled(
-            f"{self.name} cannot go on: {self._unread[full].size} bytes of its {name} wait to be "
+            f"{self.name} cannot go on: {self.unread.size(full)} bytes of its {name} wait to be "
             "read. Read both outputs, or use communicate",
             stream=name,
         )
 
-    def _take(self, events: list[Event]) -> None:
-        """Put what arrived where its reader finds it."""
-        for event in events:
-            if isinstance(event, Data):
-                self._unread[event.stream].add(event.data)
-                self._note_arrival(event.stream, len(event.data))
-            elif isinstance(event, End):
-                self._ended.add(event.stream)
-
-    def _note_arrival(self, stream: int, size: int) -> None:
-        """Remember the order between the outputs; beyond RUNS, only in which they were before."""
-        for run in reversed(self._runs):
-            if run[0] == stream:
-                run[1] += size
-                return
-            if len(self._runs) < RUNS:
-                break
-        self._runs.append([stream, size])
-
-    def _hand(self, stream: int, data: bytes) -> bytes:
-        """Give bytes to a caller: count them."""
+    def _handed(self, stream: int, data: bytes) -> bytes:
+        """The bytes, which were taken for a caller: others may have waited for the room."""
         self._note_reader(stream)
-        if not data:
-            return data
-        self.offsets[STREAMS[stream]] += len(data)
-        left = len(data)
-        for run in self._runs:
-            if run[0] == stream:
-                taken = min(left, run[1])
-                run[1] -= taken
-                left -= taken
-                if not left:
-                    break
-        while self._runs and not self._runs[0][1]:
-            self._runs.popleft()
-        self._full_since = 0.0
-        self.version += 1
+        if data:
+            self._full_since = 0.0
+            self.version += 1
         return data
-
-    def _hand_all(self, stream: int) -> bytes:
-        unread = self._unread[stream]
-        return self._hand(stream, unread.take_all()) if unread.size else b""
-
-    @contextmanager
-    def _collecting(self, most: int, *streams: int) -> Iterator[None]:
-        """Let up to `most` bytes of these outputs wait for who wants all of them at once.
-
-        They stay where others would find them until that call is about to return: cancelled, or
-        ended by an error, it has taken nothing.
-        """
-        for stream in streams:
-            self._collectors[stream].append(most)
-        self.version += 1
-        try:
-            yield
-        finally:
-            for stream in streams:
-                self._collectors[stream].remove(most)
-
-    def _fits(self, stream: int, most: int) -> bool:
-        """True. OutputTooLarge where more than that waits."""
-        if self._unread[stream].size > most:
-            raise too_large(stream, most)
-        return True
 
     def _note_reader(self, stream: int) -> None:
         for each in (stream,) if stream else (STDOUT, STDERR):
             self._readers[each] = self._caller()
 
-    def _full(self) -> int:
-        """An output whose buffer is full, so that nothing is received any more; 0 for none."""
-        for stream, unread in self._unread.items():
-            room = max(self._collectors[stream], default=0)
-            if unread.size >= self._max_unread and unread.size > room:
-                return stream
-        return 0
-
     def _acknowledge(self) -> None:
         if not self._acknowledges or self._closed or self._failed is not None:
             return
-        had = dict(self._acknowledged)
-        for stream, unread in self._unread.items():
+        had, offsets = dict(self._acknowledged), self.offsets
+        for stream in (STDOUT, STDERR):
             name = STREAMS[stream]
             # What is collected counts: the process may wait for that before it writes the rest.
-            collected = unread.size if self._collectors[stream] else 0
-            had[name] = max(had[name], self.offsets[name] + collected)
+            had[name] = max(had[name], offsets[name] + self.unread.collected(stream))
         if had != self._acknowledged:
             self.exchange.acknowledge(**had)
             self._acknowledged = had
@@ -502,13 +448,6 @@ class Session:
             raise self._failed
         if self._closed:
             raise ConnectionLost(f"the connection to {self.name} was closed here")
-
-    def _torn(self) -> ConnectionLost:
-        """An interrupt came between bytes that were taken from the socket and their place here."""
-        return ConnectionLost(
-            f"the connection to {self.name} was interrupted while it received: attach again where "
-            "the process is kept"
-        )
 
     def _fail(self, error: Broken) -> Steps[Exception]:
         failed = yield from self.exchange.channel.explained(error)

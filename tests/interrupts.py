@@ -3,17 +3,21 @@
 A signal's handler runs, and its exception is raised, where the interpreter looks for signals: at a
 function's entry, behind a call, at a jump back. So `at_each_moment` raises there, in the code under
 test and in the standard library alike; a timer of the kernel's would meet each of them by luck.
+Not in the frames of a test: what a call has returned is its caller's.
 """
 
 import dis
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-__all__ = ["Interrupted", "at_each_moment"]
+__all__ = ["Interrupted", "at_each_moment", "interrupted_at"]
 
 MOMENTS_MAX = 5000
+TESTS = str(Path(__file__).parent)
 
 
 class Interrupted(BaseException):
@@ -23,14 +27,16 @@ class Interrupted(BaseException):
 class _Tracer:
     """Counts moments and raises at one of them."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, within: str = "") -> None:
         self._left = number
+        self._within = within
         self._looked: dict[CodeType, frozenset[int]] = {}
         self._behind_call: set[FrameType] = set()
         self.raised = False
 
     def __call__(self, frame: FrameType, event: str, _argument: object) -> Any:
-        if self.raised:
+        file = frame.f_code.co_filename
+        if self.raised or file.startswith(TESTS) or self._within not in file:
             return None
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
@@ -62,6 +68,17 @@ class _Tracer:
                 if each.opname.startswith(("CALL", "JUMP_BACKWARD"))
             )
         return found
+
+
+@contextmanager
+def interrupted_at(number: int, within: str) -> Iterator[_Tracer]:
+    """Raise at that moment of what runs in this, in files whose path has `within`."""
+    tracer, before = _Tracer(number, within), sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        yield tracer
+    finally:
+        sys.settrace(before)
 
 
 def at_each_moment(call: Callable[[], object]) -> Iterator[tuple[bool, object]]:

@@ -41,7 +41,7 @@ from guest.messages import (
     Winsize,
 )
 from host_client import Agent, connect
-from host_client.backlog import Backlog
+from host_client.backlog import Backlog, Taking
 from host_client.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -232,7 +232,7 @@ def test_order_is_bounded_and_loses_no_byte(path: Path) -> None:
     with serving(path, script), agent_at(path) as agent, agent.start(["x"], stdin=True) as process:
         process.stdin.write(b"go")
         process.wait(PATIENCE)
-        assert len(process._session._runs) <= 1025
+        assert len(process._session.unread._runs) <= 1025
         counted = {"stdout": 0, "stderr": 0}
         for name, data in process:
             counted[name] += len(data)
@@ -285,7 +285,7 @@ def test_reading_while_the_other_output_floods(path: Path) -> None:
         with pytest.raises(OutputStalled, match="stderr") as caught:
             process.stdout.read()
         assert caught.value.stream == "stderr"
-        held = process._session._unread[2].size
+        held = process._session.unread.size(2)
         assert held < 2 * 1024 * 1024  # what is not read is not received either
         with pytest.raises(OutputStalled):
             process.wait()
@@ -854,10 +854,10 @@ def test_single_bytes_cost_no_multiple_of_their_size() -> None:
     for _ in range(100_000):
         backlog.add(b"x")
     assert len(backlog._pieces) < 100
-    assert backlog.take(10) == b"x" * 10
+    assert backlog.take(10, Taking()) == b"x" * 10
     assert backlog.size == 99_990
-    assert len(backlog.take_all()) == 99_990
-    assert backlog.take_line() == b""
+    assert len(backlog.take_all(Taking())) == 99_990
+    assert backlog.take_line(Taking()) == b""
 
 
 @pytest.mark.parametrize("size", [1, 3, 5000])
@@ -867,9 +867,9 @@ def test_lines_of_a_backlog(size: int) -> None:
     lines = []
     for start in range(0, len(text), size):
         backlog.add(text[start : start + size])
-        while line := backlog.take_line():
+        while line := backlog.take_line(Taking()):
             lines.append(line)
-    assert b"".join(lines) + backlog.take_all() == text
+    assert b"".join(lines) + backlog.take_all(Taking()) == text
     assert lines == text.splitlines(keepends=True)[:-1]
 
 

@@ -108,8 +108,16 @@ class Agent(Rooted):
         """Start a process and talk to it while it runs: `async with await agent.start(…)`."""
         start = start_record(argv, options, stdin=stdin, tty=tty)
         check_reading(acknowledge, max_unread)
-        exchange = await run(self.driver.open(start, Exchange, acknowledge=start.keep is not None))
-        return Process(exchange, acknowledge=acknowledge, max_unread=max_unread)
+        opened: list[Exchange] = []
+        keeps = start.keep is not None
+        try:
+            await run(self.driver.open(start, Exchange, opened, acknowledge=keeps))
+            process = Process(opened[0], acknowledge=acknowledge, max_unread=max_unread)
+        except BaseException:  # interrupted: nobody would have its id
+            for exchange in opened:
+                exchange.abandon()
+            raise
+        return process
 
     async def attach(
         self,

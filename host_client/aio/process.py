@@ -10,6 +10,8 @@ from anyio.lowlevel import checkpoint
 
 from guest.messages import Resize, Signal
 from host_client.aio.waiting import wait_for
+from host_client.backlog import Taking
+from host_client.errors import DeadlineExceeded
 from host_client.exchange import Exchange
 from host_client.forking import Rooted
 from host_client.request import signal_number
@@ -29,7 +31,7 @@ T = TypeVar("T")
 class Runner(Protocol):
     """Runs steps of the session."""
 
-    async def __call__(self, steps: Steps[R], /) -> R: ...
+    async def __call__(self, steps: Steps[R], taking: Taking | None = None, /) -> R: ...
 
 
 class Process(Rooted):
@@ -69,12 +71,16 @@ class Process(Rooted):
 
     def __aiter__(self) -> AsyncIterator[tuple[str, bytes]]:
         """("stdout" or "stderr", bytes) as they arrive, until it has ended."""
-        return Each(lambda: self._run(self._session.read_any()))
+        return Each(self._either)
+
+    async def _either(self) -> tuple[str, bytes] | None:
+        taking = Taking()
+        return await self._run(self._session.read_any(taking), taking)
 
     @property
     def offsets(self) -> dict[str, int]:
         """By output, the number of the first byte that was not given out yet: for `attach`."""
-        return dict(self._session.offsets)
+        return self._session.offsets
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -97,7 +103,9 @@ class Process(Rooted):
         max_output: int = MAX_OUTPUT,
     ) -> Result:
         """Feed `input` and end stdin (None: neither), collect both outputs, wait for the end."""
-        return await self._run(self._session.communicate(input, timeout, max_output))
+        taking = Taking()
+        steps = self._session.communicate(input, timeout, max_output, taking)
+        return await self._run(steps, taking)
 
     async def signal(self, name: str | int, target: str = "group") -> None:
         """Send "TERM", "SIGTERM" or 15 to the "process", its "group" or its whole "tree"."""
@@ -133,11 +141,12 @@ class Process(Rooted):
         self._changed.set()
         self._changed = anyio.Event()
 
-    async def _run(self, steps: Steps[R]) -> R:
+    async def _run(self, steps: Steps[R], taking: Taking | None = None, /) -> R:
         """Run steps of the session; between two of their waits no other task runs.
 
         What they return has been taken from the session, so nothing is awaited after that: no
-        shield of anyio's holds against a `cancel` of asyncio's own.
+        shield of anyio's holds against a `cancel` of asyncio's own. A signal's handler may raise
+        all the same: then it is put back.
         """
         session = self._session
         session.check_owner()
@@ -161,10 +170,22 @@ class Process(Rooted):
                 wait = steps.send(ready)
         except StopIteration as stop:
             result: R = stop.value
-        finally:
+        except BaseException as error:
             steps.close()
+            self._put_back(taking, error)
+            raise
+        try:
             self._tell()
+        except BaseException as error:
+            self._put_back(taking, error)
+            raise
         return result
+
+    def _put_back(self, taking: Taking | None, error: BaseException) -> None:
+        """What a call has taken and cannot return, as it raises, is there for the next one."""
+        if taking is not None and not isinstance(error, DeadlineExceeded):  # that has it
+            self._session.put_back(taking)
+        self._tell()
 
 
 class ProcessInput(ByteSendStream):
@@ -205,22 +226,34 @@ class ProcessOutput(ByteReceiveStream):
 
     async def read(self, most: int = -1) -> bytes:
         """As `receive`, with b"" at the end; -1 is everything until the end, up to 256 MiB."""
-        return await self._run(self._session.reading(self._stream, most))
+        taking = Taking()
+        return await self._run(self._session.reading(self._stream, most, taking), taking)
 
     def lines(self) -> AsyncIterator[bytes]:
         """Lines with their newlines as they arrive; one over 1 MiB comes in pieces."""
-        return Each(lambda: self._run(self._session.read_line(self._stream)))
+        return Each(self._line)
+
+    async def _line(self) -> bytes:
+        taking = Taking()
+        return await self._run(self._session.read_line(self._stream, taking), taking)
 
     def text(self, encoding: str = "utf-8", errors: str = "replace") -> AsyncIterator[str]:
-        """Lines as text, without their newlines."""
+        """Lines as text, without their newlines. One that cannot be decoded stays to be read."""
         return Each(lambda: self._text(encoding, errors))
 
     async def _text(self, encoding: str, errors: str) -> str | None:
-        line = await self._run(self._session.read_line(self._stream))
-        return codecs.decode(line, encoding, errors).removesuffix("\n") if line else None
+        taking = Taking()
+        decoded = as_text(self._session.read_line(self._stream, taking), encoding, errors)
+        return await self._run(decoded, taking)
 
     async def aclose(self) -> None:
         """Nothing: what it would still give stays with the process."""
+
+
+def as_text(line: Steps[bytes], encoding: str, errors: str) -> Steps[str | None]:
+    """The line decoded, None at the end."""
+    data = yield from line
+    return codecs.decode(data, encoding, errors).removesuffix("\n") if data else None
 
 
 class Each(AsyncIterator[T]):
