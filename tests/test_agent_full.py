@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 from agentharness import AgentProcess, Host, Refused, execute
+from rights import open_to_all
 
 from guest.messages import Failure, StagedFile
 from guest.renewal import Renew, Renewed
@@ -86,8 +87,7 @@ def test_no_process_can_be_started(full: AgentProcess) -> None:
 
 def test_no_thread_can_be_started_for_files(full: AgentProcess, tmp_path: pathlib.Path) -> None:
     os.chown(tmp_path, USER, USER)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     files = (StagedFile(path=str(tmp_path / "new"), data=b"it"),)
     failure = refusal(full, files=files)
     assert (failure.code, failure.fields["step"]) == ("resource_limit", "thread")
@@ -104,8 +104,7 @@ def test_files_are_taken_back_by_the_thread_that_wrote_them(
 ) -> None:
     """The process does not start after its files were written; no second thread is needed."""
     os.chown(tmp_path, USER, USER)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     make_room(full)
     files = (StagedFile(path=str(tmp_path / "new"), data=b"it"),)
     user = f"{USER}:{USER}"

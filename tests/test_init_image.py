@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from init_machine import Config, Machine, boot_config, make_root, require_program, shell
+from rights import open_to_all
 
 from guest import limits
 from guest.bootconfig import BootConfig, parse
@@ -82,10 +83,7 @@ def test_whose_run_it_is_stays(root: Path) -> None:
 def test_an_ordinary_users_machine_has_it_too(root: Path) -> None:
     """Owners that have no number there become root."""
     fill_run(root / "run")
-    root.parent.chmod(0o755)
-    for folder in root.parents[:3]:
-        if folder.stat().st_uid == os.geteuid():
-            folder.chmod(folder.stat().st_mode | 0o055)
+    open_to_all(root.parent)
     seen = lines_of(root, LIST, user=65534)
     assert "./postgresql directory 2775 0:0" in seen
 

@@ -24,6 +24,7 @@ from init_machine import (
     shell,
     wait_for,
 )
+from rights import open_to_all
 from test_host_seccomp import ENGINES
 from vm_machine import make_erofs, run_vm, vm_config
 
@@ -524,8 +525,7 @@ def test_an_ordinary_users_machine_can_do_the_same(root: Path) -> None:
         capabilities=dict.fromkeys(("bounding", "permitted", "effective"), ("chown",)),
         seccomp=base64.b64encode(NO_MKDIR).decode(),
     )
-    for folder in (root, *root.parents[:-1]):
-        folder.chmod(folder.stat().st_mode | 0o055)
+    open_to_all(root)
     with Machine(root, config, user=NOBODY) as machine:
         try:
             machine.report("ready")

@@ -179,17 +179,31 @@ def test_interrupted_boot(image: str, moment: Callable[[str], bool]) -> None:
             pipe.close()
 
 
+@pytest.mark.parametrize("taken_by", ["the main thread", "another thread"])
 def test_interrupted_as_soon_as_there_is_a_folder(
-    image: str, monkeypatch: pytest.MonkeyPatch
+    image: str, monkeypatch: pytest.MonkeyPatch, taken_by: str
 ) -> None:
+    """Whichever thread the kernel gives the signal to, its handler runs in the main one."""
+    over = threading.Event()
+    other = threading.Thread(target=over.wait)
+    other.start()
+    taker = (other if taken_by == "another thread" else threading.main_thread()).ident
+    assert taker is not None
+
     def interrupted(name: str | None) -> folder.Folder:
         claimed = folder.claim(name)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(taker, signal.SIGINT)
+        for _ in range(1000):  # moments at which the handler runs
+            time.sleep(0)
         return claimed
 
     monkeypatch.setattr("host_client.machines.boot.claim", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        boot(image, machine="namespaces", name="early")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            boot(image, machine="namespaces", name="early")
+    finally:
+        over.set()
+        other.join()
     wait_until("its folder goes", lambda: names() == [])
 
 

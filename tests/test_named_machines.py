@@ -339,8 +339,9 @@ def test_logs_by_their_times(image: str) -> None:
         first, text = stamped(next(lines))
         assert text == b"one\n"
         assert before - 0.001 <= first <= between
-        with machine.agent.start(["touch", "/go"]):
-            rest = [stamped(line) for line in lines]
+        with contextlib.suppress(ConnectionLost):  # the machine may end before it can answer
+            machine.agent.exec(["touch", "/go"])
+        rest = [stamped(line) for line in lines]
         assert [text for _, text in rest] == [b"two\n", b"1970-01-01T00:00:00Z x\n"]
         assert all(between <= when + 0.001 <= time.time() for when, _ in rest)
         machine.wait(PATIENCE)

@@ -1,7 +1,6 @@
 """Starting a machine, from the image to an agent that answers."""
 
 import os
-import signal
 import threading
 import time
 from typing import Final, Protocol, Unpack
@@ -9,6 +8,7 @@ from typing import Final, Protocol, Unpack
 from guest.report import line_mark
 from host_client import images
 from host_client.errors import BootFailed, DeadlineExceeded, MachineError
+from host_client.interrupts import interrupts_later
 from host_client.log import DEBUG, INFO, note
 from host_client.machines.bundle import Bundle, find_bundle
 from host_client.machines.console import MARK_FILE
@@ -45,9 +45,6 @@ class Backend(Protocol):
 BACKENDS: Final[dict[str, Backend]] = {
     backend.name: backend for backend in (QemuBackend(), NamespacesBackend())
 }
-
-
-ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # their handlers may raise
 
 
 def boot(
@@ -122,35 +119,22 @@ def claimed(
 ) -> Machine:
     """The same with what had to be there found: takes the name and starts the monitor."""
     sweep()
-    # An exception of a signal's handler between two of these lines would leave the folder behind.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    link: Link | None = None
     try:
-        folder = claim(settings.name)
-        try:
-            link = Link(folder)
-        except BaseException:
-            folder.remove()
-            raise
-        try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            return bring_up(
-                backend,
-                Preparation(
-                    settings,
-                    folder,
-                    bundle,
-                    image,
-                    new_token(),
-                    unless(abandoned, progress, folder.name),
-                ),
-                link,
-                abandoned,
-            )
-        except BaseException:
+        with interrupts_later():  # one between two of these lines would leave the folder behind
+            folder = claim(settings.name)
+            try:
+                link = Link(folder)
+            except BaseException:
+                folder.remove()
+                raise
+        report = unless(abandoned, progress, folder.name)
+        preparation = Preparation(settings, folder, bundle, image, new_token(), report)
+        return bring_up(backend, preparation, link, abandoned)
+    except BaseException:
+        if link is not None:
             link.close()
-            raise
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
 
 
 def bring_up(
