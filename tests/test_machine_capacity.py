@@ -7,6 +7,7 @@ from pathlib import Path
 
 import machinekit
 import pytest
+from patience import PATIENCE
 
 from host_client import boot
 from host_client.errors import MachineError
@@ -105,8 +106,8 @@ def test_a_full_disk_of_the_host_is_an_error_in_the_machine(small_disk: Path) ->
     upper = str(small_disk / "upper.img")
     with boot(machinekit.demo_image(), upper=upper, upper_size="256M") as machine:
         script = "dd if=/dev/zero of=/full bs=1M count=150 conv=fsync 2>&1"
-        written = machine.agent.exec(shell=script, timeout=60)
+        written = machine.agent.exec(shell=script, timeout=PATIENCE)
         assert written.returncode == 1
         assert b"Input/output error" in written.stdout
-        assert machine.agent.exec(["echo", "alive"], timeout=60).stdout == b"alive\n"
+        assert machine.agent.exec(["echo", "alive"], timeout=PATIENCE).stdout == b"alive\n"
         assert not machine.state.paused

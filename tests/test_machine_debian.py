@@ -51,13 +51,13 @@ def test_package_database_is_consistent(debian: Machine) -> None:
 def test_python_computes(debian: Machine) -> None:
     program = "import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())"
     data = bytes(range(256)) * 4096
-    result = debian.agent.exec(["python3", "-c", program], input=data, timeout=60, check=True)
+    result = debian.agent.exec(["python3", "-c", program], input=data, timeout=PATIENCE, check=True)
     assert result.stdout.decode().strip() == hashlib.sha256(data).hexdigest()
 
 
 def test_shell_pipeline(debian: Machine) -> None:
     line = "find /usr/share -name '*.conf*' | sort | tee /tmp/list | wc -l; test -s /tmp/list"
-    result = debian.agent.exec(["bash", "-o", "pipefail", "-c", line], timeout=60, check=True)
+    result = debian.agent.exec(["bash", "-o", "pipefail", "-c", line], timeout=PATIENCE, check=True)
     assert int(result.stdout) > 0
     assert debian.agent.exec(["wc", "-l", "/tmp/list"]).stdout.split()[0] == result.stdout.strip()
 
@@ -95,7 +95,7 @@ def test_programs_in_the_guest_cannot_dial_the_agent(emulated: Machine) -> None:
     own = emulated.agent.exec(["python3", "-c", OWN_CID], check=True)
     loopback = "1"
     dial = ["python3", "-c", textwrap.dedent(DIAL), loopback, own.stdout.decode().strip()]
-    result = emulated.agent.exec(dial, user="nobody", timeout=60, check=True)
+    result = emulated.agent.exec(dial, user="nobody", timeout=PATIENCE, check=True)
     answers = [line.split(maxsplit=1) for line in result.stdout.decode().splitlines()]
     assert [cid for cid, _ in answers] == dial[3:]
     # The kernel has no loopback, and the host drops what is for others than itself.

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import machinekit
 import pytest
 from machinekit import Pings, wait_until
-from patience import SLACK
+from patience import PATIENCE, SLACK
 
 from guest import limits
 from guest.messages import Keep, Limits, StagedFile
 from host_client import Machine, Process, boot
 from host_client.errors import ConnectionLost, DeadlineExceeded
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(600)]
 
 ANSWER = SLACK  # seconds for a ping beside hundreds of processes, on a host that is busy as well
 USER = "1000:1000"
@@ -43,7 +43,7 @@ def number(machine: Machine, path: str) -> int:
 def read(machine: Machine, path: str) -> bytes:
     """One process reads it: it starts while others fill all that there is."""
     script = f"exec cat {CGROUPS}/{path}"
-    return machine.agent.exec(shell=script, user="0:0", check=True, timeout=60).stdout
+    return machine.agent.exec(shell=script, user="0:0", check=True, timeout=PATIENCE).stdout
 
 
 def refused(machine: Machine, group: str) -> int:
@@ -75,10 +75,11 @@ def everything_works(machine: Machine) -> None:
     agent = machine.agent
     with Pings(machine, ANSWER):
         for user in ("0:0", USER):
-            counted = agent.exec(shell="echo a | cat | wc -c", user=user, timeout=60, check=True)
+            script = "echo a | cat | wc -c"
+            counted = agent.exec(shell=script, user=user, timeout=PATIENCE, check=True)
             assert counted.stdout == b"2\n"
         staged = StagedFile(path="/tmp/staged", data=b"it")
-        read = agent.exec(["cat", "/tmp/staged"], files=[staged], user=USER, timeout=60)
+        read = agent.exec(["cat", "/tmp/staged"], files=[staged], user=USER, timeout=PATIENCE)
         assert (read.returncode, read.stdout) == (0, b"it")
         with agent.start(["tty"], tty=True, user="0:0") as process:
             assert process.wait(60).returncode == 0
@@ -125,7 +126,7 @@ def test_a_bomb_that_outlives_the_agent(machine: Machine) -> None:
         wait_until("it is refused more", lambda: refused(machine, "*/processes/*") > 0)
         first = machine.agent.info().agent_pid
         with contextlib.suppress(ConnectionLost):  # which goes with the agent
-            machine.agent.exec(["kill", "-9", str(first)], user="0:0", timeout=60)
+            machine.agent.exec(["kill", "-9", str(first)], user="0:0", timeout=PATIENCE)
     wait_until("another serves", lambda: starts(machine) == 2)
     everything_works(machine)
     bomb_workload(machine)
