@@ -20,7 +20,7 @@ import sys
 import _guestsys
 
 from guest import bootconfig
-from init_shim import mounts
+from init_shim import mounts, tracers
 from init_shim.failure import Failure, call
 from init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, RECURSIVE, REMOUNT, mount
 
@@ -157,9 +157,13 @@ def outlive(pid: int) -> int:
     for number in FORWARDED:
         signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    status = os.waitpid(pid, 0)[1]
+    status = tracers.await_end(pid)
     for number in FORWARDED:
         signal.signal(number, signal.SIG_IGN)
+    if status is None:
+        status = tracers.wait_status(pid)
+    if status is None:
+        raise Failure("PID 1 has ended, and a debugger keeps how")
     if os.WIFSIGNALED(status):
         cause = os.WTERMSIG(status)
         if cause == signal.SIGINT:

@@ -6,16 +6,20 @@ one. What is read of them here asks for no lock of theirs.
 """
 
 import os
+import select
+import time
 
+from guest import limits
 from init_shim.mounts import open_proc
 from init_shim.signals import KILL
 
-__all__ = ["kill_tracers", "wait_status"]
+__all__ = ["await_end", "kill_tracers", "wait_status"]
 
 CHAIN = 64  # processes that are looked at for one: a tracer may be traced too
 THREADS = 256  # that are looked at of each
 ENDED = "ZX"  # states of proc_pid_stat(5)
 EXIT_CODE = 49  # field 52 there, counted from the state
+REAP_EVERY = 0.05  # seconds between looks whether what has ended can be reaped
 
 
 def kill_tracers(pid: int, agent: int) -> "list[int]":
@@ -50,6 +54,28 @@ def wait_status(pid: int) -> "int | None":
         if thread == str(pid):
             own = fields
     return int(own[EXIT_CODE]) if len(own) > EXIT_CODE else None
+
+
+def await_end(pid: int) -> "int | None":
+    """Wait for a child's end, and reap it: its wait status. Not for PID 1, which waits otherwise.
+
+    None where who traces it has not let it go in TRACED_END; then it is to be reaped later.
+    """
+    pidfd = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll()
+    finally:
+        os.close(pidfd)
+    deadline = time.monotonic() + limits.TRACED_END
+    while True:
+        reaped, status = os.waitpid(pid, os.WNOHANG)
+        if reaped:
+            return status
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(REAP_EVERY)
 
 
 def threads(pid: int) -> "list[str]":

@@ -29,9 +29,11 @@ from init_machine import (
     make_root,
     require_program,
     shell,
+    state_of,
     wait_for,
 )
 from patience import PATIENCE, SLACK
+from test_agent_traced import PRELUDE
 
 from guest.privileges import capability_mask
 from init_shim import dhcp_packets
@@ -653,6 +655,25 @@ def test_a_lease_is_there_before_the_workload_and_is_kept(root: Path) -> None:
         heard = server.count("request")
         wait_for(lambda: server.count("request") >= heard + 2, "its lease and a renewal")
         assert machine.console.count("ended") == 1
+
+
+def test_a_client_that_is_traced_when_it_dies_is_started_again(root: Path) -> None:
+    """By the test, which is out of the guard's reach."""
+    trace: dict[str, Any] = {}
+    exec(PRELUDE, trace)
+    with served(root, "sleep 1000", "long") as (machine, server):
+        machine.report("ready")
+        _, worker = dhcp_processes(machine)
+        trace["trace"](worker)
+        try:
+            os.kill(worker, signal.SIGKILL)
+            wait_for(lambda: server.count("discover") >= 2, "another client")
+            assert "ended (a debugger keeps how); starting another" in machine.console
+        finally:
+            os.waitpid(worker, 0)
+        # What was left of it is reaped with the next one.
+        os.kill(dhcp_processes(machine)[-1], signal.SIGKILL)
+        wait_for(lambda: not state_of(worker), "it is reaped")
 
 
 def test_a_lease_is_looked_at_when_asked(root: Path) -> None:

@@ -72,6 +72,21 @@ assert ptrace(SEIZE, int(sys.argv[1]), None, int(sys.argv[2])) == 0, ctypes.get_
 print("traced", flush=True)
 sys.stdin.read()
 """
+# The same, but what it traces goes on with each signal that it gets: only its end stays.
+FOLLOW = TRACE.replace(
+    "sys.stdin.read()",
+    """
+import os
+CONT, WALL, TRAP = 7, 0x40000000, 5
+while True:
+    try:
+        stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED | WALL)
+    except ChildProcessError:  # it has ended
+        sys.stdin.read()
+    number = 0 if stopped.si_status & 0x7F == TRAP else stopped.si_status
+    ptrace(CONT, stopped.si_pid, None, number)  # unless it is being killed
+""",
+)
 NOTHING, TRACEEXIT = 0, 0x40
 OPTIONS = pytest.mark.parametrize("options", [NOTHING, TRACEEXIT], ids=["ended", "ending"])
 
@@ -197,8 +212,8 @@ def trace() -> Iterator[Callable[[int, int], None]]:
         pytest.skip("needs root to trace what others have started")
     with contextlib.ExitStack() as tracers:
 
-        def traced(pid: int, options: int) -> None:
-            tracer = machinekit.python(TRACE, str(pid), str(options))
+        def traced(pid: int, options: int, program: str = TRACE) -> None:
+            tracer = machinekit.python(program, str(pid), str(options))
             tracers.enter_context(tracer)
             tracers.callback(tracer.kill)
             assert tracer.stdout is not None
@@ -225,6 +240,22 @@ def test_a_machine_ends_whose_launcher_does_not(
         assert (state.phase, state.status) == ("ended", "killed")
         assert f"process {vmm} does not end" in state.error
         assert microguest("ls", "-a", "-q").stdout == b""
+
+
+def test_a_machine_whose_init_is_traced_has_an_end(image: str, trace: Callable[..., None]) -> None:
+    """Its launcher is the init's parent, and so is the monitor then."""
+    with boot(image, machine="namespaces", command=["sleep", "1000"]) as machine:
+        (init,) = children(machine.state.vmm)
+        trace(init, NOTHING, FOLLOW)
+        with contextlib.suppress(ConnectionLost):
+            machine.agent.exec(["sh", "-c", "kill -9 $(pidof sleep)"])
+        state = machine.wait(PATIENCE)
+        assert (state.phase, state.status) == ("ended", "done")
+        assert state_letter(init) == "Z"
+
+
+def state_letter(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 KILLS = """
@@ -307,3 +338,39 @@ def test_a_daemon_that_does_not_end_is_told(
         trace(pid, options)
         out, _ = program.communicate(b"\n", timeout=PATIENCE)
         assert out.decode() == f"[{pid}]\n"
+
+
+DIES = """
+import os, sys, time
+from host_client.machines.plan import Share
+from host_client.machines.shares import Shares
+from host_client.vhost_vsock.loop import EventLoop
+
+def told(reason):
+    print(reason, flush=True)
+    print(shares.close(time.monotonic() + 0.5), flush=True)
+    loop.stop()
+
+loop = EventLoop()
+share = Share(source="/", argv=("sleep", "1000"), socket="one.sock")
+shares = Shares((share,), loop, lambda _: None, told)
+shares.start()
+print("started", flush=True)
+loop.run()
+"""
+
+
+def test_a_daemon_whose_end_is_kept_back_holds_up_no_monitor(
+    tmp_path: Path, trace: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where its socket is
+    with machinekit.python(DIES) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"started\n", program.communicate()
+        (pid,) = children(program.pid)
+        trace(pid, NOTHING)
+        os.kill(pid, signal.SIGKILL)
+        out, err = program.communicate(timeout=PATIENCE)
+        said = "virtiofsd, which shows it /, ended (a debugger keeps how)"
+        assert out.decode().splitlines() == [said, f"[{pid}]"]
+        assert err == b""

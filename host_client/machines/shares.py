@@ -109,6 +109,7 @@ class Shares:
         self._output = -1  # what they complain about
         self._last = b""
         self._running: dict[int, subprocess.Popen[bytes]] = {}  # by pidfd
+        self._kept: list[subprocess.Popen[bytes]] = []  # that have ended, and cannot be reaped yet
         self._closed = False
 
     def start(self) -> None:
@@ -142,6 +143,7 @@ class Shares:
             process.kill()
         self._running = {}
         self._close_output()
+        left += self._kept
         return [process.pid for process in left if not has_ended(process, deadline)]
 
     def _start(self, share: Share, listener: int, output: int) -> None:
@@ -156,8 +158,13 @@ class Shares:
     def _ended(self, share: Share, pidfd: int) -> None:
         self._loop.remove(pidfd)
         os.close(pidfd)
-        code = self._running.pop(pidfd).wait()
-        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        process = self._running.pop(pidfd)
+        code = process.poll()  # which is not to be waited for: who traces it comes first
+        if code is None:
+            self._kept.append(process)
+            how = "a debugger keeps how"
+        else:
+            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         reason = f"virtiofsd, which shows it {share.source}, ended ({how})"
         self._loop.call_later(VMM_FIRST, lambda: self._outlived(reason))
 
