@@ -72,7 +72,8 @@ async def attach(agent: Agent, channel: Channel, args: Record, early: list[Event
             break
         await trio.sleep(WRITER_LOOK)
     if args.write and process.writer is not None:
-        raise OperationError("stdin_taken", f"another connection may write to {process.id}")
+        why = f"another connection writes to {process.id}: attach with write=False to watch it"
+        raise OperationError("stdin_taken", f"{why}, or again when that one has left")
     if process.goes:  # meanwhile
         raise forgotten(process.id)
     offsets, dropped = starting_points(process, args.offsets or {})
@@ -84,6 +85,7 @@ async def attach(agent: Agent, channel: Channel, args: Record, early: list[Event
                 pid=process.pid,
                 offsets={STREAMS[stream]: offset for stream, offset in offsets.items() if offset},
                 dropped=dropped,
+                stdin=process.takes_input,
             )
         )
     )

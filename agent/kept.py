@@ -511,6 +511,11 @@ class KeptProcess(Process):
         """Bytes of input that wait for the process."""
         return self._input.held
 
+    @property
+    def takes_input(self) -> bool:
+        """Whether what is fed could reach it: it has a stdin, of which nobody has said the end."""
+        return self._input.open
+
     def feed(self, data: bytes) -> None:
         """From the writer; what cannot be read by anybody any more is dropped."""
         self._input.feed(data)

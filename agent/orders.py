@@ -35,9 +35,7 @@ async def follow(agent: Agent) -> None:
                 deposits.append((message, descriptors))
             case RootReady():
                 enter_root(descriptors[0])
-                Guard(agent).start()  # now, as a machine may have no /proc before
-                await restore_all(agent, deposits)
-                agent.root_ready.set()
+                await begin(agent, message, deposits)
             case MainStarted():
                 await take_main(agent, message, descriptors)
             case MainExited() | KeptExited():
@@ -54,6 +52,17 @@ async def follow(agent: Agent) -> None:
             case _:
                 agent.kill_everything()
                 os._exit(0)
+
+
+async def begin(
+    agent: Agent, message: RootReady, deposits: list[tuple[Restored, list[int]]]
+) -> None:
+    """The root is in place: serve what waits for that."""
+    Guard(agent).start()  # now, as a machine may have no /proc before
+    await restore_all(agent, deposits)
+    if not message.workload:
+        agent.main_started.set()  # nobody has to wait for it
+    agent.root_ready.set()
 
 
 def answer(agent: Agent, question: AreYouThere) -> None:

@@ -129,9 +129,14 @@ class InputPump:
         """Bytes that the process has not taken yet."""
         return len(self._pending)
 
+    @property
+    def open(self) -> bool:
+        """Whether anything can still be fed."""
+        return self._process.stdin >= 0 and not self._ended
+
     def feed(self, data: bytes) -> None:
         """Behind what waits already. Dropped where nobody can read it any more."""
-        if self._process.stdin < 0 or self._ended:
+        if not self.open:
             return
         if self._process.tty:
             self._line_open = not data.endswith(b"\n")

@@ -279,13 +279,15 @@ class Started(Record):
     """The process runs. `id` names it for later operations.
 
     After an attach, `offsets` has the number of the first byte that follows of each stream, and
-    `dropped` how many were asked for and are not retained any more.
+    `dropped` how many were asked for and are not retained any more. `stdin`: whether it can be fed;
+    not where it was started without one, or nothing may follow what an earlier connection fed.
     """
 
     id: str
     pid: int
     offsets: dict[str, int] = {}  # noqa: RUF012
     dropped: dict[str, int] = {}  # noqa: RUF012
+    stdin: bool = True
 
     def check(self) -> None:
         for field in (self.offsets, self.dropped):

@@ -53,7 +53,12 @@ class Configure(Record):
 
 
 class RootReady(Record):
-    """The image's root is in place. Descriptors: the root directory, opened O_PATH."""
+    """The image's root is in place. Descriptors: the root directory, opened O_PATH.
+
+    `workload`: whether there is one, or will be, of which `MainStarted` tells.
+    """
+
+    workload: bool = True
 
 
 class MainStarted(Record):

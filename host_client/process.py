@@ -269,7 +269,7 @@ class ProcessInput:
         """Send all of it, waiting while the process does not read.
 
         What a process that has ended cannot read any more is dropped, as its end tells enough.
-        ValueError where it was started without stdin, or is only watched, or this was closed.
+        ValueError where it was started without stdin, or is only watched, or stdin was closed.
         """
         self._run(self._session.write(data))
 

@@ -171,7 +171,8 @@ class Session:
     def end_input(self) -> Steps[None]:
         """No more stdin. May be said again, and of a process that was started without one."""
         request = self.exchange.request
-        if not self._input_ended and not (isinstance(request, Start) and not request.stdin):
+        has_stdin = request.stdin if isinstance(request, Start) else self.started.stdin
+        if has_stdin and not self._input_ended:
             self._check_feeds()
             self._input_ended = True
             self.exchange.end_input()
@@ -185,6 +186,11 @@ class Session:
                 raise ValueError(
                     f"{self.name} is only watched here: attach without write=False to feed its "
                     "stdin"
+                )
+            if not self.started.stdin:
+                raise ValueError(
+                    f"{self.name} takes no input: it was started without stdin=True, or its stdin "
+                    "was closed by an earlier connection"
                 )
         elif not request.stdin:
             raise ValueError(f"{self.name} has no stdin: start it with stdin=True")

@@ -203,7 +203,11 @@ class AgentProcess:
             set_nice(self.pid, 0)  # before it can start anything, which would inherit it
             self._stands_back = False
         self.root_fd = root_fd
-        self._send(RootReady(), [root_fd])
+        self._send(self._root_ready(), [root_fd])
+
+    def _root_ready(self) -> RootReady:
+        supervises = self._config.mode == "supervise"
+        return RootReady(workload=supervises and self._config.workload is not None)
 
     def main_started(self, workload: RunningWorkload) -> None:
         """The workload runs, also again. Pipes or a terminal of it are handed over."""
@@ -237,7 +241,7 @@ class AgentProcess:
         self._unsaid += self.deposits.ids()
         self.say_more()
         if self.root_fd >= 0:
-            self._send(RootReady(), [self.root_fd])
+            self._send(self._root_ready(), [self.root_fd])
         if self.workload is not None:
             self._tell_workload()
             self._tell_workload_exit()

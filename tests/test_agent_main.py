@@ -182,7 +182,9 @@ def test_only_one_host_may_write(agent: AgentProcess) -> None:
         first.attach()
         with Host(agent) as second:
             second.send(Request(op="attach", args=Attach()))
-            assert second.refusal().code == "stdin_taken"
+            refusal = second.refusal()
+            assert refusal.code == "stdin_taken"
+            assert "write=False" in refusal.message
         first.write(b"", end=True)
         workload.wait()
         assert first.collect().exited.code == 0

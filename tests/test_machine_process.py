@@ -17,6 +17,7 @@ import machinekit
 import pytest
 from patience import PATIENCE, SLACK
 
+from guest import limits
 from guest.errors import MicroguestError, OperationError, StartError
 from host_client import Agent, Keep, Limits, aio, boot, connect
 from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded, OutputStalled
@@ -320,6 +321,51 @@ with connect({machine.name!r}) as agent:
     assert agent.wait(process.id, 10).signal == 9
     agent.forget(process.id)
     assert process.id not in {each.id for each in agent.processes()}
+
+
+def fed_in_vain(process: Process) -> None:
+    """What feeds its stdin says so, each time; to end that once more is no error."""
+    for feed in (
+        lambda: process.stdin.write(b"lost"),
+        lambda: process.communicate(b"lost", timeout=PATIENCE),
+    ):
+        with pytest.raises(ValueError, match="takes no input: it was started without stdin=True"):
+            feed()
+    process.stdin.close()
+
+
+@pytest.mark.parametrize("tty", [False, True])
+def test_input_that_can_reach_nobody_is_refused_after_an_attach(agent: Agent, tty: bool) -> None:
+    """Of a process without stdin, and of one whose stdin an earlier connection has ended."""
+    with agent.start(["sleep", "1000"], keep=True) as silent:
+        silent.detach()
+    with agent.attach(silent.id) as again:
+        fed_in_vain(again)
+        again.kill()
+        again.wait(PATIENCE)
+        fed_in_vain(again)
+    with agent.start(shell="cat; exec sleep 1000", stdin=True, tty=tty or None, keep=True) as ended:
+        ended.stdin.write(b"all\n")
+        ended.stdin.close()
+        assert next(ended.stdout.lines()).strip() == b"all"
+        ended.detach()
+    with agent.attach(ended.id) as again:
+        fed_in_vain(again)
+        again.kill()
+    with agent.start(["cat"], stdin=True, keep=True) as open_one:
+        open_one.detach()
+    with agent.attach(open_one.id) as again:
+        assert again.communicate(b"more").stdout == b"more"
+    for each in (silent, ended, open_one):
+        agent.forget(each.id)
+
+
+def test_a_machine_without_a_workload_says_so_at_once(agent: Agent) -> None:
+    began = time.monotonic()
+    with pytest.raises(OperationError, match="no workload to attach to") as caught:
+        agent.attach()
+    assert caught.value.code == "no_such_process"
+    assert time.monotonic() - began < limits.MAIN_WAIT
 
 
 def test_one_writes_and_several_watch(agent: Agent) -> None:
