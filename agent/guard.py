@@ -6,17 +6,18 @@ waits uninterruptibly: to read, write, ask how much is in it, resize or close it
 whether the lock is free. The pipes are the processes' own, so a process can do that to the agent.
 
 The thread looks at the system call that the event loop is in, whose stream that is about, and
-whether it waits there uninterruptibly without a pause. It looks for who has a pipe open without
-what could make it stand as well: a process's memory has a lock of its own (/proc/PID/cmdline,
-environ), and so has what execve(2) does (syscall, stack).
+whether it waits there uninterruptibly without a pause. Who holds the lock is looked for by
+`agent.holders`. Where nobody is found, all who could have the pipe are killed, and in the end all.
 """
 
 import os
-import signal
+import stat
 import threading
 import time
+from collections.abc import Callable
 
-from agent import tree
+from agent import holders
+from agent.holders import Killed, Look, open_in
 from agent.registry import Process
 from agent.state import Agent, log
 from agent.threads import run_beside
@@ -25,6 +26,10 @@ from guest import limits
 __all__ = ["Guard"]
 
 LOOK_EVERY = 0.5  # seconds; a look is two reads in /proc
+KEEPER = b"microguest-keep\n"  # /proc/PID/comm of init_shim.keeper
+
+# Something that is done against who holds a lock. Whether it was against anybody.
+Measure = Callable[[], bool]
 
 
 class Guard:
@@ -37,7 +42,9 @@ class Guard:
         self._before = b""
         self._stood: dict[Process, float] = {}  # seconds in this LOCK_MINUTE
         self._forget_at = 0.0  # time.monotonic()
-        self._measures = 0  # that were taken while it stands
+        self._taken = 0  # measures, while it stands
+        self._next_at = 0.0  # what it has stood when the next one is due
+        self._hangs = threading.Lock()  # held by the thread of a search that may hang
 
     def start(self) -> None:
         """Begin to look. Where the guest has no thread left for it, it says so and does nothing."""
@@ -72,30 +79,31 @@ class Guard:
         stands = state == self._before != b""
         self._before = state
         if about is None or not stands:
-            self._measures = 0
+            self._taken, self._next_at = 0, 0.0
             return
         if now >= self._forget_at:
             self._stood.clear()
             self._forget_at = now + limits.LOCK_MINUTE
-        process, inode = about
+            self._next_at = 0.0
+        process, stream = about
         self._stood[process] = stood = self._stood.get(process, 0.0) + seconds
-        if stood >= limits.LOCK_HELD + self._measures * limits.LOCK_KILL_WAIT:
-            self._measures += 1
-            self._end(process, inode)
+        if stood >= max(limits.LOCK_HELD, self._next_at):
+            self._next_at = stood + limits.LOCK_KILL_WAIT
+            self._act(process, stream)
 
-    def _about(self, call: bytes) -> tuple[Process, int] | None:
-        """Whose stream the event loop is at, and the inode of that."""
+    def _about(self, call: bytes) -> tuple[Process, os.stat_result] | None:
+        """Whose stream the event loop is at, and which."""
         words = call.split()
         if len(words) < 2 or words[0] == b"-1":  # it runs, or waits for a page
             return None
         fd = int(words[1], 16)  # the first of every call that can stand
         if Process.letting_go is not None:
-            process, parting, inode = Process.letting_go
-            return (process, inode) if fd == parting else None
+            process, parting, stream = Process.letting_go
+            return (process, stream) if fd == parting else None
         for process in tuple(self._agent.processes.values()):
             if fd == process.stdin or fd in tuple(process.outputs.values()):
                 try:
-                    return process, os.fstat(fd).st_ino
+                    return process, os.fstat(fd)
                 except OSError:
                     return None  # it has gone on
         return None
@@ -110,74 +118,85 @@ class Guard:
             return b""
         return b"".join(line for line in lines if b"ctxt_switches:" in line)
 
-    def _end(self, process: Process, inode: int) -> None:
+    def _act(self, process: Process, stream: os.stat_result) -> None:
+        """The next measure, and at once the one behind it where that was against nobody."""
+        measures = self._measures(process, stream)
+        for _ in measures:
+            measure = measures[self._taken % len(measures)]
+            self._taken += 1
+            if measure():
+                return
+
+    def _measures(self, process: Process, stream: os.stat_result) -> list[Measure]:
         """The pipe is the process's, which has let its lock be held: first its tree has to end,
-        then who got the pipe from it otherwise, and, as nobody is served meanwhile, all."""
-        if self._measures == 1:
+        then who has got the pipe from it, then all of the user whose pipe it is, and, as nobody is
+        served meanwhile, all. Root's own could be anybody's.
+
+        An agent that is not in a guest (docs/building.md) has no right to others' processes.
+        """
+        name = f"pipe:[{stream.st_ino}]"
+        stream_of = f"a stream of process {process.id}"
+
+        def end_tree() -> bool:
             log(
                 f"process {process.id} is killed with all that it started: for"
                 f" {limits.LOCK_HELD:.0f} s the lock of one of its streams was held"
             )
             process.put_down()
-        elif self._measures == 2:
-            killed = self._kill_openers(inode)
-            log(f"killed as they have a stream of process {process.id} open: {killed}")
-        else:
+            return True
+
+        def end_openers() -> bool:
+            return self._kill(holders.has_open(name), f"they have {stream_of} open")
+
+        def end_hidden() -> bool:
+            return self._kill_beside(holders.has_hidden, f"one of them may hold {stream_of}")
+
+        def end_owners() -> bool:
+            why = f"user {stream.st_uid} holds {stream_of}"
+            return self._kill(holders.belongs_to(stream.st_uid), why)
+
+        def end_hosts() -> bool:
             log("all processes of hosts are killed: the lock of a stream is still held")
+            until = time.monotonic() + limits.LOCK_SEARCH
             for each in tuple(self._agent.processes.values()):
-                each.put_down()
+                if time.monotonic() < until:
+                    each.put_down()
+            return True
 
-    def _kill_openers(self, inode: int) -> list[int]:
-        """Who has the pipe open, but for PID 1, the agent and who keeps its pipes: which these are.
+        def end_all() -> bool:
+            return self._kill(holders.is_a_program, f"{stream_of} is still held")
 
-        Each is held while it is looked at: a search is long enough for ids to be others'.
-        """
-        name = f"pipe:[{inode}]"
-        killed: list[int] = []
-        until = time.monotonic() + limits.LOCK_SEARCH
-        folder = open_in(self._proc, ".")
-        try:
-            for pid in map(int, filter(str.isdigit, os.listdir(folder))):
-                if pid in (1, self._parent, os.getpid()):
-                    continue
-                try:
-                    held = tree.pidfd_of(pid)
-                except ProcessLookupError:
-                    continue
-                try:
-                    if has_open(folder, pid, name, until) and tree.send(pid, held, signal.SIGKILL):
-                        killed.append(pid)
-                finally:
-                    if held >= 0:
-                        os.close(held)
-        finally:
-            os.close(folder)
-        return killed
+        if not self._in_a_guest():
+            return [end_tree, end_openers, end_hosts]
+        of_pipes = [end_openers, end_hidden] if stat.S_ISFIFO(stream.st_mode) else []
+        of_users = [end_owners] if of_pipes and stream.st_uid != 0 else []
+        return [end_tree, *of_pipes, *of_users, end_hosts, end_all]
 
+    def _in_a_guest(self) -> bool:
+        return self._parent == 1 or holders.read_in(self._proc, f"{self._parent}/comm") == KEEPER
 
-def open_in(folder: int, path: str) -> int:
-    """To read it. Raises OSError."""
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+    def _kill(self, look: Look, why: str) -> bool:
+        """Whom it wants, but for PID 1, the agent and who keeps its pipes: which these are."""
+        killed = Killed()
+        self._search(look, killed)
+        if killed.pids:
+            log(f"killed as {why}: {killed}")
+        return bool(killed.pids)
 
+    def _kill_beside(self, look: Look, why: str) -> bool:
+        """The same in another thread: it may hang, and is not waited for then."""
+        killed, done = Killed(), threading.Event()
 
-def has_open(proc: int, pid: int, name: str, until: float) -> bool:
-    """Whether one of its descriptors is called that; looked for until then: time.monotonic()."""
-    try:
-        folder = open_in(proc, f"{pid}/fd")
-    except OSError:
-        return False  # it has ended, or is not ours to look at
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if time.monotonic() >= until:
-                    return False
-                try:
-                    if os.readlink(entry.name, dir_fd=folder) == name:
-                        return True
-                except OSError:
-                    continue
-    except OSError:
-        pass
-    finally:
-        os.close(folder)
-    return False
+        def search() -> None:
+            with self._hangs:
+                self._search(look, killed)
+            done.set()
+
+        if not self._hangs.locked() and run_beside(search, "search"):
+            done.wait(limits.LOCK_SEARCH)
+        if killed.pids:
+            log(f"killed as {why}: {killed}")
+        return bool(killed.pids)
+
+    def _search(self, look: Look, killed: Killed) -> None:
+        holders.kill(self._proc, {1, self._parent, os.getpid()}, look, killed)

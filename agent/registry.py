@@ -26,8 +26,8 @@ class Process:
 
     kept = False
     tty = False
-    # Whose descriptor is being closed, which, and its inode: the guard cannot ask for that then.
-    letting_go: "tuple[Process, int, int] | None" = None
+    # Whose descriptor is being closed, which, and its fstat(2): the guard cannot ask for that then.
+    letting_go: "tuple[Process, int, os.stat_result] | None" = None
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Process:
 
     def close(self, fd: int) -> None:
         """Close it now. That may stand, like all that touches a stream: `agent.guard`."""
-        Process.letting_go = self, fd, os.fstat(fd).st_ino
+        Process.letting_go = self, fd, os.fstat(fd)
         try:
             os.close(fd)
         finally:

@@ -82,6 +82,8 @@ class AgentProcess:
         self._pair: _socket.socket | None = None
         self._served_since: float | None = None  # time.monotonic()
         self._hung = False
+        self._measures = 0  # against who keeps the running one from its end
+        self._measure_at = 0.0  # time.monotonic(), when the next one is due
         self._stands_back = False
         # What the pair had no room for: a message with its descriptors, or the id of a deposit.
         self._unsaid: list[tuple[Record, list[int]] | str] = []
@@ -117,6 +119,7 @@ class AgentProcess:
         self.ending = Ending(pid, f"agent {pid}")
         self.reaped = False
         self.ready = self._hung = False
+        self._measures = 0
         self._served_since = None
         self.restart_at = None
         self.starts += 1
@@ -181,12 +184,18 @@ class AgentProcess:
         return self.watchdog.ends and not self.reaped
 
     def let_end(self) -> None:
-        """Kill what can keep it from its end, but not what it has deposited."""
-        from init_shim.dying import kill_others
+        """Kill what can keep it from its end: at first not what it has deposited."""
+        from init_shim.dying import kill_who_keeps
 
         self.ending.begin()
-        killed = kill_others(self.pid, self.deposits.agents_meta(), self.deposits.pids())
-        say(f"agent {self.pid} cannot end; {killed} of its processes are killed first")
+        self.watchdog.look_within(limits.LOCK_KILL_WAIT)
+        if self._measures and time.monotonic() < self._measure_at:
+            return
+        mine = self.deposits.agents_meta(), self.deposits.pids()
+        killed = kill_who_keeps(self.pid, *mine, self._measures)
+        say(f"agent {self.pid} cannot end; {killed} are killed first")
+        self._measures += 1
+        self._measure_at = time.monotonic() + limits.LOCK_KILL_WAIT
 
     def _kill(self) -> None:
         os.kill(self.pid, KILL)

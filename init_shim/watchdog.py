@@ -78,6 +78,11 @@ class Watchdog:
             os.kill(self._pid, CONTINUE)
         return self._misses >= limits.WATCHDOG_MISSES
 
+    def look_within(self, seconds: float) -> None:
+        """The next look is no later than that."""
+        if self.look_at is not None:
+            self.look_at = min(self.look_at, time.monotonic() + seconds)
+
     def _plan(self) -> None:
         self.look_at = time.monotonic() + self._interval if self._interval else None
 

@@ -369,7 +369,8 @@ def holder(root: Path) -> str:
     if shutil.which("gcc") is None:
         pytest.skip("needs a C compiler: apt install gcc")
     source = Path(__file__).parent / "data" / "holder.c"
-    subprocess.run(["gcc", "-static", "-o", str(root / "bin" / "holder"), str(source)], check=True)
+    command = ["gcc", "-static", "-pthread", "-o", str(root / "bin" / "holder"), str(source)]
+    subprocess.run(command, check=True)
     return "holder"
 
 
