@@ -1,4 +1,4 @@
-"""From the listener to a handler: who may connect, who is told no, and which operations exist.
+"""From the listener to a handler: who may connect, and who is told no.
 
 A connection that has not said hello costs one task and at most one read of memory, and there are
 never more than `limits.UNAUTHENTICATED` of them. Everything that can go wrong with one connection
@@ -7,47 +7,24 @@ ends here, at most that connection with it.
 
 import hmac
 import socket
-from collections.abc import Awaitable, Callable
 
 import trio
 
-from agent import attaching, clock, operations, renewing
+from agent import clock
 from agent.channel import Channel, ConnectionLost
+from agent.operations import OPERATIONS
 from agent.state import Agent, log
 from guest import __version__, limits
 from guest.connection import Event, Request, Response, State
 from guest.errors import OperationError, RemoteProtocolError, raised_at
 from guest.messages import FEATURES, Failure, Hello, Welcome
-from guest.messages import OPERATIONS as NAMED
-from guest.record import Record
 
-__all__ = ["OPERATIONS", "serve"]
+__all__ = ["serve"]
 
 WELCOME = Welcome(agent=__version__, features=FEATURES)
 HOST_CID = 2  # VMADDR_CID_HOST of vsock(7)
 ACCEPTED_AT_ONCE = 64  # connections, before those that were accepted earlier get their turn
 ACCEPT_PAUSE = 0.5  # seconds to wait when the kernel has no descriptor or memory left
-
-# A handler gives the result, or None when the connection belonged to a process and that has ended.
-# `early` are events that arrived together with the request. Raises OperationError.
-Handler = Callable[[Agent, Channel, Record, list[Event]], Awaitable[Record | None]]
-
-# Every operation that the protocol names; it refuses all others.
-OPERATIONS: dict[str, Handler] = {
-    "ping": operations.ping,
-    "info": operations.info,
-    "shutdown": operations.shutdown,
-    "start": attaching.start,
-    "attach": attaching.attach,
-    "processes": operations.processes,
-    "wait": operations.wait,
-    "signal": operations.signal,
-    "forget": operations.forget,
-    "clock": clock.clock,
-    "renew": renewing.renew,
-}
-# One without a handler would fail hosts as `internal`; so it fails the build, which imports this.
-assert OPERATIONS.keys() == NAMED.keys()
 
 
 async def serve(agent: Agent, listener: socket.socket) -> None:

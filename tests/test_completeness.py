@@ -105,7 +105,7 @@ def names_in(records: Iterable[type[Record]]) -> set[str]:
 
 # ── operations ───────────────────────────────────────────────────────────────────────────────────
 
-HANDLED = keys_of_table("agent/service.py", "OPERATIONS")
+HANDLED = keys_of_table("agent/operations.py", "OPERATIONS")
 STEPS = [event for each in VECTORS["conversations"] for s in each["steps"] for event in s["events"]]
 REQUESTED = {event["Request"]["op"] for event in STEPS if "Request" in event}
 ANSWERED = {event["Response"]["record"] for event in STEPS if "Response" in event}
@@ -113,7 +113,9 @@ ANSWERED = {event["Response"]["record"] for event in STEPS if "Response" in even
 
 def lacking(operations: dict[str, tuple[type[Record], type[Record]]]) -> list[str]:
     """What is missing of these operations, a sentence each."""
-    wrong = [f"{name} has no handler in agent/service.py" for name in operations.keys() - HANDLED]
+    wrong = [
+        f"{name} has no handler in agent/operations.py" for name in operations.keys() - HANDLED
+    ]
     for name, (args, result) in operations.items():
         for face in (Agent, aio.Agent):
             if not callable(getattr(face, name, None)):
@@ -144,7 +146,7 @@ def test_every_operation_has_a_handler_a_method_docs_and_a_vector() -> None:
 
 def test_an_operation_that_nobody_has_is_found() -> None:
     assert lacking({"unheard": (Unheard, Unheard)}) == [
-        "unheard has no handler in agent/service.py",
+        "unheard has no handler in agent/operations.py",
         "host_client.agent.Agent has no unheard()",
         "host_client.aio.agent.Agent has no unheard()",
         "docs/protocol.md has no row | `unheard` | `Unheard` | `Unheard` |",

@@ -222,9 +222,9 @@ def test_the_agent_serves_in_a_plain_python(agent: AgentProcess) -> None:
 
 def test_a_breakpoint_stops_the_agent_of_a_test() -> None:
     """As docs/building.md says it, with a person's words written ahead."""
-    source = (PROJECT / "agent" / "operations.py").read_text().splitlines()
+    source = (PROJECT / "agent" / "machine.py").read_text().splitlines()
     line = 1 + next(n for n, text in enumerate(source) if "return PingResult" in text)
-    commands = f"break agent/operations.py:{line}\ncontinue\np agent.token\nclear 1\ncontinue\n"
+    commands = f"break agent/machine.py:{line}\ncontinue\np agent.token\nclear 1\ncontinue\n"
     test = "tests/test_agent_service.py::test_one_connection_answers_many_requests"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-s", "-q", "-p", "no:cacheprovider", test],
@@ -232,6 +232,6 @@ def test_a_breakpoint_stops_the_agent_of_a_test() -> None:
         env={**os.environ, "MICROGUEST_AGENT": f"{sys.executable} -m pdb -m agent.main"},
         input=commands, check=False, capture_output=True, text=True, timeout=3 * PATIENCE,
     )  # fmt: skip
-    assert f"agent/operations.py({line})ping()" in done.stdout
+    assert f"agent/machine.py({line})ping()" in done.stdout
     assert f"(Pdb) {TOKEN.encode()!r}\n" in done.stdout
     assert "1 passed" in done.stdout
