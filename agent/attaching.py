@@ -64,7 +64,7 @@ async def attach(agent: Agent, channel: Channel, args: Record, early: list[Event
     """The operation. Raises OperationError."""
     assert isinstance(args, Attach)
     await agent.wait_root()
-    process = await find_main(agent) if args.id == MAIN_ID else agent.find(args.id)
+    process = await find_main(agent) if args.id == MAIN_ID else agent.processes.find(args.id)
     if not isinstance(process, KeptProcess):
         raise OperationError("no_such_process", f"process {args.id} is not kept")
     for _ in range(WRITER_LOOKS):  # it may have left before this host came: let it be seen

@@ -111,16 +111,16 @@ def claimed(agent: Agent, name: str) -> Iterator[None]:
     if not name:
         yield
         return
-    if name in agent.processes or name in agent.claimed:
+    if name in agent.processes or name in agent.processes.claimed:
         raise OperationError(
             "id_taken",
             f"there is a process {name!r} already: attach to it, forget it, or choose another id",
         )
-    agent.claimed.add(name)
+    agent.processes.claimed.add(name)
     try:
         yield
     finally:
-        agent.claimed.discard(name)
+        agent.processes.claimed.discard(name)
 
 
 def forgotten(process_id: str) -> OperationError:

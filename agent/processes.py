@@ -290,7 +290,7 @@ class Starting:
             leaf, mark = None, new_mark()
             pid, pidfd, streams = self._spawn(None, mark)
         process = ChildProcess(
-            self.args.id or self.agent.next_id(),
+            self.args.id or self.agent.processes.next_id(),
             pid,
             pidfd,
             streams,

@@ -1,4 +1,4 @@
-"""What everybody may know of a process, whoever started it."""
+"""What everybody may know of a process, whoever started it, and all of them by their ids."""
 
 import os
 import time
@@ -9,13 +9,13 @@ from guest import limits
 from guest.errors import OperationError
 from guest.messages import Exited, ProcessInfo
 
-__all__ = ["Process", "listed_argv"]
+__all__ = ["Process", "Registry", "listed_argv"]
 
 
 class Process:
     """A process with streams: one that a host started, a kept one, or the workload.
 
-    Every one is in `Agent.processes` under its id until nothing of it is retained any more. A
+    Every one is in the registry under its id until nothing of it is retained any more. A
     subclass says how to signal and how to learn the end; its owner calls `finish` once, when the
     end is known and the streams are drained.
 
@@ -84,7 +84,7 @@ class Process:
     async def forget(self) -> None:
         """Drop what is retained; one that runs is killed first. Raises OperationError.
 
-        Also takes it out of `Agent.processes`. Only for kept ones.
+        Also takes it out of the registry. Only for kept ones.
         """
         raise OperationError("bad_request", f"process {self.id} is not kept; end it by a signal")
 
@@ -131,6 +131,32 @@ class Process:
             os.close(fd)
         finally:
             Process.letting_go = None
+
+
+class Registry(dict[str, Process]):
+    """All that `Process` speaks of, by id, in the order of their starts.
+
+    `claimed`: ids that hosts chose for what is not in it, yet or any more.
+    """
+
+    def __init__(self, starts: int) -> None:
+        """`starts`: how many agents this boot has had, this one included."""
+        super().__init__()
+        self.claimed: set[str] = set()
+        self._starts = starts
+        self._last_id = 0
+
+    def next_id(self) -> str:
+        """A process id that was never used before in this boot, also not by an earlier agent."""
+        self._last_id += 1
+        return f"p{self._last_id}" if self._starts == 1 else f"p{self._starts}-{self._last_id}"
+
+    def find(self, process_id: str) -> Process:
+        """The process with this id. Raises OperationError no_such_process."""
+        process = self.get(process_id)
+        if process is None:
+            raise OperationError("no_such_process", f"there is no process {process_id!r:.100}")
+        return process
 
 
 def listed_argv(argv: tuple[str, ...]) -> tuple[str, ...]:

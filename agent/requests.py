@@ -41,7 +41,7 @@ async def wait(agent: Agent, channel: Channel, args: Record, _early: list[Event]
     """How a process ended, as soon as it has. Raises OperationError still_running."""
     assert isinstance(args, Wait)
     await agent.wait_known()
-    process = agent.find(args.id)
+    process = agent.processes.find(args.id)
     if not process.finished.is_set():
         with trio.move_on_after(args.timeout):
             await finished_or_lost(process.finished, channel)
@@ -79,12 +79,13 @@ async def signal(agent: Agent, _channel: Channel, args: Record, _early: list[Eve
     """Send a signal to any process by its id."""
     assert isinstance(args, SignalProcess)
     await agent.wait_known()
-    return SignalResult(delivered=await agent.find(args.id).deliver(args.signal, args.target))
+    process = agent.processes.find(args.id)
+    return SignalResult(delivered=await process.deliver(args.signal, args.target))
 
 
 async def forget(agent: Agent, _channel: Channel, args: Record, _early: list[Event]) -> Record:
     """Drop what is retained of a kept process."""
     assert isinstance(args, Forget)
     await agent.wait_known()
-    await agent.find(args.id).forget()
+    await agent.processes.find(args.id).forget()
     return ForgetResult()

@@ -17,7 +17,7 @@ from agent.cgroups import (
 from agent.hunting import Hunters
 from agent.leaf import Leaf
 from agent.link import Link
-from agent.registry import Process
+from agent.registry import Process, Registry
 from guest import limits
 from guest.errors import OperationError
 from guest.messages import Limits
@@ -27,11 +27,9 @@ __all__ = ["Agent", "log"]
 
 
 class Agent:
-    """`processes`: all that `Process` speaks of, by id, in the order of their starts.
+    """`connections`: those past hello.
 
-    `connections`: those past hello. `child_limits`: resource limits that every process gets back,
-    (resource, soft, hard) each. `claimed`: ids that hosts chose for what is not in `processes`, yet
-    or any more.
+    `child_limits`: resource limits that every process gets back, (resource, soft, hard) each.
     """
 
     def __init__(
@@ -57,25 +55,10 @@ class Agent:
         self._memory_for_processes = free_memory() if configure.starts == 1 else None
         self._looked_for_cgroups = False
         self._pidfd = -1  # of the agent itself
-        self.processes: dict[str, Process] = {}
+        self.processes = Registry(configure.starts)
         self.connections = 0
         self.pauses = 0  # that `agent.clock` has found out, and how many seconds the last one was
         self.last_pause = 0.0
-        self._last_id = 0
-        self.claimed: set[str] = set()
-
-    def next_id(self) -> str:
-        """A process id that was never used before in this boot, also not by an earlier agent."""
-        self._last_id += 1
-        starts = self.configure.starts
-        return f"p{self._last_id}" if starts == 1 else f"p{starts}-{self._last_id}"
-
-    def find(self, process_id: str) -> Process:
-        """The process with this id. Raises OperationError no_such_process."""
-        process = self.processes.get(process_id)
-        if process is None:
-            raise OperationError("no_such_process", f"there is no process {process_id!r:.100}")
-        return process
 
     def take_cgroup(self, wanted: Limits | None) -> Leaf | None:
         """A cgroup for a process that starts; None where the guest has none that can be written.
