@@ -10,8 +10,8 @@ import time
 import trio
 
 from agent import tracers
+from agent.child import REAPING, ChildProcess, Ends
 from agent.leaf import Leaf
-from agent.processes import REAPING, Channels, ChildProcess
 from agent.state import log
 from agent.tree import UNMARKED
 from guest import limits
@@ -30,7 +30,7 @@ class Adopted(ChildProcess):
         process_id: str,
         pid: int,
         pidfd: int,
-        streams: Channels,
+        streams: Ends,
         *,
         leaf: Leaf | None = None,
         mark: bytes = b"",

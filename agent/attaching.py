@@ -8,7 +8,7 @@ import select
 
 import trio
 
-from agent import processes
+from agent import exchange, processes
 from agent.channel import BUFFER, Channel, ConnectionLost
 from agent.kept import MAIN_ID, KeptProcess, check_room, claimed, forgotten, keep
 from agent.main_process import find_main
@@ -48,7 +48,7 @@ async def start(agent: Agent, channel: Channel, args: Record, early: list[Event]
     """The operation. Raises OperationError."""
     assert isinstance(args, Start)
     if args.keep is None:
-        await processes.start(agent, channel, args, early)
+        await exchange.start(agent, channel, args, early)
         return
     await agent.wait_root()
     check_room(agent)

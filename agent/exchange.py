@@ -1,5 +1,8 @@
 """A process and one host's connection, from start to the last frame: whose turn it is, and when.
 
+The connection is the process's: while it is open the process runs, and when it is lost everything
+that descends from the process is killed.
+
 One coroutine serves everything that a process has: its outputs, its input, its end, its timeout
 and the socket. They are in an epoll set of their own and trio waits for that set, because a task
 for each would cost more than the whole exec. Nothing here blocks. The bytes themselves are moved by
@@ -13,13 +16,16 @@ import signal
 import trio
 
 from agent.channel import Channel, ConnectionLost, readable_bytes
+from agent.processes import begin
 from agent.pumps import InputPump, OutputPump
 from agent.registry import Process
+from agent.state import Agent
 from guest import limits
-from guest.connection import Data, End, Event
-from guest.messages import STREAMS, Acknowledge, Detach, Resize, Signal
+from guest.connection import Data, End, Event, Response
+from guest.messages import STREAMS, Acknowledge, Detach, Resize, Signal, Start, Started
+from guest.record import Record
 
-__all__ = ["Exchange"]
+__all__ = ["Exchange", "start"]
 
 IN = select.EPOLLIN
 OUT = select.EPOLLOUT
@@ -32,6 +38,29 @@ SOON = 0.002  # seconds since the turn before
 IN_A_ROW = 8
 GATHER = 0.005  # seconds: less than anybody sees
 READY = 5  # descriptors in the set
+
+
+async def start(agent: Agent, channel: Channel, args: Record, early: list[Event]) -> None:
+    """The operation: spawn, exchange bytes until it has ended, leave nothing. OperationError."""
+    assert isinstance(args, Start)
+    await agent.wait_root()
+    process = await begin(agent, args)
+    agent.processes[process.id] = process
+    try:
+        channel.queue(Response(result=Started(id=process.id, pid=process.pid)))
+        process.attached = 1
+        exchange = Exchange(
+            channel,
+            process,
+            args.timeout,
+            grace=args.grace,
+            drain_idle=args.drain_idle,
+            drain_cap=args.drain_cap,
+        )
+        await exchange.run(early)
+    finally:
+        await process.end()
+        del agent.processes[process.id]
 
 
 class Exchange:

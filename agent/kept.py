@@ -20,7 +20,7 @@ import trio
 from agent import tracers
 from agent.adopted import Adopted
 from agent.channel import readable_bytes
-from agent.processes import ChildProcess
+from agent.child import ChildProcess
 from agent.pumps import InputPump, enlarge
 from agent.registry import Process
 from agent.ring import CUT, ENDED, Ring

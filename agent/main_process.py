@@ -15,8 +15,8 @@ import trio
 
 from agent import tree
 from agent.adopted import Adopted
+from agent.child import Ends
 from agent.kept import MAIN_ID, KeptProcess, Notes
-from agent.processes import Channels
 from agent.registry import Process, listed_argv
 from agent.state import Agent, log
 from guest import limits
@@ -156,7 +156,7 @@ class ConsoleMain(Process):
         raise OperationError("bad_request", "the workload is the machine's; stop the machine")
 
 
-def streams(descriptors: list[int]) -> Channels:
+def streams(descriptors: list[int]) -> Ends:
     """Three pipes, or a terminal, of which the output is the same as the input. Raises OSError."""
     if len(descriptors) == 1:
         return descriptors[0], {1: os.dup(descriptors[0])}  # each stream is closed by itself
