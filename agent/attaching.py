@@ -8,10 +8,11 @@ import select
 
 import trio
 
-from agent import exchange, processes
+from agent import exchange
 from agent.channel import BUFFER, Channel, ConnectionLost
 from agent.kept import MAIN_ID, KeptProcess, check_room, claimed, forgotten, keep
 from agent.main_process import find_main
+from agent.processes import Starter
 from agent.state import Agent
 from guest import limits
 from guest.connection import Data, End, Event, Response
@@ -44,16 +45,18 @@ WRITER_LOOKS = 125  # for a connection that was closed to be seen so
 WRITER_LOOK = 0.002  # seconds between two of them
 
 
-async def start(agent: Agent, channel: Channel, args: Record, early: list[Event]) -> None:
+async def start(
+    starter: Starter, agent: Agent, channel: Channel, args: Record, early: list[Event]
+) -> None:
     """The operation. Raises OperationError."""
     assert isinstance(args, Start)
     if args.keep is None:
-        await exchange.start(agent, channel, args, early)
+        await exchange.start(starter, agent, channel, args, early)
         return
     await agent.wait_root()
     check_room(agent)
     with claimed(agent, args.id):
-        process = await keep(agent, await processes.begin(agent, args), args)
+        process = await keep(agent, await starter.begin(args), args)
     attachment = Attachment(channel, process, dict.fromkeys(OUTPUTS, 0), write=True)
     channel.queue(Response(result=Started(id=process.id, pid=process.pid)))
     await attachment.run(early)

@@ -16,7 +16,7 @@ import signal
 import trio
 
 from agent.channel import Channel, ConnectionLost, readable_bytes
-from agent.processes import begin
+from agent.processes import Starter
 from agent.pumps import InputPump, OutputPump
 from agent.registry import Process
 from agent.state import Agent
@@ -40,11 +40,13 @@ GATHER = 0.005  # seconds: less than anybody sees
 READY = 5  # descriptors in the set
 
 
-async def start(agent: Agent, channel: Channel, args: Record, early: list[Event]) -> None:
+async def start(
+    starter: Starter, agent: Agent, channel: Channel, args: Record, early: list[Event]
+) -> None:
     """The operation: spawn, exchange bytes until it has ended, leave nothing. OperationError."""
     assert isinstance(args, Start)
     await agent.wait_root()
-    process = await begin(agent, args)
+    process = await starter.begin(args)
     agent.processes[process.id] = process
     try:
         channel.queue(Response(result=Started(id=process.id, pid=process.pid)))

@@ -12,8 +12,10 @@ import time
 
 import trio
 
-from agent import clock, orders, service
+from agent import clock, operations, orders, service
+from agent.groups import Groups
 from agent.link import Link
+from agent.processes import Starter
 from agent.state import Agent
 from guest.supervision import AgentReady, Configure
 
@@ -24,16 +26,16 @@ DESCRIPTORS = 16 * 1024  # open files: five a process and one a connection, with
 
 def run() -> None:
     """Serve until PID 1 is gone, which ends the process; returns only with an exception."""
-    agent, listener = bootstrap()
+    agent, starter, listener = bootstrap()
     gc.freeze()
     gc.enable()
     try:
-        trio.run(serve, agent, listener)
+        trio.run(serve, agent, starter, listener)
     finally:
-        agent.kill_everything()
+        starter.kill_everything()
 
 
-def bootstrap() -> tuple[Agent, socket.socket]:
+def bootstrap() -> tuple[Agent, Starter, socket.socket]:
     """Take the configuration and the listener from PID 1."""
     link = Link.inherited()
     configure, descriptors = link.receive_first()
@@ -41,19 +43,19 @@ def bootstrap() -> tuple[Agent, socket.socket]:
         raise SystemExit(f"agent: expected Configure and a listener first, got {configure!r}")
     listener = socket.socket(fileno=descriptors[0])
     listener.setblocking(False)
-    child_limits = raise_descriptor_limit()
-    return Agent(configure, link, child_limits), listener
+    agent = Agent(configure, link)
+    return agent, Starter(agent, Groups(agent), raise_descriptor_limit()), listener
 
 
-async def serve(agent: Agent, listener: socket.socket) -> None:
+async def serve(agent: Agent, starter: Starter, listener: socket.socket) -> None:
     """Follow PID 1's messages and answer hosts, both for ever."""
     async with trio.open_nursery() as nursery:
         agent.nursery = nursery
-        nursery.start_soon(orders.follow, agent)
+        nursery.start_soon(orders.follow, agent, starter)
         nursery.start_soon(clock.watch, agent)
         agent.ready_ms = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000
         agent.link.send(AgentReady(boot_ms=agent.ready_ms))
-        await service.serve(agent, listener)
+        await service.serve(agent, operations.table(starter), listener)
 
 
 def raise_descriptor_limit() -> tuple[tuple[int, int, int], ...]:

@@ -1,33 +1,38 @@
 """Which operations there are, and who handles each."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from agent import attaching, clock, machine, renewing, requests
 from agent.channel import Channel
+from agent.processes import Starter
 from agent.state import Agent
 from guest.connection import Event
 from guest.messages import OPERATIONS as NAMED
 from guest.record import Record
 
-__all__ = ["OPERATIONS"]
+__all__ = ["Handler", "table"]
 
 # A handler gives the result, or None when the connection belonged to a process and that has ended.
 # `early` are events that arrived together with the request. Raises OperationError.
 Handler = Callable[[Agent, Channel, Record, list[Event]], Awaitable[Record | None]]
 
-# Every operation that the protocol names; it refuses all others.
-OPERATIONS: dict[str, Handler] = {
-    "ping": machine.ping,
-    "info": machine.info,
-    "shutdown": machine.shutdown,
-    "start": attaching.start,
-    "attach": attaching.attach,
-    "processes": requests.processes,
-    "wait": requests.wait,
-    "signal": requests.signal,
-    "forget": requests.forget,
-    "clock": clock.clock,
-    "renew": renewing.renew,
-}
-# One without a handler would fail hosts as `internal`; so it fails the build, which imports this.
-assert OPERATIONS.keys() == NAMED.keys()
+
+def table(starter: Starter) -> dict[str, Handler]:
+    """Every operation that the protocol names; it refuses all others."""
+    handlers: dict[str, Handler] = {
+        "ping": machine.ping,
+        "info": machine.info,
+        "shutdown": machine.shutdown,
+        "start": partial(attaching.start, starter),
+        "attach": attaching.attach,
+        "processes": requests.processes,
+        "wait": requests.wait,
+        "signal": requests.signal,
+        "forget": requests.forget,
+        "clock": clock.clock,
+        "renew": renewing.renew,
+    }
+    # One without a handler would fail hosts as `internal`; so it fails every boot.
+    assert handlers.keys() == NAMED.keys()
+    return handlers

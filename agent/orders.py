@@ -9,6 +9,7 @@ import os
 from agent.guard import Guard
 from agent.kept import MAIN_ID, KeptProcess
 from agent.main_process import ConsoleMain, take_main
+from agent.processes import Starter
 from agent.restoring import restore_all
 from agent.state import Agent
 from guest.supervision import (
@@ -25,7 +26,7 @@ from guest.supervision import (
 __all__ = ["follow"]
 
 
-async def follow(agent: Agent) -> None:
+async def follow(agent: Agent, starter: Starter) -> None:
     """Act on PID 1's messages. When it is gone, end the whole agent."""
     deposits: list[tuple[Restored, list[int]]] = []
     while True:
@@ -35,7 +36,7 @@ async def follow(agent: Agent) -> None:
                 deposits.append((message, descriptors))
             case RootReady():
                 enter_root(descriptors[0])
-                await begin(agent, message, deposits)
+                await begin(agent, starter, message, deposits)
             case MainStarted():
                 await take_main(agent, message, descriptors)
             case MainExited() | KeptExited():
@@ -50,16 +51,19 @@ async def follow(agent: Agent) -> None:
             case AreYouThere():
                 answer(agent, message)
             case _:
-                agent.kill_everything()
+                starter.kill_everything()
                 os._exit(0)
 
 
 async def begin(
-    agent: Agent, message: RootReady, deposits: list[tuple[Restored, list[int]]]
+    agent: Agent,
+    starter: Starter,
+    message: RootReady,
+    deposits: list[tuple[Restored, list[int]]],
 ) -> None:
     """The root is in place: serve what waits for that."""
     Guard(agent).start()  # now, as a machine may have no /proc before
-    await restore_all(agent, deposits)
+    await restore_all(agent, starter.groups, deposits)
     if not message.workload:
         agent.main_started.set()  # nobody has to wait for it
     agent.root_ready.set()

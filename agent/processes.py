@@ -2,14 +2,18 @@
 
 import contextlib
 import os
+import signal
 import stat
 from collections.abc import Iterable
 
 import _guestsys
 
 from agent import terminals, tracers, tree
+from agent.accounts import Accounts
 from agent.cgroups import REFUSALS, needed_controllers, unavailable
 from agent.child import ChildProcess, Ends
+from agent.groups import Groups
+from agent.hunting import Hunters
 from agent.leaf import Leaf
 from agent.staging import stage
 from agent.state import Agent
@@ -18,44 +22,65 @@ from guest.messages import Start
 from guest.privileges import capability_mask, resource_limits
 from guest.process import Plan, plan, shell_argv, start_failure
 
-__all__ = ["begin"]
+__all__ = ["Starter"]
 
 NULL_DEVICE = os.makedev(1, 3)  # admin-guide/devices.txt
 
 Resources = tuple[tuple[int, int, int], ...]
 
 
-async def begin(agent: Agent, args: Start) -> ChildProcess:
-    """Start what was asked for, with its files in place. Raises OperationError.
+class Starter:
+    """What all starts have in common; made once.
 
-    Then nothing was started, and nothing is left of it.
+    `child_limits`: resource limits that every process gets back, (resource, soft, hard) each.
     """
-    starting = Starting(agent, args)
-    if not args.files:
-        return starting.spawn()
-    plan, capabilities = starting.plan, starting.capabilities
-    staged = await stage(args.files, plan.cwd, plan.identity, capabilities)
-    try:
-        process = starting.spawn()
-    except OperationError:
-        await staged.take_back()
-        raise
-    staged.keep()
-    return process
+
+    def __init__(self, agent: Agent, groups: Groups, child_limits: Resources) -> None:
+        self.agent = agent
+        self.groups = groups
+        self.child_limits = child_limits
+        self.accounts = Accounts()
+
+    async def begin(self, args: Start) -> ChildProcess:
+        """Start what was asked for, with its files in place. Raises OperationError.
+
+        Then nothing was started, and nothing is left of it.
+        """
+        starting = Starting(self, args)
+        if not args.files:
+            return starting.spawn()
+        plan, capabilities = starting.plan, starting.capabilities
+        staged = await stage(args.files, plan.cwd, plan.identity, capabilities)
+        try:
+            process = starting.spawn()
+        except OperationError:
+            await staged.take_back()
+            raise
+        staged.keep()
+        return process
+
+    def kill_everything(self) -> None:
+        """SIGKILL to all that is not kept: the agent is about to end."""
+        Hunters.ending = True
+        for process in self.agent.processes.values():
+            if not process.kept:
+                process.signal(signal.SIGKILL, "tree")
+        Hunters.finish()
+        self.groups.close()
 
 
 class Starting:
     """A request that was found to be in order. Raises OperationError where it is not."""
 
-    def __init__(self, agent: Agent, args: Start) -> None:
-        image = agent.configure.image
-        self.agent = agent
+    def __init__(self, starter: Starter, args: Start) -> None:
+        image = starter.agent.configure.image
+        self.starter = starter
         self.args = args
         self.argv = shell_argv(args.argv, args.shell)
         user = image.user if args.user is None else args.user
         self.plan = plan(
             self.argv,
-            agent.accounts.identity(user, args.groups),
+            starter.accounts.identity(user, args.groups),
             env=args.env,
             clear_env=args.clear_env,
             cwd=args.cwd,
@@ -63,13 +88,13 @@ class Starting:
             tty=args.tty is not None,
         )
         self.capabilities = -1 if args.capabilities is None else capability_mask(args.capabilities)
-        self.resources: Resources = agent.child_limits
+        self.resources: Resources = starter.child_limits
         if args.limits is not None:
             self.resources += resource_limits(args.limits.rlimits)
 
     def spawn(self) -> ChildProcess:
         """Start it. Raises OperationError, and then nothing was started."""
-        leaf = self.agent.take_cgroup(self.args.limits)
+        leaf = self.starter.groups.take(self.args.limits)
         mark = b"" if leaf else new_mark()
         try:
             pid, pidfd, streams = self._spawn(leaf, mark)
@@ -88,7 +113,7 @@ class Starting:
             leaf, mark = None, new_mark()
             pid, pidfd, streams = self._spawn(None, mark)
         process = ChildProcess(
-            self.args.id or self.agent.processes.next_id(),
+            self.args.id or self.starter.agent.processes.next_id(),
             pid,
             pidfd,
             streams,
@@ -98,7 +123,7 @@ class Starting:
             label=self.args.label,
         )
         process.tty = self.args.tty is not None
-        self.agent.link.exec_started()
+        self.starter.agent.link.exec_started()
         return process
 
     def _spawn(self, leaf: Leaf | None, mark: bytes) -> tuple[int, int, Ends]:

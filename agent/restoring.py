@@ -5,6 +5,7 @@ import signal
 
 from agent import tree
 from agent.adopted import Adopted
+from agent.groups import Groups
 from agent.hunting import Hunters, in_slices
 from agent.kept import KeptProcess, Notes
 from agent.leaf import Leaf
@@ -17,7 +18,9 @@ from guest.supervision import AGENT_ID, Restored
 __all__ = ["restore_all"]
 
 
-async def restore_all(agent: Agent, deposits: list[tuple[Restored, list[int]]]) -> None:
+async def restore_all(
+    agent: Agent, groups: Groups, deposits: list[tuple[Restored, list[int]]]
+) -> None:
     """Go on with what is kept, and end what was not. The image's root is in place. Raises nothing.
 
     All that dies with its connection should have died with the agent, which had the connection.
@@ -29,15 +32,15 @@ async def restore_all(agent: Agent, deposits: list[tuple[Restored, list[int]]]) 
             for fd in descriptors:
                 os.close(fd)
         else:
-            await restore_deposit(agent, message, descriptors)
+            await restore_deposit(agent, groups, message, descriptors)
     if agent.configure.starts > 1:
         kept = [p.notes for p in agent.processes.values() if isinstance(p, KeptProcess)]
-        await end_others(agent, earlier, kept)
+        await end_others(groups, earlier, kept)
 
 
-async def end_others(agent: Agent, earlier: str, kept: list[Notes]) -> None:
+async def end_others(groups: Groups, earlier: str, kept: list[Notes]) -> None:
     """Kill the processes of the agent before this one that are not kept."""
-    cgroups = agent.own_cgroups()
+    cgroups = groups.own()
     if cgroups is None:
         spared_marks = {os.fsencode(notes.mark) for notes in kept}
         marks = await in_slices(tree.marked()) - spared_marks
@@ -52,11 +55,13 @@ async def end_others(agent: Agent, earlier: str, kept: list[Notes]) -> None:
             leaf.close()
 
 
-async def restore_deposit(agent: Agent, message: Restored, descriptors: list[int]) -> None:
+async def restore_deposit(
+    agent: Agent, groups: Groups, message: Restored, descriptors: list[int]
+) -> None:
     """Go on with one. Raises nothing: what cannot be understood is closed, and that is said."""
     left = set(descriptors)  # what nobody has taken yet
     try:
-        process = build(agent, message, descriptors, left)
+        process = build(agent, groups, message, descriptors, left)
     except (OSError, RecordError, KeyError, ValueError) as error:
         log(f"process {message.id} is not kept any more: {type(error).__name__}: {error}")
     else:
@@ -68,7 +73,9 @@ async def restore_deposit(agent: Agent, message: Restored, descriptors: list[int
         os.close(fd)
 
 
-def build(agent: Agent, message: Restored, descriptors: list[int], left: set[int]) -> KeptProcess:
+def build(
+    agent: Agent, groups: Groups, message: Restored, descriptors: list[int], left: set[int]
+) -> KeptProcess:
     """From `descriptors`; `left` loses what is taken. Raises OSError, RecordError, KeyError."""
     notes = Notes.from_json(message.meta)
     pidfd, *others = descriptors
@@ -90,7 +97,7 @@ def build(agent: Agent, message: Restored, descriptors: list[int], left: set[int
         message.pid,
         pidfd,
         (held.get("stdin", -1), outputs),
-        leaf=adopted_leaf(agent, notes.leaf),
+        leaf=adopted_leaf(groups, notes.leaf),
         mark=os.fsencode(notes.mark),
         started=notes.started,
     )
@@ -103,11 +110,11 @@ def build(agent: Agent, message: Restored, descriptors: list[int], left: set[int
     return process
 
 
-def adopted_leaf(agent: Agent, name: str) -> Leaf | None:
+def adopted_leaf(groups: Groups, name: str) -> Leaf | None:
     """The cgroup that the process is in, where it still is."""
     if not name:
         return None
     try:
-        return agent.adopt_cgroup(name)
+        return groups.adopt(name)
     except OSError:
         return None

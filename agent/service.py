@@ -12,7 +12,7 @@ import trio
 
 from agent import clock
 from agent.channel import Channel, ConnectionLost
-from agent.operations import OPERATIONS
+from agent.operations import Handler
 from agent.state import Agent, log
 from guest import __version__, limits
 from guest.connection import Event, Request, Response, State
@@ -26,15 +26,21 @@ HOST_CID = 2  # VMADDR_CID_HOST of vsock(7)
 ACCEPTED_AT_ONCE = 64  # connections, before those that were accepted earlier get their turn
 ACCEPT_PAUSE = 0.5  # seconds to wait when the kernel has no descriptor or memory left
 
+Table = dict[str, Handler]  # by the names of operations
 
-async def serve(agent: Agent, listener: socket.socket) -> None:
+
+async def serve(agent: Agent, table: Table, listener: socket.socket) -> None:
     """Accept connections for ever, each served by a task of its own."""
     async with trio.open_nursery() as nursery:
-        await accept_and_serve(agent, listener, WaitingRoom(), nursery)
+        await accept_and_serve(agent, table, listener, WaitingRoom(), nursery)
 
 
 async def accept_and_serve(
-    agent: Agent, listener: socket.socket, waiting_room: "WaitingRoom", nursery: trio.Nursery
+    agent: Agent,
+    table: Table,
+    listener: socket.socket,
+    waiting_room: "WaitingRoom",
+    nursery: trio.Nursery,
 ) -> None:
     """Wait for a connection, leave the listener to another task, and serve it here.
 
@@ -43,9 +49,9 @@ async def accept_and_serve(
     """
     first, *others = await accept_waiting(agent, listener)
     for sock in others:
-        nursery.start_soon(serve_connection, agent, waiting_room, sock)
-    nursery.start_soon(accept_and_serve, agent, listener, waiting_room, nursery)
-    await serve_connection(agent, waiting_room, first)
+        nursery.start_soon(serve_connection, agent, table, waiting_room, sock)
+    nursery.start_soon(accept_and_serve, agent, table, listener, waiting_room, nursery)
+    await serve_connection(agent, table, waiting_room, first)
 
 
 async def accept_waiting(agent: Agent, listener: socket.socket) -> list[socket.socket]:
@@ -105,7 +111,9 @@ class WaitingRoom:
         raise OperationError("hello_timeout", f"no hello within {limits.HELLO_TIMEOUT} s")
 
 
-async def serve_connection(agent: Agent, waiting_room: WaitingRoom, sock: socket.socket) -> None:
+async def serve_connection(
+    agent: Agent, table: Table, waiting_room: WaitingRoom, sock: socket.socket
+) -> None:
     """One connection from hello to its end. Raises nothing."""
     channel = Channel(sock)
     try:
@@ -115,7 +123,7 @@ async def serve_connection(agent: Agent, waiting_room: WaitingRoom, sock: socket
         admit(agent, channel, early.pop(0))
         agent.connections += 1
         try:
-            await answer_requests(agent, channel, early)
+            await answer_requests(agent, table, channel, early)
         finally:
             agent.connections -= 1
     except ConnectionLost:
@@ -144,7 +152,9 @@ def admit(agent: Agent, channel: Channel, hello: Event) -> None:
     channel.queue(WELCOME.replace(clock=clock.clocks()) if asks else WELCOME)
 
 
-async def answer_requests(agent: Agent, channel: Channel, events: list[Event]) -> None:
+async def answer_requests(
+    agent: Agent, table: Table, channel: Channel, events: list[Event]
+) -> None:
     """One request after the other until the host closes or a process took the connection over."""
     while True:
         if not events:
@@ -153,7 +163,7 @@ async def answer_requests(agent: Agent, channel: Channel, events: list[Event]) -
         request = events.pop(0)
         assert isinstance(request, Request)  # the protocol allows nothing else here
         try:
-            result = await OPERATIONS[request.op](agent, channel, request.args, events)
+            result = await table[request.op](agent, channel, request.args, events)
             if result is None:
                 return
             channel.queue(Response(result=result))

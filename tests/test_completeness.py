@@ -90,8 +90,8 @@ def made(*places: str) -> set[str]:
 
 
 def keys_of_table(place: str, table: str) -> set[str]:
-    """The keys of a table at the top of a module, which are texts."""
-    for node in ast.parse((PROJECT / place).read_text()).body:
+    """The keys of a table in a module, which are texts."""
+    for node in nodes(place):
         match node:
             case ast.AnnAssign(target=ast.Name(id=name), value=ast.Dict(keys=keys)):
                 if name == table:
@@ -105,7 +105,7 @@ def names_in(records: Iterable[type[Record]]) -> set[str]:
 
 # ── operations ───────────────────────────────────────────────────────────────────────────────────
 
-HANDLED = keys_of_table("agent/operations.py", "OPERATIONS")
+HANDLED = keys_of_table("agent/operations.py", "handlers")
 STEPS = [event for each in VECTORS["conversations"] for s in each["steps"] for event in s["events"]]
 REQUESTED = {event["Request"]["op"] for event in STEPS if "Request" in event}
 ANSWERED = {event["Response"]["record"] for event in STEPS if "Response" in event}
