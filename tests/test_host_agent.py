@@ -480,7 +480,7 @@ def test_kept_connection_that_went_silent_is_replaced(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a restore of the guest: nobody there knows the connection, and nobody says so."""
-    monkeypatch.setattr("host_client.driver.REUSED_WAIT", 0.2)
+    monkeypatch.setattr("host_client.pool.REUSED_WAIT", 0.2)
 
     def falls_silent(peer: Peer) -> None:
         peer.greet()
