@@ -12,7 +12,7 @@ import resource
 import _guestsys
 
 from guest.bootconfig import BootConfig
-from init_shim import power
+from init_shim import kind
 from init_shim.failure import Failure, call
 from init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, REMOUNT, mount
 from init_shim.reporter import leave_out
@@ -54,7 +54,7 @@ def harden(config: BootConfig) -> None:
     from init_shim import sysctls  # nobody waits for it before the listener is open
 
     hardening = config.hardening
-    in_namespaces = config.machine != "vm" or power.in_namespaces()
+    in_namespaces = config.machine != "vm" or kind.in_namespaces()
     own = {sysctls.path_of(name): value for name, value in hardening.sysctls.items()}
     for path, value in profile_sysctls(hardening.profile, modules=hardening.modules):
         if path not in own and (sysctls.is_namespaced(path) or not in_namespaces):

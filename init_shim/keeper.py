@@ -20,6 +20,7 @@ from guest.workload import signal_number
 from init_shim import power, protection, write_out
 from init_shim.agent_process import AgentProcess
 from init_shim.failure import Failure, call
+from init_shim.kind import in_namespaces
 from init_shim.reporter import Reporter, failed_boot, say
 from init_shim.signals import CONTINUE, KILL, TERMINATE, Signals
 from init_shim.supervisor import Supervisor, await_agent
@@ -207,7 +208,7 @@ def end(supervisor: Supervisor, stop_signal: str) -> None:
         supervisor.reporter.farewell()
         end_children(supervisor)
         wait_until_alone(supervisor, limits.KILL_WAIT if systemd_verb() else limits.FAILED_GRACE)
-        if not power.in_namespaces():
+        if not in_namespaces():
             write_out.write_out(limits.SYNC_WAIT, root_only=True)
         if systemd_verb():
             return

@@ -12,6 +12,7 @@ from guest import limits
 from guest.errors import raised_at
 from guest.report import Stopping
 from init_shim import write_out
+from init_shim.kind import in_namespaces
 from init_shim.reporter import own_console, say
 from init_shim.signals import CONTINUE, KILL, TERMINATE
 from init_shim.supervisor import Supervisor
@@ -101,21 +102,3 @@ def has_power_switch() -> bool:
 
 
 _power_switch: bool | None = None
-
-
-def in_namespaces() -> bool:
-    """Whether this is not the kernel's first PID namespace, whose inode number is fixed.
-
-    As it was at the first call: what is at /proc when the machine ends may be a workload's.
-    """
-    global _in_namespaces  # noqa: PLW0603  nobody leaves a PID namespace
-    if _in_namespaces is None:
-        try:
-            own = os.readlink("/proc/self/ns/pid")
-        except OSError:
-            return False
-        _in_namespaces = own != "pid:[4026531836]"  # linux/proc_ns.h
-    return _in_namespaces
-
-
-_in_namespaces: bool | None = None

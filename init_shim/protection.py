@@ -10,7 +10,7 @@ import os
 from guest import limits
 from guest.bootconfig import BootConfig
 from guest.process import share_of_processes
-from init_shim import power
+from init_shim import kind
 from init_shim.reporter import Reporter
 from init_shim.supervisor import Supervisor
 
@@ -90,7 +90,7 @@ def watch_oom(config: BootConfig, supervisor: Supervisor, reporter: Reporter) ->
 
     Not in namespaces, where the kernel's messages are the host's.
     """
-    if config.machine != "vm" or power.in_namespaces():
+    if config.machine != "vm" or kind.in_namespaces():
         return
     from init_shim.kernel_log import KernelLog, OomWatch  # the agent starts meanwhile
 

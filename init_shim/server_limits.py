@@ -6,7 +6,7 @@ suggests. Servers that are used to container engines stop at both.
 
 import resource
 
-from init_shim import power
+from init_shim import kind
 
 __all__ = ["raise_limits"]
 
@@ -20,7 +20,7 @@ WANTED = (
 
 def raise_limits() -> None:
     """Soft and hard ones; in namespaces the hard ones are the host's, and stay."""
-    own_kernel = not power.in_namespaces()
+    own_kernel = not kind.in_namespaces()
     for number, wanted in WANTED:
         soft, hard = resource.getrlimit(number)
         if own_kernel and is_below(hard, wanted):

@@ -16,7 +16,7 @@ PINNED = frozenset(
     guest.record guest.report guest.rootplan guest.status guest.supervision guest.users
     guest.workload init_shim init_shim.agent_process init_shim.collection init_shim.confined
     init_shim.deposits init_shim.disks init_shim.dispatch init_shim.ending init_shim.failure
-    init_shim.hardening init_shim.last_words init_shim.listener init_shim.main
+    init_shim.hardening init_shim.kind init_shim.last_words init_shim.listener init_shim.main
     init_shim.main_process init_shim.modules init_shim.mounts init_shim.network init_shim.power
     init_shim.protection init_shim.reporter init_shim.root init_shim.server_limits init_shim.signals
     init_shim.supervisor init_shim.timeline init_shim.volumes init_shim.watchdog init_shim.workload
