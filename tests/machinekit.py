@@ -18,7 +18,7 @@ from host_client import Machine, connect
 from host_client.errors import MachineError
 from host_client.machines.folder import is_alive, machines_root, names, read_state
 from host_client.machines.plan import MachineState
-from host_client.machines.shares import virtiofsd
+from host_client.machines.virtiofsd import virtiofsd
 
 PROJECT = Path(__file__).parent.parent
 KINDS = ["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)]  # for parametrize

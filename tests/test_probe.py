@@ -13,7 +13,7 @@ from sleepers import Sleeper
 from host_client.errors import MachineError
 from host_client.images import recipes
 from host_client.machines.host import accelerator, qemu_version
-from host_client.machines.shares import is_successor
+from host_client.machines.virtiofsd import is_successor
 from host_client.probe import probe
 
 

@@ -22,7 +22,7 @@ from vm_machine import RUN, Ended, make_erofs, make_ext4, run_vm, vm_config
 from guest import limits
 from host_client import boot
 from host_client.errors import MachineError
-from host_client.machines.shares import virtiofsd
+from host_client.machines.virtiofsd import virtiofsd
 
 pytestmark = pytest.mark.qemu
 

@@ -13,7 +13,7 @@ from host_client.images.command import PACKAGES, find_command
 from host_client.machines import host
 from host_client.machines.bundle import find_bundle
 from host_client.machines.folder import machines_root
-from host_client.machines.shares import is_successor, share_command, virtiofsd
+from host_client.machines.virtiofsd import is_successor, share_command, virtiofsd
 from host_client.ownership import own_folder_problem
 
 __all__ = ["main"]

@@ -25,7 +25,7 @@ from host_client.machines.networking import MAC
 from host_client.machines.plan import HYBRID_SOCKET, Plan, Share, blank
 from host_client.machines.prepare import Preparation, directory, lease_of
 from host_client.machines.settings import UPPER_SIZE, Settings, mebibytes
-from host_client.machines.shares import share_command, virtiofsd
+from host_client.machines.virtiofsd import share_command, virtiofsd
 from host_client.shortage import explain
 from host_client.values import absolute_path
 
