@@ -62,7 +62,10 @@ def profile(
     conditions before one without. Calls of other architectures fail with EPERM, also where the
     profile lists them. ValueError for what cannot be kept, with the place in the profile.
     """
-    given = json.loads(document) if isinstance(document, str | bytes) else document
+    try:
+        given = json.loads(document) if isinstance(document, str | bytes) else document
+    except ValueError as error:
+        raise ValueError(f"the profile is no JSON: {error}") from None
     check_keys(given, PROFILE_KEYS, "profile")
     column = checked_column(arch)
     default = checked_action(given, "defaultAction", "defaultErrnoRet", "profile")

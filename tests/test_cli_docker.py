@@ -52,6 +52,11 @@ def test_switches_with_a_truth_value() -> None:
         options = parse(["run", together, "x"])
         assert options.interactive
         assert options.tty
+    options = parse(["run", "-it=false", "x", "-it=0"])
+    assert (options.interactive, options.tty, options.command) == (True, False, ["-it=0"])
+    options = parse(["run", "-ditm=512M", "-ti=true", "x"])
+    assert (options.detach, options.interactive, options.tty) == (True, True, True)
+    assert parse(["exec", "-ie", "A=true", "m", "x"]).env == ["A=true"]
     done = microguest("run", "--rm=maybe", "x")
     assert done.returncode == 125
     assert b"maybe" in done.stderr
@@ -68,6 +73,11 @@ def test_short_words_of_run() -> None:
         (["run", "--memor", "1G", "x"], "run: unknown option --memor; did you mean --memory"),
         (["exec", "--usr", "1", "x", "y"], "exec: unknown option --usr; did you mean --user"),
         (["stpo", "x"], "'stpo' is no command; did you mean stop?"),
+        (["rnu", "x"], "'rnu' is no command; did you mean run?"),
+        (["lgos", "x"], "'lgos' is no command; did you mean logs?"),
+        (["strat", "x"], "did you mean start? a machine that has ended is not started again"),
+        (["run", "--nmae", "a", "x"], "unknown option --nmae; did you mean --name?"),
+        (["run", "-it=maybe", "x"], "'maybe' is neither true nor false"),
         (["ls", "x"], "ls: unknown argument x"),
         (["ls", "--al"], "see microguest ls --help"),
         (["ls", "--format", "{{.Nam}}"], "did you mean Name"),

@@ -25,6 +25,7 @@ from host_client import (
     Agent,
     ConnectError,
     ConnectionLost,
+    ImageError,
     MachineError,
     Mount,
     UnixAddress,
@@ -269,6 +270,34 @@ def test_boot_says_it_before_anything_is_made(
     with pytest.raises(TypeError, match=message):
         boot(**{"image": "oci:/nowhere", **given})
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"command": ["true"], "seccomp": b"x"}, "seccomp"),
+        ({"command": ["true"], "seccomp": "{"}, "seccomp: .*JSON"),
+        ({"handoff": True, "command": ["true"], "umask": 0o77}, "workload.umask: cannot be set"),
+        ({"handoff": True}, "name a command"),
+        ({"command": []}, "name a command"),
+        ({"command": ["true"], "stop_signal": "NOPE"}, "signal"),
+    ],
+)
+def test_what_a_workload_cannot_be_is_said_before_its_machine_is_made(
+    given: dict[str, Any],
+    message: str,
+    elf: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where it depends on the image, of which this one has no command of its own."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    root = tmp_path / "root"
+    root.mkdir()
+    with pytest.raises((MachineError, ImageError), match=message):
+        boot(f"dir:{root}", machine="namespaces", **given)
+    assert not list(tmp_path.glob("state/microguest/machines/*"))
+    assert not (tmp_path / "state").exists()
 
 
 def test_paths_and_numbers_are_taken_where_they_mean_something(elf: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ A sentence stands behind an error that names the word, so it is short, and true 
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["about_command", "about_missing", "about_option", "about_value"]
+__all__ = ["COMMANDS", "about_command", "about_missing", "about_option", "about_value"]
 
 COPY: Final = (
     "skopeo copy docker://NAME oci:DIR:TAG brings an image here, and run takes oci:DIR:TAG"

@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, Final, NoReturn
 
-from host_client.cli.dockerwords import about_command, about_missing, about_option, about_value
+from host_client.cli.dockerwords import (
+    COMMANDS,
+    about_command,
+    about_missing,
+    about_option,
+    about_value,
+)
 from host_client.cli.tell import complain, say
 
 __all__ = ["Parser", "add_list", "add_switch", "hint", "seconds", "whole"]
@@ -62,7 +68,7 @@ class Parser(argparse.ArgumentParser):
             return
         if isinstance(action, argparse._SubParsersAction):
             about = about_command(str(value))
-            meant = f"; {about}" if about else hint(str(value), action.choices)
+            meant = f"; {about}" if about else _command_meant(str(value), action.choices)
             raise argparse.ArgumentError(None, f"{value!r:.80} is no command{meant}")
         about = about_value(max(action.option_strings, key=len, default=""))
         why = f"; {about}" if about else ""
@@ -86,6 +92,12 @@ class Parser(argparse.ArgumentParser):
         if isinstance(action, _Switch) and rest[-1] in WORDS:
             chosen = action if WORDS[rest[-1]] else action.opposite
             return (chosen, rest[0], *(None for _ in rest[1:]))
+        if isinstance(action, _Switch) and rest[-1] and rest[0][:2] != "--" and rest[-1][0] != "=":
+            letters, equals, value = rest[-1].partition("=")
+            others = [self._option_string_actions.get(f"-{letter}") for letter in letters]
+            switches = [each for each in others if isinstance(each, _Switch)]
+            if equals and len(switches) == len(others):
+                return (_Several(action, switches, value), rest[0], *(None for _ in rest[1:]))
         if isinstance(action, _Switch) and rest[0].startswith("--") and rest[-1] is not None:
             return (action.refusing(rest[-1]), rest[0], *(None for _ in rest[1:]))
         return (action, *rest)
@@ -121,6 +133,23 @@ class _Switch(argparse.Action):
         if self.wrong is not None:
             raise argparse.ArgumentError(self, f"{self.wrong!r:.40} is neither true nor false")
         setattr(namespace, self.dest, self.const)
+
+
+class _Several(_Switch):
+    """Switches that were typed together, as -it=false: the value is the last one's."""
+
+    def __init__(self, first: _Switch, others: Sequence[_Switch], value: str) -> None:
+        super().__init__(first.option_strings, first.dest)
+        last = others[-1]
+        if value not in WORDS:
+            last = last.refusing(value)
+        elif not WORDS[value]:
+            last = last.opposite
+        self._all = (first, *others[:-1], last)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        for each in self._all:
+            each(parser, namespace, values, option)
 
 
 def add_switch(group: Any, *names: str, **how: Any) -> None:
@@ -161,5 +190,20 @@ def whole(of: str) -> Callable[[str], int]:
 def hint(word: str, known: Iterable[str]) -> str:
     """What may have been meant, to be put behind a message; "" where nothing is much like it."""
     bare = {name.lstrip("-"): name for name in known}  # or any two options would be alike in these
-    like = [bare[name] for name in get_close_matches(word.lstrip("-"), bare, n=3, cutoff=ALIKE)]
-    return f"; did you mean {' or '.join(like)}?" if like else ""
+    typed = word.lstrip("-")
+    like = _swapped(typed, bare) or get_close_matches(typed, bare, n=3, cutoff=ALIKE)
+    return f"; did you mean {' or '.join(bare[name] for name in like)}?" if like else ""
+
+
+def _swapped(word: str, known: Iterable[str]) -> list[str]:
+    """Those that differ in two neighbours that changed places, which few letters have in common."""
+    swaps = {word[:n] + word[n + 1] + word[n] + word[n + 2 :] for n in range(len(word) - 1)}
+    return [name for name in known if name in swaps]
+
+
+def _command_meant(word: str, ours: Iterable[str]) -> str:
+    """As `hint`; also a command of docker's, with what does the same here."""
+    if not _swapped(word, ours):
+        for name in _swapped(word, COMMANDS):
+            return f"; did you mean {name}? {about_command(name)}"
+    return hint(word, ours)

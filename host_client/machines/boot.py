@@ -20,7 +20,7 @@ from host_client.machines.plan import CONSOLE_SHOWN, MachineState, Plan, cut
 from host_client.machines.prepare import Preparation
 from host_client.machines.qemu import QemuBackend
 from host_client.machines.settings import MachineOptions, Settings
-from host_client.machines.workload import check_workload
+from host_client.machines.workload import check_process, check_workload
 from host_client.shortage import explain
 from host_client.values import kind_of, path
 
@@ -98,6 +98,7 @@ def start(
     check_workload(settings)
     found = find_bundle(bundle)
     with images.open_image(settings.image) as image:  # also its name, before anything is made
+        check_process(settings, image.config)
         return claimed(
             backend,
             settings,

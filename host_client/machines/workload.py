@@ -8,13 +8,19 @@ from typing import Final
 from guest.errors import OperationError
 from guest.privileges import CAPABILITIES, capability_mask, resource_limits, seccomp_program
 from guest.record import RecordError
-from guest.workload import Capabilities, ImageDefaults, Workload, signal_number
+from guest.workload import (
+    Capabilities,
+    ImageDefaults,
+    Workload,
+    check_init,
+    signal_number,
+)
 from host_client import seccomp
 from host_client.errors import MachineError
 from host_client.images import ImageConfig, process_for
 from host_client.machines.settings import Settings, restart_of
 
-__all__ = ["capabilities_of", "check_workload", "defaults_of", "workload_of"]
+__all__ = ["capabilities_of", "check_process", "check_workload", "defaults_of", "workload_of"]
 
 ALL: Final = "all"
 OF_THE_WORKLOAD: Final = (
@@ -37,6 +43,16 @@ def check_workload(settings: Settings) -> None:
                 f"{name}: this machine runs no command that it could be of: give one, or "
                 "command=[] for the image's own"
             )
+
+
+def check_process(settings: Settings, config: ImageConfig) -> None:
+    """The same for what depends on the image, before the machine has a folder. ImageError, too."""
+    try:
+        workload = workload_of(settings, config, defaults_of(settings, config, ""))
+        if workload is not None and settings.handoff:
+            check_init(workload)
+    except RecordError as error:
+        raise MachineError(str(error)) from None
 
 
 def workload_of(
