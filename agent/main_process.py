@@ -13,11 +13,10 @@ import time
 
 import trio
 
-from agent import tree
 from agent.adopted import Adopted
 from agent.child import Ends
 from agent.kept import MAIN_ID, KeptProcess, Notes
-from agent.registry import Process, listed_argv
+from agent.registry import Process
 from agent.state import Agent, log
 from guest import limits
 from guest.errors import OperationError
@@ -26,9 +25,6 @@ from guest.process import limit_advice
 from guest.supervision import MainExited, MainStarted
 
 __all__ = ["ConsoleMain", "find_main", "take_main"]
-
-LOOKS = 100  # at a workload that is about to get its arguments
-LOOK_EVERY = 0.002  # seconds: what PID 1 says next waits meanwhile
 
 
 async def find_main(agent: Agent) -> KeptProcess:
@@ -58,10 +54,9 @@ async def take_main(agent: Agent, message: MainStarted, descriptors: list[int]) 
     left = set(descriptors)  # what nobody has taken yet
     try:
         if message.console:
-            argv = await arguments(message.pid)
             if not isinstance(main, ConsoleMain):
                 main = agent.processes[MAIN_ID] = ConsoleMain()
-            main.lives(message.pid, argv)
+            main.lives(message.pid, message.argv)
         elif main is None:
             await attachable(agent, message, descriptors, left)
     except (OSError, ValueError) as error:  # also where descriptors were lost on their way
@@ -88,11 +83,10 @@ async def attachable(
     """Keep the workload's output; `left` loses what is taken. Raises OSError."""
     for fd in descriptors:
         os.set_blocking(fd, False)
-    argv = await arguments(message.pid)
     notes = Notes(
         keep=Keep(),
         started=time.monotonic(),
-        argv=argv,
+        argv=message.argv,
         tty=message.terminal,
         reader_wait=message.output_wait,
     )
@@ -162,25 +156,6 @@ def streams(descriptors: list[int]) -> Ends:
         return descriptors[0], {1: os.dup(descriptors[0])}  # each stream is closed by itself
     stdin, stdout, stderr = descriptors
     return stdin, {1: stdout, 2: stderr}
-
-
-async def arguments(pid: int) -> tuple[str, ...]:
-    """What a list shows, once it has them: who starts it goes on before execve(2) is over."""
-    for _ in range(LOOKS):
-        if not tree.between_programs(str(pid)):
-            break
-        await trio.sleep(LOOK_EVERY)
-    return listed_argv(command_line(pid))
-
-
-def command_line(pid: int) -> tuple[str, ...]:
-    """Its arguments, which PID 1 does not tell; its id where they cannot be seen any more."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb", buffering=0) as file:
-            text = file.read(limits.LISTED_ARGV) or b""
-    except OSError:
-        text = b""
-    return tuple(os.fsdecode(text).rstrip("\0").split("\0")) if text else (MAIN_ID,)
 
 
 def exit_descriptor(pid: int) -> int:

@@ -5,11 +5,11 @@ import time
 
 import trio
 
-from guest import limits
 from guest.errors import OperationError
 from guest.messages import Exited, ProcessInfo
+from guest.process import listed_argv
 
-__all__ = ["Process", "Registry", "listed_argv"]
+__all__ = ["Process", "Registry"]
 
 
 class Process:
@@ -157,15 +157,3 @@ class Registry(dict[str, Process]):
         if process is None:
             raise OperationError("no_such_process", f"there is no process {process_id!r:.100}")
         return process
-
-
-def listed_argv(argv: tuple[str, ...]) -> tuple[str, ...]:
-    """What a list shows of the arguments: LISTED_ARGV characters together, with … for the rest."""
-    room = limits.LISTED_ARGV  # a word takes one more than its length, so that empty ones count
-    shown: list[str] = []
-    for word in argv:
-        room -= len(word) + 1
-        if room <= 0:
-            return (*shown, word[: room + len(word)] + "…")
-        shown.append(word)
-    return tuple(shown)

@@ -19,6 +19,7 @@ __all__ = [
     "DEFAULT_TERM",
     "Plan",
     "limit_advice",
+    "listed_argv",
     "plan",
     "share_of_processes",
     "shell_argv",
@@ -223,3 +224,15 @@ def start_failure(
         "path": subject[: limits.ERROR_MESSAGE],
     }
     return code, message, fields
+
+
+def listed_argv(argv: tuple[str, ...]) -> tuple[str, ...]:
+    """What a list shows of the arguments: LISTED_ARGV characters together, with … for the rest."""
+    room = limits.LISTED_ARGV  # a word takes one more than its length, so that empty ones count
+    shown: list[str] = []
+    for word in argv:
+        room -= len(word) + 1
+        if room <= 0:
+            return (*shown, word[: room + len(word)] + "…")
+        shown.append(word)
+    return tuple(shown)

@@ -67,9 +67,12 @@ class MainStarted(Record):
     `terminal`: it has a terminal instead. Descriptors: the terminal's other end.
     `console`: it has the machine's console instead. No descriptors; each of its lives is told.
     `output_wait`: as of the workload in the boot config.
+    `argv`: what it was started with, cut to LISTED_ARGV characters. In /proc it is in memory of the
+    workload's, and who reads that can be made to wait.
     """
 
     pid: int
+    argv: tuple[str, ...]
     terminal: bool = False
     console: bool = False
     output_wait: float = limits.OUTPUT_GRACE

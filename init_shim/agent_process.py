@@ -264,7 +264,11 @@ class AgentProcess:
     def _tell_workload(self) -> None:
         assert self.workload is not None
         assert self._config.workload is not None
-        started = MainStarted(pid=self.workload.pid, output_wait=self._config.workload.output_wait)
+        started = MainStarted(
+            pid=self.workload.pid,
+            argv=self.workload.argv,
+            output_wait=self._config.workload.output_wait,
+        )
         if self.workload.terminal >= 0:
             terminal = [self.workload.terminal]
             self._send(started.replace(terminal=True), terminal)

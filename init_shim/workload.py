@@ -57,7 +57,8 @@ def start_workload(workload: Workload, image: ImageDefaults, most: Most) -> "Run
         if cgroup is not None:
             cgroup.close()
         raise
-    return RunningWorkload(pid, pidfd, streams, cgroup)
+    argv = process.listed_argv(tuple(map(os.fsdecode, plan.argv)))
+    return RunningWorkload(pid, pidfd, argv, streams, cgroup)
 
 
 class RunningWorkload:
@@ -68,9 +69,15 @@ class RunningWorkload:
     """
 
     def __init__(
-        self, pid: int, pidfd: int, streams: "Streams", cgroup: WorkloadCgroup | None
+        self,
+        pid: int,
+        pidfd: int,
+        argv: tuple[str, ...],
+        streams: "Streams",
+        cgroup: WorkloadCgroup | None,
     ) -> None:
         self.pid = pid
+        self.argv = argv  # as a list shows it
         self.pidfd = pidfd  # readable once it has ended, also while a debugger hides that
         self.ending = Ending(pid, "the workload")
         self.stdin = streams.stdin  # the writing end, until the agent has made its deposit

@@ -41,7 +41,9 @@ class Workload:
             assert popen.stderr
             streams = [popen.stdin, popen.stdout, popen.stderr]
             self.pid = popen.pid
-            agent.send(MainStarted(pid=popen.pid), [stream.fileno() for stream in streams])
+            agent.send(
+                MainStarted(pid=popen.pid, argv=argv), [stream.fileno() for stream in streams]
+            )
             for stream in streams:
                 stream.close()
             popen.returncode = 0  # the test waits for it itself

@@ -296,11 +296,11 @@ def test_what_is_not_kept_dies_with_the_agent(machine: Machine) -> None:
     assert len(sleepers(machine)) == 1
 
 
-def sleepers(machine: Machine) -> list[int]:
+def sleepers(machine: Machine, seconds: str = "4343") -> list[int]:
     return [
         pid
         for pid in descendants(machine.process.pid)
-        if command_of(pid) == ["sleep", "4343"] and state_of(pid) != "Z"
+        if command_of(pid) == ["sleep", seconds] and state_of(pid) != "Z"
     ]
 
 
@@ -447,3 +447,17 @@ def test_a_killed_agent_whose_pipe_is_held_is_replaced(root: Path, holder: str) 
         assert list(listed(machine)) == [kept]
         assert len(sleepers(machine)) == 1
         assert not holders(machine)
+
+
+@pytest.mark.parametrize("stdio", ["console", "attached"])
+def test_the_workload_is_listed_as_it_was_started(root: Path, stdio: str) -> None:
+    """What /proc shows is in memory of its own, for which a reader may have to wait."""
+    started = ("sh", "-c", "exec sleep 4348")
+    config = boot_config(list(started), stdio=stdio)
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        machine.report("workload_started")
+        assert wait_for(lambda: listed(machine).get("main"), "the workload").argv == started
+        wait_for(lambda: sleepers(machine, "4348"), "another program")
+        kill_agent(machine)
+        assert wait_for(lambda: listed(machine).get("main"), "the workload").argv == started
