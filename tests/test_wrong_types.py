@@ -277,7 +277,7 @@ def test_boot_says_it_before_anything_is_made(
     [
         ({"command": ["true"], "seccomp": b"x"}, "seccomp"),
         ({"command": ["true"], "seccomp": "{"}, "seccomp: .*JSON"),
-        ({"handoff": True, "command": ["true"], "umask": 0o77}, "workload.umask: cannot be set"),
+        ({"handoff": True, "command": ["true"], "restart": "always"}, "workload.restart: cannot"),
         ({"handoff": True}, "name a command"),
         ({"command": []}, "name a command"),
         ({"command": ["true"], "stop_signal": "NOPE"}, "signal"),
