@@ -3,12 +3,14 @@
 import select
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import anyio
 import pytest
 from agentharness import TOKEN, AgentProcess
 from interrupts import Interrupted, at_each_moment, interrupted_at
+from machinekit import wait_until
 from patience import PATIENCE
 
 from guest.connection import Data, Event
@@ -21,6 +23,7 @@ from host_client import (
     ProcessStream,
     Result,
     aio,
+    boot,
     connect,
 )
 
@@ -241,6 +244,31 @@ def test_an_interrupted_stream_of_events_loses_none_silently(client: Agent) -> N
         stream[0].close()
         assert told > 10
         process.kill()
+
+
+@pytest.mark.slow
+def test_an_interrupted_start_leaves_no_process(image: str, machines_home: Path) -> None:
+    """Also where the agent has started it already: nobody would have its id."""
+    with boot(image, machine="namespaces") as machine:
+        client = machine.agent
+
+        def left() -> list[str]:
+            return [each.id for each in client.processes() if each.exited is None]
+
+        moments = 0
+        for interrupted, outcome in at_each_moment(
+            lambda: client.start(["sleep", "77"], keep=True)
+        ):
+            moments += 1
+            if interrupted:
+                assert isinstance(outcome, Interrupted)
+                wait_until("what was started is gone", lambda: not left())
+            else:
+                assert isinstance(outcome, Process)
+                assert left() == [outcome.id]
+                outcome.kill()
+                outcome.close()
+        assert moments > 50
 
 
 TASKS: dict[str, Callable[[aio.Process], Awaitable[object]]] = {
