@@ -25,7 +25,7 @@ from guest.errors import OperationError
 from guest.record import Record
 from guest.renewal import Clock, ClockResult
 
-__all__ = ["clock", "clocks", "has_own_kernel", "step", "watch"]
+__all__ = ["Pauses", "clock", "clocks", "has_own_kernel", "step", "watch"]
 
 RTC = "/sys/class/rtc/rtc0/since_epoch"
 WATCH_EVERY = 10.0  # seconds; a look costs 0.8 ms of an emulated processor
@@ -33,7 +33,17 @@ PAUSE_MIN = 2.0  # seconds; the real-time clock knows whole ones only
 SECOND = 10**9  # nanoseconds
 
 
-async def clock(agent: Agent, _channel: Channel, args: Record, _early: list[Event]) -> Record:
+class Pauses:
+    """How often the machine stood still, as far as `watch` has seen, and how long the last time."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.last = 0.0  # seconds
+
+
+async def clock(
+    pauses: Pauses, agent: Agent, _channel: Channel, args: Record, _early: list[Event]
+) -> Record:
     """The operation. Raises OperationError kernel_shared, not_permitted."""
     assert isinstance(args, Clock)
     stepped = 0.0
@@ -45,8 +55,8 @@ async def clock(agent: Agent, _channel: Channel, args: Record, _early: list[Even
         boottime=boottime,
         stepped=stepped,
         rtc=read_rtc(),
-        pauses=agent.pauses,
-        last_pause=agent.last_pause,
+        pauses=pauses.count,
+        last_pause=pauses.last,
     )
 
 
@@ -87,7 +97,7 @@ def has_own_kernel(agent: Agent) -> bool:
     return agent.configure.transport == "vsock"
 
 
-async def watch(agent: Agent) -> None:
+async def watch(agent: Agent, pauses: Pauses) -> None:
     """Mend what a pause or a restore leaves that nobody tells us of. For ever."""
     if not has_own_kernel(agent):
         return
@@ -99,7 +109,7 @@ async def watch(agent: Agent) -> None:
         now = Look.now()
         lost = now.lost(before) if now is not None and before is not None else 0.0
         if now is not None and before is not None and lost >= PAUSE_MIN:
-            await mend(agent, lost, agrees=now.agrees, others=now.ahead(before))
+            await mend(agent, pauses, lost, agrees=now.agrees, others=now.ahead(before))
             now = Look.now()
         elif is_copy and await renewed_random_numbers():
             log("the machine was restored: reseeded the random numbers")
@@ -146,7 +156,7 @@ class Look:
         return (self.realtime - before.realtime - self.boottime + before.boottime) / SECOND
 
 
-async def mend(agent: Agent, lost: float, *, agrees: bool, others: float) -> None:
+async def mend(agent: Agent, pauses: Pauses, lost: float, *, agrees: bool, others: float) -> None:
     """The real-time clock went on by `lost` seconds more than the system did.
 
     `agrees`: with the system's clock, by now. `others`: seconds by which somebody has set that one,
@@ -154,8 +164,8 @@ async def mend(agent: Agent, lost: float, *, agrees: bool, others: float) -> Non
     """
     if agrees and abs(others) < PAUSE_MIN:
         return  # no pause: the real-time clock was wrong, and somebody has set it
-    agent.pauses += 1
-    agent.last_pause = lost
+    pauses.count += 1
+    pauses.last = lost
     done = []
     rest = lost - max(0.0, others)
     if rest >= PAUSE_MIN:

@@ -52,10 +52,11 @@ async def serve(agent: Agent, starter: Starter, listener: socket.socket) -> None
     async with trio.open_nursery() as nursery:
         agent.nursery = nursery
         nursery.start_soon(orders.follow, agent, starter)
-        nursery.start_soon(clock.watch, agent)
+        pauses = clock.Pauses()
+        nursery.start_soon(clock.watch, agent, pauses)
         agent.ready_ms = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000
         agent.link.send(AgentReady(boot_ms=agent.ready_ms))
-        await service.serve(agent, operations.table(starter), listener)
+        await service.serve(agent, operations.table(starter, pauses), listener)
 
 
 def raise_descriptor_limit() -> tuple[tuple[int, int, int], ...]:

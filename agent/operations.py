@@ -5,6 +5,7 @@ from functools import partial
 
 from agent import attaching, clock, machine, renewing, requests
 from agent.channel import Channel
+from agent.clock import Pauses
 from agent.processes import Starter
 from agent.state import Agent
 from guest.connection import Event
@@ -18,7 +19,7 @@ __all__ = ["Handler", "table"]
 Handler = Callable[[Agent, Channel, Record, list[Event]], Awaitable[Record | None]]
 
 
-def table(starter: Starter) -> dict[str, Handler]:
+def table(starter: Starter, pauses: Pauses) -> dict[str, Handler]:
     """Every operation that the protocol names; it refuses all others."""
     handlers: dict[str, Handler] = {
         "ping": machine.ping,
@@ -30,7 +31,7 @@ def table(starter: Starter) -> dict[str, Handler]:
         "wait": requests.wait,
         "signal": requests.signal,
         "forget": requests.forget,
-        "clock": clock.clock,
+        "clock": partial(clock.clock, pauses),
         "renew": renewing.renew,
     }
     # One without a handler would fail hosts as `internal`; so it fails every boot.

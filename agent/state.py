@@ -31,8 +31,6 @@ class Agent:
         self.main_readers = 0  # hosts that may write to the workload, or have just taken its end
         self.processes = Registry(configure.starts)
         self.connections = 0
-        self.pauses = 0  # that `agent.clock` has found out, and how many seconds the last one was
-        self.last_pause = 0.0
 
     async def wait_known(self) -> None:
         """Until what an earlier agent has kept is served again. Raises OperationError not_ready."""
