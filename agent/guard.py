@@ -6,8 +6,11 @@ waits uninterruptibly: to read, write, ask how much is in it, resize or close it
 whether the lock is free. The pipes are the processes' own, so a process can do that to the agent.
 
 The thread looks at the system call that the event loop is in, whose stream that is about, and
-whether it waits there uninterruptibly without a pause. Who holds the lock is looked for by
-`agent.holders`. Where nobody is found, all who could have the pipe are killed, and in the end all.
+whether it waits there uninterruptibly: since the last look without a pause, or while somebody waits
+in splice(2) on that stream. So locks that are held for a moment each count as often as a look finds
+one, which is their share of the time. Who writes much, or has no processor with the lock in its
+hands, does not count. Who holds the lock is looked for by `agent.holders`. Where nobody is found,
+all who could have the pipe are killed, and in the end all.
 """
 
 import os
@@ -17,7 +20,7 @@ import time
 from collections.abc import Callable
 
 from agent import holders
-from agent.holders import Killed, Look, open_in
+from agent.holders import Candidate, Found, Look, open_in
 from agent.registry import Process
 from agent.state import Agent, log
 from agent.threads import run_beside
@@ -26,6 +29,7 @@ from guest import limits
 __all__ = ["Guard"]
 
 LOOK_EVERY = 0.5  # seconds; a look is two reads in /proc
+LOOK_TWICE = 0.02  # seconds; locks that are held for less are as good as none
 KEEPER = b"microguest-keep\n"  # /proc/PID/comm of init_shim.keeper
 
 # Something that is done against who holds a lock. Whether it was against anybody.
@@ -40,10 +44,11 @@ class Guard:
         self._parent = os.getppid()  # has the streams of kept processes as well
         self._proc = self._call = self._status = -1
         self._before = b""
-        self._stood: dict[Process, float] = {}  # seconds in this LOCK_MINUTE
+        # Of this LOCK_MINUTE: seconds by the user whose streams they are; and measures that were
+        # taken, and the seconds at which the next one is due.
+        self._stood: dict[int, float] = {}
+        self._measured: dict[Process, tuple[int, float]] = {}
         self._forget_at = 0.0  # time.monotonic()
-        self._taken = 0  # measures, while it stands
-        self._next_at = 0.0  # what it has stood when the next one is due
         self._hangs = threading.Lock()  # held by the thread of a search that may hang
 
     def start(self) -> None:
@@ -76,20 +81,29 @@ class Guard:
         call = os.pread(self._call, 256, 0)
         about = self._about(call)
         state = call + waits if about and (waits := self._waits()) else b""
-        stands = state == self._before != b""
+        stands = state == self._before
         self._before = state
-        if about is None or not stands:
-            self._taken, self._next_at = 0, 0.0
+        if about is None or not state:
+            return
+        process, stream = about
+        if not (stands or self._is_held(state, stream)):
             return
         if now >= self._forget_at:
             self._stood.clear()
+            self._measured.clear()
             self._forget_at = now + limits.LOCK_MINUTE
-            self._next_at = 0.0
-        process, stream = about
-        self._stood[process] = stood = self._stood.get(process, 0.0) + seconds
-        if stood >= max(limits.LOCK_HELD, self._next_at):
-            self._next_at = stood + limits.LOCK_KILL_WAIT
-            self._act(process, stream)
+        stood = self._stood[stream.st_uid] = self._stood.get(stream.st_uid, 0.0) + seconds
+        taken, due = self._measured.get(process, (0, limits.LOCK_HELD))
+        if stood >= due:
+            taken = self._act(process, stream, taken)
+            self._measured[process] = taken, stood + limits.LOCK_KILL_WAIT
+
+    def _is_held(self, state: bytes, stream: os.stat_result) -> bool:
+        """Whether it waits a little longer, and somebody in splice(2) on the same stream."""
+        time.sleep(LOOK_TWICE)
+        if os.pread(self._call, 256, 0) + self._waits() != state:
+            return False
+        return bool(self._beside(holders.holds(pipe_name(stream)), lambda _: True).pids)
 
     def _about(self, call: bytes) -> tuple[Process, os.stat_result] | None:
         """Whose stream the event loop is at, and which."""
@@ -118,14 +132,14 @@ class Guard:
             return b""
         return b"".join(line for line in lines if b"ctxt_switches:" in line)
 
-    def _act(self, process: Process, stream: os.stat_result) -> None:
-        """The next measure, and at once the one behind it where that was against nobody."""
+    def _act(self, process: Process, stream: os.stat_result, taken: int) -> int:
+        """The next measure, and at once the one behind it where that was against nobody. How many
+        were taken then."""
         measures = self._measures(process, stream)
-        for _ in measures:
-            measure = measures[self._taken % len(measures)]
-            self._taken += 1
-            if measure():
-                return
+        for number in range(taken, taken + len(measures)):
+            if measures[number % len(measures)]():
+                return number + 1
+        return taken
 
     def _measures(self, process: Process, stream: os.stat_result) -> list[Measure]:
         """The pipe is the process's, which has let its lock be held: first its tree has to end,
@@ -134,7 +148,7 @@ class Guard:
 
         An agent that is not in a guest (docs/building.md) has no right to others' processes.
         """
-        name = f"pipe:[{stream.st_ino}]"
+        name = pipe_name(stream)
         stream_of = f"a stream of process {process.id}"
 
         def end_tree() -> bool:
@@ -149,7 +163,8 @@ class Guard:
             return self._kill(holders.has_open(name), f"they have {stream_of} open")
 
         def end_hidden() -> bool:
-            return self._kill_beside(holders.has_hidden, f"one of them may hold {stream_of}")
+            killed = self._beside(holders.holds(name), Candidate.kill)
+            return tell(killed, f"one of them may hold {stream_of}")
 
         def end_owners() -> bool:
             why = f"user {stream.st_uid} holds {stream_of}"
@@ -176,27 +191,35 @@ class Guard:
         return self._parent == 1 or holders.read_in(self._proc, f"{self._parent}/comm") == KEEPER
 
     def _kill(self, look: Look, why: str) -> bool:
-        """Whom it wants, but for PID 1, the agent and who keeps its pipes: which these are."""
-        killed = Killed()
-        self._search(look, killed)
-        if killed.pids:
-            log(f"killed as {why}: {killed}")
-        return bool(killed.pids)
+        killed = Found()
+        self._search(look, Candidate.kill, killed)
+        return tell(killed, why)
 
-    def _kill_beside(self, look: Look, why: str) -> bool:
-        """The same in another thread: it may hang, and is not waited for then."""
-        killed, done = Killed(), threading.Event()
+    def _beside(self, look: Look, deed: Callable[[Candidate], bool]) -> Found:
+        """In another thread: the search may hang, and is not waited for then."""
+        found, done = Found(), threading.Event()
 
         def search() -> None:
             with self._hangs:
-                self._search(look, killed)
+                self._search(look, deed, found)
             done.set()
 
         if not self._hangs.locked() and run_beside(search, "search"):
             done.wait(limits.LOCK_SEARCH)
-        if killed.pids:
-            log(f"killed as {why}: {killed}")
-        return bool(killed.pids)
+        return found
 
-    def _search(self, look: Look, killed: Killed) -> None:
-        holders.kill(self._proc, {1, self._parent, os.getpid()}, look, killed)
+    def _search(self, look: Look, deed: Callable[[Candidate], bool], found: Found) -> None:
+        """Among all but PID 1, the agent and who keeps its pipes: which these are."""
+        holders.search(self._proc, {1, self._parent, os.getpid()}, look, deed, found)
+
+
+def pipe_name(stream: os.stat_result) -> str:
+    """As readlink(2) of its descriptors has it."""
+    return f"pipe:[{stream.st_ino}]"
+
+
+def tell(killed: Found, why: str) -> bool:
+    """The console, if there are any."""
+    if killed.pids:
+        log(f"killed as {why}: {killed}")
+    return bool(killed.pids)

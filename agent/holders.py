@@ -1,6 +1,6 @@
 """Who holds the lock of a pipe: found among the guest's processes, and killed.
 
-Here nothing is asked of a process that could make who asks wait, but in `has_hidden`: a process's
+Here nothing is asked of a process that could make who asks wait, but in `holds`: a process's
 memory has a lock of its own (/proc/PID/cmdline, environ), and so has what execve(2) does (syscall,
 stack). Every search takes its turns at all processes, so that one with very many descriptors hides
 no other. By the guard's thread, while the event loop stands.
@@ -15,10 +15,12 @@ from collections.abc import Callable, Generator, Iterator
 from agent import tree
 from guest import limits
 
-__all__ = ["Killed", "belongs_to", "has_hidden", "has_open", "is_a_program", "kill", "open_in"]
+__all__ = [
+    "Candidate", "Found", "belongs_to", "has_open", "holds", "is_a_program", "open_in", "search",
+]  # fmt: skip
 
 TURN = 64  # descriptors or threads of one process that are looked at before others are
-NAMED = 16  # pids of killed processes that the console is told
+NAMED = 16  # pids that the console is told
 
 # System calls that wait with a pipe's lock, by machine: which of their words are descriptors, and
 # whether one of these is a pipe in any case. From the kernel's tables; splice(2), readv(2).
@@ -43,8 +45,8 @@ Turns = Generator[bool, None, None]
 Look = Callable[[int, int], Turns]
 
 
-class Killed:
-    """Pids, for the console."""
+class Found:
+    """Pids, as the console is told them."""
 
     def __init__(self) -> None:
         self.pids: list[int] = []
@@ -64,6 +66,7 @@ class Candidate:
         self.turns = look(proc, pid)
 
     def kill(self) -> bool:
+        """Whether it was there to be killed."""
         return tree.send(self.pid, self._held, signal.SIGKILL)
 
     def close(self) -> None:
@@ -73,10 +76,13 @@ class Candidate:
             self._held = -1
 
 
-def kill(proc: int, spared: set[int], look: Look, killed: Killed) -> None:
-    """SIGKILL to whoever is wanted, for at most LOCK_SEARCH seconds. `proc`: /proc, for openat(2).
+Deed = Callable[[Candidate], bool]
 
-    `killed` is filled meanwhile, as a search may hang.
+
+def search(proc: int, spared: set[int], look: Look, deed: Deed, found: Found) -> None:
+    """Do that to whoever is wanted, for at most LOCK_SEARCH seconds. `proc`: /proc, for openat(2).
+
+    Those of whom `deed` says that it was done are in `found`, already while a search hangs.
     """
     until = time.monotonic() + limits.LOCK_SEARCH
     waiting: deque[Candidate] = deque()
@@ -91,22 +97,22 @@ def kill(proc: int, spared: set[int], look: Look, killed: Killed) -> None:
             except ProcessLookupError:
                 continue
             waiting.append(candidate)
-            if not take_turn(candidate, until, killed):
+            if not take_turn(candidate, until, deed, found):
                 waiting.pop().close()
         while waiting and time.monotonic() < until:
             waiting.rotate(-1)
-            if not take_turn(waiting[-1], until, killed):
+            if not take_turn(waiting[-1], until, deed, found):
                 waiting.pop().close()
     finally:
         for candidate in waiting:
             candidate.close()
 
 
-def take_turn(candidate: Candidate, until: float, killed: Killed) -> bool:
+def take_turn(candidate: Candidate, until: float, deed: Deed, found: Found) -> bool:
     """Whether it has to be looked at again."""
     wanted = next(candidate.turns, None)
-    if wanted and time.monotonic() < until and candidate.kill():
-        killed.pids.append(candidate.pid)
+    if wanted and time.monotonic() < until and deed(candidate):
+        found.pids.append(candidate.pid)
     return wanted is False
 
 
@@ -127,7 +133,7 @@ def has_open(name: str) -> Look:
 
     def look(proc: int, pid: int) -> Turns:
         for thread in threads(proc, pid):
-            for looked, link in enumerate(links(proc, thread), start=1):
+            for looked, link in enumerate(links_of(proc, thread), start=1):
                 if link == name:
                     yield True
                     return
@@ -138,23 +144,31 @@ def has_open(name: str) -> Look:
     return look
 
 
-def has_hidden(proc: int, pid: int) -> Turns:
-    """Those of whom a thread waits in a call on a pipe that it does not have among its descriptors.
+def holds(name: str) -> Look:
+    """Those of whom a thread waits in splice(2) on the pipe that is called so, or has hidden one.
 
-    The call goes on after another thread has closed the descriptor, or given its number to what no
-    such call takes. May hang at a process that hangs in execve(2).
+    That is to wait in a call on a pipe that is not among its descriptors: the call goes on after
+    another thread has closed the descriptor, or given its number to what no such call takes. May
+    hang at a process that hangs in execve(2).
     """
     calls = CALLS.get(os.uname().machine, {})
-    for thread in threads(proc, pid):
-        call = read_in(proc, f"{thread}/syscall")
-        words = call.split()
-        places, needs_pipe = calls.get(number_of(words), ((), False))
-        found = [link_of(proc, thread, words[place + 1]) for place in places]
-        hidden = "" in found or (needs_pipe and not any(map(may_be_pipe, found)))
-        if hidden and read_in(proc, f"{thread}/syscall") == call:  # it has not gone on, or ended
-            yield True
-            return
-        yield False
+
+    def look(proc: int, pid: int) -> Turns:
+        for thread in threads(proc, pid):
+            call = read_in(proc, f"{thread}/syscall")
+            words = call.split()
+            places, needs_pipe = calls.get(number_of(words), ((), False))
+            links = [link_of(proc, thread, words[place + 1]) for place in places]
+            splices = needs_pipe or len(places) > 1  # read(2) waits for data without the lock
+            hidden = "" in links or (needs_pipe and not any(map(may_be_pipe, links)))
+            if (hidden or (splices and name in links)) and (
+                read_in(proc, f"{thread}/syscall") == call  # it has not gone on, or ended
+            ):
+                yield True
+                return
+            yield False
+
+    return look
 
 
 def belongs_to(uid: int) -> Look:
@@ -215,7 +229,7 @@ def threads(proc: int, pid: int) -> Iterator[str]:
         yield f"{pid}/task/{name}"
 
 
-def links(proc: int, thread: str) -> Iterator[str]:
+def links_of(proc: int, thread: str) -> Iterator[str]:
     """What its descriptors are called; nothing of what is not ours to look at."""
     try:
         folder = open_in(proc, f"{thread}/fd")

@@ -25,6 +25,9 @@ from init_machine import (
 )
 from test_machine_keep import dial
 
+from guest.connection import Data, End
+from guest.messages import Exited
+
 OWNER, OTHER = "1000", "1001"
 VICTIM = ("tail", "-f", "/dev/null")
 
@@ -101,7 +104,7 @@ def test_a_holder_that_looks_like_others_is_killed_with_its_user(root: Path) -> 
             assert victim.collect().exited.signal == signal.SIGKILL
             serves(machine)
             is_left_alone(bystander)
-        assert "as user 1000" in machine.console
+        wait_for(lambda: "as user 1000" in machine.console, "the console's word")
 
 
 def test_roots_hidden_holder_ends_with_all_processes(root: Path) -> None:
@@ -129,3 +132,28 @@ def test_a_killed_agent_whose_pipe_is_held_by_who_hides_is_replaced(root: Path, 
             serves(machine)
         else:
             assert machine.report("workload_exited")["signal"] == signal.SIGKILL
+
+
+@pytest.mark.parametrize("milliseconds", ["100", "300"])
+def test_who_holds_locks_again_and_again_is_killed(root: Path, milliseconds: str) -> None:
+    with Machine(root, boot_config()) as machine:
+        machine.report("ready")
+        with dial(machine) as bystander, dial(machine) as host:
+            bystander.start("cat", user=OTHER, stdin=True)
+            host.start("holder", "again", milliseconds, user=OWNER)
+            assert host.collect().exited.signal == signal.SIGKILL
+            is_left_alone(bystander)
+        wait_for(lambda: "with all that it started" in machine.console, "the console's word")
+
+
+def test_who_writes_much_is_left_alone(root: Path) -> None:
+    """Also without a processor of its own, so that it is stopped with the lock in its hands."""
+    with Machine(root, boot_config(), under=("taskset", "-c", "0")) as machine:
+        machine.report("ready")
+        with dial(machine) as host:
+            busy = "for n in 1 2 3 4 5 6 7 8; do timeout 8 yes & done; wait"
+            host.start("sh", "-c", busy, user=OWNER)
+            while not isinstance(event := host.receive(), Exited):
+                assert isinstance(event, Data | End)
+            assert event.code == 0
+        assert "lock" not in machine.console

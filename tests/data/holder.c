@@ -5,6 +5,9 @@
  * does not show it among its descriptors. WAY "closed": its number leads nowhere; "replaced": it leads
  * to another pipe; "apart": only the thread that holds it has it.
  *
+ * `holder again MS` holds its stdout and its stderr for so long each, again and again, with something
+ * in them all the time.
+ *
  * splice(2) waits with the pipe's mutex held: from a socket on which nothing arrives, or to one that
  * is full. For "stdin", something must be in the pipe behind the first byte. */
 #define _GNU_SOURCE
@@ -18,9 +21,10 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
 #include <unistd.h>
 
-static int idle, apart, thread_id;
+static int idle, apart, thread_id, milliseconds;
 
 static void *hold(void *pipe)
 {
@@ -28,6 +32,20 @@ static void *hold(void *pipe)
         unshare(CLONE_FILES);
     __atomic_store_n(&thread_id, (int)gettid(), __ATOMIC_RELEASE);
     splice(idle, NULL, (int)(long)pipe, NULL, 65536, 0);
+    return NULL;
+}
+
+static void *hold_again(void *out)
+{
+    static const char some[1000];
+    struct timeval wait = {milliseconds / 1000, milliseconds % 1000 * 1000};
+    int pipe_of = (int)(long)out, pair[2];
+
+    socketpair(AF_UNIX, SOCK_STREAM, 0, pair);
+    setsockopt(pair[0], SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof wait);
+    fcntl(pipe_of, F_SETPIPE_SZ, 1 << 20);
+    while (write(pipe_of, some, sizeof some) > 0)
+        splice(pair[0], NULL, pipe_of, NULL, 65536, 0);
     return NULL;
 }
 
@@ -122,6 +140,13 @@ int main(int argc, char **argv)
     idle = pair[0];
     if (!strcmp(what, "hidden") && argc > 3) {
         hide(argv[2], argv[3]);
+        return 2;
+    }
+    if (!strcmp(what, "again") && argc > 2) {
+        pthread_t thread;
+        milliseconds = atoi(argv[2]);
+        pthread_create(&thread, NULL, hold_again, (void *)1L);
+        hold_again((void *)2L);
         return 2;
     }
     if (!strcmp(what, "orphan")) {
