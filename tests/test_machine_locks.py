@@ -127,11 +127,12 @@ def test_a_killed_agent_whose_pipe_is_held_by_who_hides_is_replaced(root: Path, 
         with dial(machine) as victim:
             victim.start(*VICTIM, user=f"{user}:{user}")
             hold(machine, agent_dies=True)
-        assert machine.report("agent_exited")["signal"] == signal.SIGKILL
         if user == OWNER:
+            assert machine.report("agent_exited")["signal"] == signal.SIGKILL
             serves(machine)
-        else:
-            assert machine.report("workload_exited")["signal"] == signal.SIGKILL
+        else:  # the agent's end may be told before, or not any more
+            reports = dict(iter(machine.next_report, ("", {})))
+            assert reports["workload_exited"]["signal"] == signal.SIGKILL
 
 
 @pytest.mark.parametrize("milliseconds", ["100", "300"])
