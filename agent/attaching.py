@@ -10,7 +10,7 @@ import trio
 
 from agent import exchange
 from agent.channel import BUFFER, Channel, ConnectionLost
-from agent.kept import MAIN_ID, KeptProcess, check_room, claimed, forgotten, keep
+from agent.kept import MAIN_ID, KeptProcess, claimed, forgotten, keep, place
 from agent.main_process import find_main
 from agent.processes import Starter
 from agent.state import Agent
@@ -54,9 +54,9 @@ async def start(
         await exchange.start(starter, agent, channel, args, early)
         return
     await agent.wait_root()
-    check_room(agent)
     with claimed(agent, args.id):
-        process = await keep(agent, await starter.begin(args), args)
+        async with place(agent):
+            process = await keep(agent, await starter.begin(args), args)
     attachment = Attachment(channel, process, dict.fromkeys(OUTPUTS, 0), write=True)
     channel.queue(Response(result=Started(id=process.id, pid=process.pid)))
     await attachment.run(early)

@@ -11,8 +11,8 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol
 
 import trio
@@ -37,10 +37,10 @@ __all__ = [
     "Attached",
     "KeptProcess",
     "Notes",
-    "check_room",
     "claimed",
     "forgotten",
     "keep",
+    "place",
 ]
 
 MAIN_ID = "main"
@@ -69,12 +69,45 @@ class Notes(Record):
     exited: Exited | None = None
 
 
-def check_room(agent: Agent) -> None:
-    """Whether one more can be kept. Raises OperationError cannot_keep."""
-    if sum(process.kept for process in agent.processes.values()) >= limits.KEPT_PROCESSES:
-        raise OperationError(
-            "cannot_keep", f"{limits.KEPT_PROCESSES} processes are kept; forget some of them"
-        )
+@asynccontextmanager
+async def place(agent: Agent) -> AsyncIterator[None]:
+    """Room for one more, held until it is listed, or is not.
+
+    Of those that have ended and that nobody is attached to, the oldest make room. Raises
+    OperationError cannot_keep where all others run, or are being read.
+    """
+    agent.processes.places += 1  # so that two who come at once do not count on the same room
+    try:
+        while kept_by(agent) > limits.KEPT_PROCESSES:
+            ended = [each for each in agent.processes.values() if is_spare(each)]
+            if not ended:
+                raise OperationError(
+                    "cannot_keep",
+                    f"{limits.KEPT_PROCESSES} processes are kept, and every one of them runs or is "
+                    "being read: end one first",
+                )
+            await min(ended, key=ended_at).forget()
+        yield
+    finally:
+        agent.processes.places -= 1
+
+
+def kept_by(agent: Agent) -> int:
+    """How many there are, with those that are being started."""
+    return agent.processes.places + sum(each.kept for each in agent.processes.values())
+
+
+def is_spare(process: Process) -> bool:
+    """Whether it may make room: its end is told, and nobody is reading."""
+    if not isinstance(process, KeptProcess) or process.id == MAIN_ID:
+        return False
+    return process.exited is not None and not process.attachments
+
+
+def ended_at(process: Process) -> float:
+    """Seconds of CLOCK_MONOTONIC, of one that has ended."""
+    assert isinstance(process, KeptProcess)
+    return process.notes.ended
 
 
 async def keep(agent: Agent, child: ChildProcess, args: Start) -> "KeptProcess":

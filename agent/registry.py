@@ -136,13 +136,15 @@ class Process:
 class Registry(dict[str, Process]):
     """All that `Process` speaks of, by id, in the order of their starts.
 
-    `claimed`: ids that hosts chose for what is not in it, yet or any more.
+    `claimed`: ids that hosts chose for what is not in it, yet or any more. `places`: how many kept
+    ones are being started, which count as if they were in it.
     """
 
     def __init__(self, starts: int) -> None:
         """`starts`: how many agents this boot has had, this one included."""
         super().__init__()
         self.claimed: set[str] = set()
+        self.places = 0
         self._starts = starts
         self._last_id = 0
 

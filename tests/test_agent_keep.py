@@ -544,14 +544,51 @@ def test_a_terminal_is_kept_as_well(agent: KeepingAgent) -> None:
 
 
 def test_no_more_than_agreed_are_kept(agent: KeepingAgent) -> None:
-    ids = []
-    for _ in range(limits.KEPT_PROCESSES):
-        ids.append(start(agent, "true"))
+    ids = [start(agent, "sleep", "1000") for _ in range(limits.KEPT_PROCESSES)]
     with Host(agent) as host:
         host.send(Request(op="start", args=Start(argv=("true",), keep=Keep())))
-        assert host.refusal().code == "cannot_keep"
-    forget(agent, ids[0])
-    start(agent, "true")
+        refusal = host.refusal()
+    assert refusal.code == "cannot_keep"
+    assert "every one of them runs or is being read: end one first" in refusal.message
+    assert set(listed(agent)) == set(ids)
+    with Host(agent) as host:
+        host.request("signal", SignalProcess(id=ids[7], signal=signal.SIGKILL))
+    wait(agent, ids[7])
+    last = start(agent, "true")
+    assert set(listed(agent)) == {*ids, last} - {ids[7]}
+
+
+def test_those_that_ended_first_make_room(agent: KeepingAgent) -> None:
+    """Also for several at a time, and not those that run or are being read."""
+    running = [start(agent, "sleep", "1000") for _ in range(limits.KEPT_PROCESSES - 5)]
+    read = start(agent, "head", "-c", "1000000", "/dev/zero")  # more than a socket takes
+    with Host(agent) as reader:
+        attach(reader, read, write=False)
+        wait(agent, read)
+        slow = start(agent, "cat", stdin=True)
+        ended = [start(agent, "true") for _ in range(3)]
+        for each in ended:
+            wait(agent, each)
+        forget(agent, slow)
+        ended.insert(0, start(agent, "false"))
+        wait(agent, ended[0])
+        order = [*ended[1:], ended[0]]  # as they ended, not as they are listed
+        hosts = [Host(agent) for _ in range(2)]
+        for host in hosts:
+            host.ping()
+        for host in hosts:
+            host.send(Request(op="start", args=Start(argv=("sleep", "1000"), keep=Keep())))
+        new = []
+        for host in hosts:
+            response = host.receive()
+            assert isinstance(response, Response)
+            assert isinstance(response.result, Started)
+            new.append(response.result.id)
+        agent.hear()
+        assert set(listed(agent)) == {*running, read, *order[2:], *new}
+        assert set(agent.deposits) - {"agent"} == set(listed(agent))
+        for host in hosts:
+            host.sock.close()
 
 
 def test_memory_of_many_idle_ones(agent: KeepingAgent) -> None:

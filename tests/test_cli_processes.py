@@ -1,5 +1,6 @@
 """The command line on the processes of a machine: `exec -d`, `ps`, `kill`, `wait`, `attach`."""
 
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -7,9 +8,13 @@ from pathlib import Path
 
 import machinekit
 import pytest
-from clikit import PROGRAM, microguest
+from clikit import PROGRAM, TYPED, Done, microguest
 from machinekit import wait_until
 from patience import PATIENCE
+
+from guest import limits
+from guest.messages import Keep
+from host_client.machines.named import find
 
 pytestmark = pytest.mark.usefixtures("module_machines_home")
 
@@ -122,6 +127,46 @@ def test_what_goes_wrong_is_one_line_and_125(box: str, words: list[str], message
     assert text.startswith("microguest")
     assert text.count("\n") == 1
     assert message in text
+
+
+def test_what_makes_room_where_no_more_are_kept(elf: Path) -> None:
+    """Those that have ended, by themselves; of those that run the message says how one goes."""
+    image = machinekit.demo_image()
+    words = ("run", "-d", "--rm", "--name", "full", "--machine", "namespaces", image)
+    assert microguest(*words, "sleep", "100000").returncode == 0
+    with find("full") as machine:
+        agent = machine.agent
+        ended = agent.start(["true"], keep=Keep())
+        ended.wait()
+        ended.close()
+        there = len([each for each in agent.processes() if each.kept])
+        for _ in range(limits.KEPT_PROCESSES - there):
+            agent.start(["sleep", "100000"], keep=Keep()).close()
+        last = start("full", "sleep 100000")
+        listed = [each.id for each in agent.processes()]
+        assert last in listed
+        assert ended.id not in listed
+    for more in (("-d",), ("-it",)):
+        done = microguest_at_terminal("exec", *more, "full", "true")
+        assert done.returncode == 125
+        text = done.stderr.decode()
+        assert "end one first: microguest ps full lists them, and microguest kill full ID" in text
+        assert text.count("\n") == 1
+    assert microguest("kill", "full", last).returncode == 0
+    assert start("full", "true")
+    assert microguest("stop", "-t", "0", "full").returncode == 0
+
+
+def microguest_at_terminal(*words: str) -> Done:
+    """As `microguest`, with a terminal for stdin."""
+    ours, theirs = os.openpty()
+    try:
+        return subprocess.run(
+            [PROGRAM, *words], stdin=theirs, capture_output=True, timeout=TYPED, check=False
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 def test_wait_for_a_machine_that_ends_with_its_command(elf: Path) -> None:

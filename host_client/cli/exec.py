@@ -2,8 +2,10 @@
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+from guest.errors import OperationError
 from guest.messages import Keep, Start
 from host_client.cli import INTERRUPTED
 from host_client.cli.detachkeys import parse as parse_keys
@@ -56,7 +58,7 @@ def attached(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if terminal is None:
         keys = b""
     start = start_of(options, argv, keep=Keep() if keys else None)
-    with agent_of(options.target) as agent:
+    with agent_of(options.target) as agent, told_of_room(options.target):
         try:
             return in_foreground(
                 agent, start, stdin=options.interactive, terminal=terminal, keys=keys
@@ -71,10 +73,28 @@ def attached(options: argparse.Namespace, argv: Sequence[str]) -> int:
 def detached(options: argparse.Namespace) -> int:
     """Start it, print its id; it goes on, and the last of what it writes is kept."""
     start = start_of(options, words(options.command), keep=Keep(on_full="drop"))
-    with agent_of(options.target) as agent, agent.open_process(start) as process:
+    with (
+        agent_of(options.target) as agent,
+        told_of_room(options.target),
+        agent.open_process(start) as process,
+    ):
         assert process.started is not None
         say(process.started.id)
     return 0
+
+
+@contextmanager
+def told_of_room(target: str) -> Iterator[None]:
+    """Where no more processes can be kept, say by which commands one goes. MachineError."""
+    try:
+        yield
+    except OperationError as error:
+        if error.code != "cannot_keep":
+            raise
+        raise MachineError(
+            f"{error.message}: microguest ps {target} lists them, and microguest kill {target} ID "
+            "ends one"
+        ) from None
 
 
 def start_of(options: argparse.Namespace, argv: Sequence[str], keep: Keep | None = None) -> Start:
