@@ -67,11 +67,14 @@ soak: guest $(DEMO_IMAGE)/index.json
 man: setup
 	$(BIN)/python build/man_page.py docs/microguest.1
 
-check: setup
+# The wheel is tried with a machine, for which the guest is made first.
+check: guest $(DEMO_IMAGE)/index.json
+	$(PYTHON) build/packages.py run
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	MYPYPATH=build:build/native $(BIN)/mypy build/*.py docs/examples/*.py benchmarks/*.py
+	MYPYPATH=src:build:build/native $(BIN)/mypy build/*.py docs/examples/*.py benchmarks/*.py
+	$(BIN)/python build/check_wheel.py
 
 bench: guest $(DEMO_IMAGE)/index.json
 	$(PYTHON) build/packages.py run

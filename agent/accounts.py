@@ -8,8 +8,8 @@ import stat
 
 import _guestsys
 
-from guest import limits
-from guest.users import GROUPS_FILE, USERS_FILE, Identity, resolve
+from microguest.guest import limits
+from microguest.guest.users import GROUPS_FILE, USERS_FILE, Identity, resolve
 
 __all__ = ["Accounts"]
 

@@ -9,15 +9,15 @@ import time
 
 import trio
 
-from agent import tracers
-from agent.child import REAPING, ChildProcess, Ends
-from agent.leaf import Leaf
-from agent.state import log
-from agent.tree import UNMARKED
-from guest import limits
-from guest.messages import Exited
-from guest.status import exit_fields
-from guest.supervision import KeptStatus, MainExited
+from microguest.agent import tracers
+from microguest.agent.child import REAPING, ChildProcess, Ends
+from microguest.agent.leaf import Leaf
+from microguest.agent.state import log
+from microguest.agent.tree import UNMARKED
+from microguest.guest import limits
+from microguest.guest.messages import Exited
+from microguest.guest.status import exit_fields
+from microguest.guest.supervision import KeptStatus, MainExited
 
 __all__ = ["Adopted"]
 

@@ -8,16 +8,16 @@ import select
 
 import trio
 
-from agent import exchange
-from agent.channel import BUFFER, Channel, ConnectionLost
-from agent.kept import MAIN_ID, KeptProcess, claimed, forgotten, keep, place
-from agent.main_process import find_main
-from agent.processes import Starter
-from agent.state import Agent
-from guest import limits
-from guest.connection import Data, End, Event, Response
-from guest.errors import OperationError, RemoteProtocolError
-from guest.messages import (
+from microguest.agent import exchange
+from microguest.agent.channel import BUFFER, Channel, ConnectionLost
+from microguest.agent.kept import MAIN_ID, KeptProcess, claimed, forgotten, keep, place
+from microguest.agent.main_process import find_main
+from microguest.agent.processes import Starter
+from microguest.agent.state import Agent
+from microguest.guest import limits
+from microguest.guest.connection import Data, End, Event, Response
+from microguest.guest.errors import OperationError, RemoteProtocolError
+from microguest.guest.messages import (
     STREAMS,
     Acknowledge,
     Attach,
@@ -28,8 +28,8 @@ from guest.messages import (
     Start,
     Started,
 )
-from guest.record import Record
-from guest.supervision import MainCollected, MainReader
+from microguest.guest.record import Record
+from microguest.guest.supervision import MainCollected, MainReader
 
 __all__ = ["Attachment", "attach", "start"]
 

@@ -20,11 +20,11 @@ import fcntl
 import os
 import time
 
-from agent.leaf import Leaf, read_number, read_words, write, write_if_possible
-from guest import limits
-from guest.errors import OperationError, operation_error
-from guest.messages import Limits
-from guest.process import share_of_processes
+from microguest.agent.leaf import Leaf, read_number, read_words, write, write_if_possible
+from microguest.guest import limits
+from microguest.guest.errors import OperationError, operation_error
+from microguest.guest.messages import Limits
+from microguest.guest.process import share_of_processes
 
 __all__ = ["REFUSALS", "Cgroups", "open_cgroups", "workload_memory"]
 

@@ -14,9 +14,9 @@ import termios
 
 import trio
 
-from guest import limits
-from guest.connection import Connection, Event, Role
-from guest.messages import Credit
+from microguest.guest import limits
+from microguest.guest.connection import Connection, Event, Role
+from microguest.guest.messages import Credit
 
 __all__ = ["BUFFER", "Channel", "ConnectionLost", "readable_bytes"]
 

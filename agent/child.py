@@ -11,12 +11,12 @@ import time
 
 import trio
 
-from agent import terminals, tracers, tree
-from agent.hunting import Hunters, Quarry
-from agent.leaf import Leaf
-from agent.registry import Process
-from guest import limits
-from guest.messages import Exited
+from microguest.agent import terminals, tracers, tree
+from microguest.agent.hunting import Hunters, Quarry
+from microguest.agent.leaf import Leaf
+from microguest.agent.registry import Process
+from microguest.guest import limits
+from microguest.guest.messages import Exited
 
 __all__ = ["REAPING", "ChildProcess", "Ends"]
 

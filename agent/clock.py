@@ -15,15 +15,15 @@ import time
 
 import trio
 
-from agent import generation
-from agent.channel import Channel
-from agent.entropy import reseed, seed_from_hardware
-from agent.state import Agent, log
-from agent.threads import in_thread
-from guest.connection import Event
-from guest.errors import OperationError
-from guest.record import Record
-from guest.renewal import Clock, ClockResult
+from microguest.agent import generation
+from microguest.agent.channel import Channel
+from microguest.agent.entropy import reseed, seed_from_hardware
+from microguest.agent.state import Agent, log
+from microguest.agent.threads import in_thread
+from microguest.guest.connection import Event
+from microguest.guest.errors import OperationError
+from microguest.guest.record import Record
+from microguest.guest.renewal import Clock, ClockResult
 
 __all__ = ["Pauses", "clock", "clocks", "has_own_kernel", "step", "watch"]
 

@@ -15,15 +15,15 @@ import signal
 
 import trio
 
-from agent.channel import Channel, ConnectionLost, readable_bytes
-from agent.processes import Starter
-from agent.pumps import InputPump, OutputPump
-from agent.registry import Process
-from agent.state import Agent
-from guest import limits
-from guest.connection import Data, End, Event, Response
-from guest.messages import STREAMS, Acknowledge, Detach, Resize, Signal, Start, Started
-from guest.record import Record
+from microguest.agent.channel import Channel, ConnectionLost, readable_bytes
+from microguest.agent.processes import Starter
+from microguest.agent.pumps import InputPump, OutputPump
+from microguest.agent.registry import Process
+from microguest.agent.state import Agent
+from microguest.guest import limits
+from microguest.guest.connection import Data, End, Event, Response
+from microguest.guest.messages import STREAMS, Acknowledge, Detach, Resize, Signal, Start, Started
+from microguest.guest.record import Record
 
 __all__ = ["Exchange", "start"]
 

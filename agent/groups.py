@@ -2,18 +2,18 @@
 
 import os
 
-from agent.cgroups import (
+from microguest.agent.cgroups import (
     Cgroups,
     needed_controllers,
     open_cgroups,
     unavailable,
     workload_memory,
 )
-from agent.leaf import Leaf
-from agent.state import Agent
-from guest import limits
-from guest.messages import Limits
-from guest.supervision import AGENT_ID, Deposit
+from microguest.agent.leaf import Leaf
+from microguest.agent.state import Agent
+from microguest.guest import limits
+from microguest.guest.messages import Limits
+from microguest.guest.supervision import AGENT_ID, Deposit
 
 __all__ = ["Groups"]
 

@@ -19,12 +19,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from agent import holders
-from agent.holders import Candidate, Found, Look, open_in
-from agent.registry import Process
-from agent.state import Agent, log
-from agent.threads import run_beside
-from guest import limits
+from microguest.agent import holders
+from microguest.agent.holders import Candidate, Found, Look, open_in
+from microguest.agent.registry import Process
+from microguest.agent.state import Agent, log
+from microguest.agent.threads import run_beside
+from microguest.guest import limits
 
 __all__ = ["Guard"]
 

@@ -12,8 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 
-from agent import tree
-from guest import limits
+from microguest.agent import tree
+from microguest.guest import limits
 
 __all__ = [
     "Candidate", "Found", "belongs_to", "has_open", "holds", "is_a_program", "open_in", "search",

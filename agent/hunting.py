@@ -7,8 +7,8 @@ from typing import ClassVar, TypeVar
 
 import trio
 
-from agent import tree
-from agent.tree import Hunt
+from microguest.agent import tree
+from microguest.agent.tree import Hunt
 
 __all__ = ["Hunters", "Quarry", "in_slices"]
 

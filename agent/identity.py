@@ -4,9 +4,9 @@ import os
 import socket
 import stat
 
-from agent.staging import Written
-from guest.messages import StagedFile
-from guest.users import Identity
+from microguest.agent.staging import Written
+from microguest.guest.messages import StagedFile
+from microguest.guest.users import Identity
 
 __all__ = ["set_hostname", "set_machine_id"]
 

@@ -17,20 +17,20 @@ from typing import Protocol
 
 import trio
 
-from agent import tracers
-from agent.adopted import Adopted
-from agent.channel import readable_bytes
-from agent.child import ChildProcess
-from agent.pumps import InputPump, enlarge
-from agent.registry import Process
-from agent.ring import CUT, ENDED, Ring
-from agent.state import Agent, log
-from guest import limits
-from guest.errors import OperationError
-from guest.messages import STREAMS, Exited, Keep, Start
-from guest.record import Record
-from guest.status import exit_fields
-from guest.supervision import Deposit, KeptExited, KeptStatus, MainExited, Withdraw
+from microguest.agent import tracers
+from microguest.agent.adopted import Adopted
+from microguest.agent.channel import readable_bytes
+from microguest.agent.child import ChildProcess
+from microguest.agent.pumps import InputPump, enlarge
+from microguest.agent.registry import Process
+from microguest.agent.ring import CUT, ENDED, Ring
+from microguest.agent.state import Agent, log
+from microguest.guest import limits
+from microguest.guest.errors import OperationError
+from microguest.guest.messages import STREAMS, Exited, Keep, Start
+from microguest.guest.record import Record
+from microguest.guest.status import exit_fields
+from microguest.guest.supervision import Deposit, KeptExited, KeptStatus, MainExited, Withdraw
 
 __all__ = [
     "MAIN_ID",

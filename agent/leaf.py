@@ -8,8 +8,8 @@ import os
 import signal
 from typing import Protocol
 
-from agent.tree import pidfd_of, send
-from guest.messages import Limits
+from microguest.agent.tree import pidfd_of, send
+from microguest.guest.messages import Limits
 
 __all__ = ["Leaf", "Owner", "read_number", "read_words", "write", "write_if_possible"]
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from agent.registry import Process
-from guest import limits
-from guest.supervision import AGENT_FD, MESSAGES, Deposit, ExecStarted, Message, Withdraw
+from microguest.agent.registry import Process
+from microguest.guest import limits
+from microguest.guest.supervision import AGENT_FD, MESSAGES, Deposit, ExecStarted, Message, Withdraw
 
 __all__ = ["Link", "Packet"]
 

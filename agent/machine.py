@@ -3,12 +3,12 @@
 import os
 import time
 
-from agent.channel import Channel, ConnectionLost
-from agent.state import Agent
-from guest.connection import Event, Response
-from guest.messages import InfoResult, PingResult, Shutdown, ShutdownResult
-from guest.record import Record
-from guest.supervision import ShutdownRequest
+from microguest.agent.channel import Channel, ConnectionLost
+from microguest.agent.state import Agent
+from microguest.guest.connection import Event, Response
+from microguest.guest.messages import InfoResult, PingResult, Shutdown, ShutdownResult
+from microguest.guest.record import Record
+from microguest.guest.supervision import ShutdownRequest
 
 __all__ = ["info", "ping", "shutdown"]
 

@@ -12,12 +12,12 @@ import time
 
 import trio
 
-from agent import clock, operations, orders, service
-from agent.groups import Groups
-from agent.link import Link
-from agent.processes import Starter
-from agent.state import Agent
-from guest.supervision import AgentReady, Configure
+from microguest.agent import clock, operations, orders, service
+from microguest.agent.groups import Groups
+from microguest.agent.link import Link
+from microguest.agent.processes import Starter
+from microguest.agent.state import Agent
+from microguest.guest.supervision import AgentReady, Configure
 
 __all__ = ["run"]
 

@@ -13,16 +13,16 @@ import time
 
 import trio
 
-from agent.adopted import Adopted
-from agent.child import Ends
-from agent.kept import MAIN_ID, KeptProcess, Notes
-from agent.registry import Process
-from agent.state import Agent, log
-from guest import limits
-from guest.errors import OperationError
-from guest.messages import Keep
-from guest.process import limit_advice
-from guest.supervision import MainExited, MainStarted
+from microguest.agent.adopted import Adopted
+from microguest.agent.child import Ends
+from microguest.agent.kept import MAIN_ID, KeptProcess, Notes
+from microguest.agent.registry import Process
+from microguest.agent.state import Agent, log
+from microguest.guest import limits
+from microguest.guest.errors import OperationError
+from microguest.guest.messages import Keep
+from microguest.guest.process import limit_advice
+from microguest.guest.supervision import MainExited, MainStarted
 
 __all__ = ["ConsoleMain", "find_main", "take_main"]
 

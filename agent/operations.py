@@ -3,14 +3,14 @@
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from agent import attaching, clock, machine, renewing, requests
-from agent.channel import Channel
-from agent.clock import Pauses
-from agent.processes import Starter
-from agent.state import Agent
-from guest.connection import Event
-from guest.messages import OPERATIONS as NAMED
-from guest.record import Record
+from microguest.agent import attaching, clock, machine, renewing, requests
+from microguest.agent.channel import Channel
+from microguest.agent.clock import Pauses
+from microguest.agent.processes import Starter
+from microguest.agent.state import Agent
+from microguest.guest.connection import Event
+from microguest.guest.messages import OPERATIONS as NAMED
+from microguest.guest.record import Record
 
 __all__ = ["Handler", "table"]
 

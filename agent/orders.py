@@ -6,13 +6,13 @@ nobody left who would reap for it or power off.
 
 import os
 
-from agent.guard import Guard
-from agent.kept import MAIN_ID, KeptProcess
-from agent.main_process import ConsoleMain, take_main
-from agent.processes import Starter
-from agent.restoring import restore_all
-from agent.state import Agent
-from guest.supervision import (
+from microguest.agent.guard import Guard
+from microguest.agent.kept import MAIN_ID, KeptProcess
+from microguest.agent.main_process import ConsoleMain, take_main
+from microguest.agent.processes import Starter
+from microguest.agent.restoring import restore_all
+from microguest.agent.state import Agent
+from microguest.guest.supervision import (
     AreYouThere,
     Here,
     KeptExited,

@@ -8,19 +8,19 @@ from collections.abc import Iterable
 
 import _guestsys
 
-from agent import terminals, tracers, tree
-from agent.accounts import Accounts
-from agent.cgroups import REFUSALS, needed_controllers, unavailable
-from agent.child import ChildProcess, Ends
-from agent.groups import Groups
-from agent.hunting import Hunters
-from agent.leaf import Leaf
-from agent.staging import stage
-from agent.state import Agent
-from guest.errors import OperationError, operation_error
-from guest.messages import Start
-from guest.privileges import capability_mask, resource_limits
-from guest.process import Plan, plan, shell_argv, start_failure
+from microguest.agent import terminals, tracers, tree
+from microguest.agent.accounts import Accounts
+from microguest.agent.cgroups import REFUSALS, needed_controllers, unavailable
+from microguest.agent.child import ChildProcess, Ends
+from microguest.agent.groups import Groups
+from microguest.agent.hunting import Hunters
+from microguest.agent.leaf import Leaf
+from microguest.agent.staging import stage
+from microguest.agent.state import Agent
+from microguest.guest.errors import OperationError, operation_error
+from microguest.guest.messages import Start
+from microguest.guest.privileges import capability_mask, resource_limits
+from microguest.guest.process import Plan, plan, shell_argv, start_failure
 
 __all__ = ["Starter"]
 

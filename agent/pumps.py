@@ -11,10 +11,10 @@ import fcntl
 import os
 import select
 
-from agent import terminals
-from agent.channel import BUFFER, Channel, readable_bytes
-from agent.registry import Process
-from guest import limits
+from microguest.agent import terminals
+from microguest.agent.channel import BUFFER, Channel, readable_bytes
+from microguest.agent.registry import Process
+from microguest.guest import limits
 
 __all__ = ["InputPump", "OutputPump"]
 

@@ -5,9 +5,9 @@ import time
 
 import trio
 
-from guest.errors import OperationError
-from guest.messages import Exited, ProcessInfo
-from guest.process import listed_argv
+from microguest.guest.errors import OperationError
+from microguest.guest.messages import Exited, ProcessInfo
+from microguest.guest.process import listed_argv
 
 __all__ = ["Process", "Registry"]
 

@@ -7,15 +7,15 @@ random numbers. A part that fails is named in the answer, and the others are don
 from collections.abc import Callable
 from typing import Any
 
-from agent import entropy, identity
-from agent.channel import Channel
-from agent.clock import has_own_kernel, step
-from agent.state import Agent
-from agent.threads import in_thread
-from guest.connection import Event
-from guest.errors import OperationError
-from guest.record import Record
-from guest.renewal import Renew, Renewed
+from microguest.agent import entropy, identity
+from microguest.agent.channel import Channel
+from microguest.agent.clock import has_own_kernel, step
+from microguest.agent.state import Agent
+from microguest.agent.threads import in_thread
+from microguest.guest.connection import Event
+from microguest.guest.errors import OperationError
+from microguest.guest.record import Record
+from microguest.guest.renewal import Renew, Renewed
 
 __all__ = ["renew"]
 
@@ -74,7 +74,7 @@ class Renewal:
         """Interface by interface, as the request names them."""
         if not self.asked.interfaces:
             return
-        from agent.network import readdress  # only here, for what it imports
+        from microguest.agent.network import readdress  # only here, for what it imports
 
         renewed: list[str] = []
         for interface in self.asked.interfaces:

@@ -2,12 +2,12 @@
 
 import trio
 
-from agent.channel import Channel, ConnectionLost
-from agent.state import Agent
-from guest import limits
-from guest.connection import Event
-from guest.errors import OperationError, RemoteProtocolError
-from guest.messages import (
+from microguest.agent.channel import Channel, ConnectionLost
+from microguest.agent.state import Agent
+from microguest.guest import limits
+from microguest.guest.connection import Event
+from microguest.guest.errors import OperationError, RemoteProtocolError
+from microguest.guest.messages import (
     Forget,
     ForgetResult,
     ProcessList,
@@ -16,7 +16,7 @@ from guest.messages import (
     Wait,
     pack,
 )
-from guest.record import Record
+from microguest.guest.record import Record
 
 __all__ = ["forget", "processes", "signal", "wait"]
 

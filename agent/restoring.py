@@ -3,17 +3,17 @@
 import os
 import signal
 
-from agent import tree
-from agent.adopted import Adopted
-from agent.groups import Groups
-from agent.hunting import Hunters, in_slices
-from agent.kept import KeptProcess, Notes
-from agent.leaf import Leaf
-from agent.ring import OPEN, Ring
-from agent.state import Agent, log
-from guest.messages import STREAMS
-from guest.record import RecordError
-from guest.supervision import AGENT_ID, Restored
+from microguest.agent import tree
+from microguest.agent.adopted import Adopted
+from microguest.agent.groups import Groups
+from microguest.agent.hunting import Hunters, in_slices
+from microguest.agent.kept import KeptProcess, Notes
+from microguest.agent.leaf import Leaf
+from microguest.agent.ring import OPEN, Ring
+from microguest.agent.state import Agent, log
+from microguest.guest.messages import STREAMS
+from microguest.guest.record import RecordError
+from microguest.guest.supervision import AGENT_ID, Restored
 
 __all__ = ["restore_all"]
 

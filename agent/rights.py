@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import _guestsys
 
-from guest.users import Identity
+from microguest.guest.users import Identity
 
 __all__ = ["acting_as"]
 

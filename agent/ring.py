@@ -9,7 +9,7 @@ instant between the two. The first page of the file has the other counters.
 import os
 import struct
 
-from guest import limits
+from microguest.guest import limits
 
 __all__ = ["CUT", "ENDED", "OPEN", "Ring"]
 

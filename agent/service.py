@@ -10,14 +10,14 @@ import socket
 
 import trio
 
-from agent import clock
-from agent.channel import Channel, ConnectionLost
-from agent.operations import Handler
-from agent.state import Agent, log
-from guest import __version__, limits
-from guest.connection import Event, Request, Response, State
-from guest.errors import OperationError, RemoteProtocolError, raised_at
-from guest.messages import FEATURES, Failure, Hello, Welcome
+from microguest.agent import clock
+from microguest.agent.channel import Channel, ConnectionLost
+from microguest.agent.operations import Handler
+from microguest.agent.state import Agent, log
+from microguest.guest import __version__, limits
+from microguest.guest.connection import Event, Request, Response, State
+from microguest.guest.errors import OperationError, RemoteProtocolError, raised_at
+from microguest.guest.messages import FEATURES, Failure, Hello, Welcome
 
 __all__ = ["serve"]
 

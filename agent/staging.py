@@ -15,13 +15,13 @@ from collections.abc import Iterator
 import _guestsys
 import trio
 
-from agent.rights import acting_as
-from agent.state import log
-from agent.threads import in_thread
-from guest import limits
-from guest.errors import OperationError, operation_error
-from guest.messages import StagedFile
-from guest.users import Identity
+from microguest.agent.rights import acting_as
+from microguest.agent.state import log
+from microguest.agent.threads import in_thread
+from microguest.guest import limits
+from microguest.guest.errors import OperationError, operation_error
+from microguest.guest.messages import StagedFile
+from microguest.guest.users import Identity
 
 __all__ = ["Staged", "stage"]
 

@@ -5,11 +5,11 @@ import time
 
 import trio
 
-from agent.link import Link
-from agent.registry import Process, Registry
-from guest import limits
-from guest.errors import OperationError
-from guest.supervision import Configure
+from microguest.agent.link import Link
+from microguest.agent.registry import Process, Registry
+from microguest.guest import limits
+from microguest.guest.errors import OperationError
+from microguest.guest.supervision import Configure
 
 __all__ = ["Agent", "log"]
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import trio
 
-from guest.errors import operation_error
+from microguest.guest.errors import operation_error
 
 __all__ = ["in_thread", "run_beside"]
 

@@ -13,10 +13,10 @@ from collections.abc import Generator
 
 import trio
 
-from agent import tree
-from agent.hunting import in_slices
-from agent.state import log
-from guest import limits
+from microguest.agent import tree
+from microguest.agent.hunting import in_slices
+from microguest.agent.state import log
+from microguest.guest import limits
 
 __all__ = ["has_ended", "kill_tracers", "reap_later", "until_reapable", "wait_status"]
 

@@ -24,11 +24,11 @@ from pathlib import Path
 
 from peers import ONE_HIERARCHY
 
-from guest import cpio
-from guest.bootconfig import PATH, AgentSettings, BootConfig, Endpoint
-from guest.rootplan import Lower, Root
-from guest.workload import Workload
-from host_client.machines.host import accelerator, qemu_command
+from microguest.guest import cpio
+from microguest.guest.bootconfig import PATH, AgentSettings, BootConfig, Endpoint
+from microguest.guest.rootplan import Lower, Root
+from microguest.guest.workload import Workload
+from microguest.host_client.machines.host import accelerator, qemu_command
 
 PROJECT = Path(__file__).parent.parent
 BUNDLE = PROJECT / "dist" / "guest" / platform.machine()

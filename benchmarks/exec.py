@@ -25,7 +25,7 @@ from floor import Floor
 from peers import start_peers
 from report import Claim, Report, draw
 
-from guest.errors import MicroguestError
+from microguest.guest.errors import MicroguestError
 
 PROJECT = Path(__file__).parent.parent
 COLOURS = {"microguest": "#0b6e4f", "C floor": "#3d4a5c"}

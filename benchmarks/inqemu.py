@@ -11,12 +11,12 @@ from floor import Floor
 from latency import timed_exec
 from report import Latency
 
-import host_client
-from guest.messages import Start
-from host_client.address import HybridAddress, parse
-from host_client.deadline import Deadline
-from host_client.errors import MachineError
-from host_client.machines.folder import machines_root
+import microguest
+from microguest.errors import MachineError
+from microguest.guest.messages import Start
+from microguest.host_client.address import HybridAddress, parse
+from microguest.host_client.deadline import Deadline
+from microguest.host_client.machines.folder import machines_root
 
 __all__ = ["FLOOR", "FLOOR_OUTPUT", "FLOOR_RELAY", "OURS", "OURS_OUTPUT", "OURS_PYTHON", "measure"]
 
@@ -38,7 +38,7 @@ def measure(floor: Floor, rounds: int) -> tuple[dict[str, Latency], dict[str, fl
     image.mkdir()
     for program in (floor.program, floor.true):
         shutil.copy(program, image)
-    with host_client.boot(f"dir:{image}", machine="qemu") as vm:
+    with microguest.boot(f"dir:{image}", machine="qemu") as vm:
         address = parse(vm.url)
         if not isinstance(address, HybridAddress):
             raise MachineError(f"{vm.url}: only hybrid vsock is measured here")
@@ -51,7 +51,7 @@ def measure(floor: Floor, rounds: int) -> tuple[dict[str, Latency], dict[str, fl
 
 
 def latencies(
-    floor: Floor, agent: host_client.Agent, guest: str, token: str, rounds: int
+    floor: Floor, agent: microguest.Agent, guest: str, token: str, rounds: int
 ) -> dict[str, Latency]:
     """`guest`: where floor.c dials the agent."""
     request = floor.request("guest-true", token, "/true")
@@ -65,7 +65,7 @@ def latencies(
 
 
 def rates(
-    floor: Floor, agent: host_client.Agent, device: str, guest: str, token: str, rounds: int
+    floor: Floor, agent: microguest.Agent, device: str, guest: str, token: str, rounds: int
 ) -> dict[str, float]:
     """GB/s from the guest's C programs and from a process of the agent; medians of the rounds."""
     pour = ("/floor", "pour", str(OUTPUT))

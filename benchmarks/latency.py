@@ -11,7 +11,7 @@ from agentalone import TOKEN, AgentAlone
 from floor import Floor
 from report import Crowd, Latency
 
-import host_client
+import microguest
 
 __all__ = ["CLIENTS", "FLOOR", "NATIVE", "OURS", "OURS_PYTHON", "crowd", "latencies"]
 
@@ -37,7 +37,7 @@ def latencies(
     """Of a static program that does nothing, started warm. `rounds`: turns of each contender."""
     request = floor.request("true", TOKEN, str(floor.true))
     bare = floor.request("bare", TOKEN, str(floor.bare))
-    with host_client.connect(agent.url, token=TOKEN) as client:
+    with microguest.connect(agent.url, token=TOKEN) as client:
         contenders: dict[str, Sample] = {
             FLOOR: lambda count: floor.times("spawn", count, floor.true),
             OURS: lambda count: floor.times("exec", agent.socket_path, count, request),
@@ -57,7 +57,7 @@ def latencies(
     return {name: Latency.of(values) for name, values in taken.items()}
 
 
-def timed_exec(client: host_client.Agent, program: Path) -> int:
+def timed_exec(client: microguest.Agent, program: Path) -> int:
     """One exec through the host's library, from the call to the result."""
     start = time.monotonic_ns()
     client.exec([program], check=True)

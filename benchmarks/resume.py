@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 
-import host_client
-from host_client import Machine
+import microguest
+from microguest import Machine
 
 PAUSE = 0.5  # seconds
 ROUNDS = 20
@@ -21,7 +21,7 @@ def main() -> None:
     answers: list[float] = []
     returns: list[float] = []
     errors: list[float] = []
-    with host_client.boot(sys.argv[1], timeout=120) as machine:
+    with microguest.boot(sys.argv[1], timeout=120) as machine:
         machine.agent.step_clock()
         for _ in range(rounds):
             answer, returned = one_round(machine)

@@ -20,11 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import host_client
-from guest.bootconfig import AgentSettings, BootConfig, Endpoint
-from guest.rootplan import Lower, Root
-from guest.supervision import AGENT_FD, MESSAGES, Configure
-from guest.workload import ImageDefaults, Workload
+import microguest
+from microguest.guest.bootconfig import AgentSettings, BootConfig, Endpoint
+from microguest.guest.rootplan import Lower, Root
+from microguest.guest.supervision import AGENT_FD, MESSAGES, Configure
+from microguest.guest.workload import ImageDefaults, Workload
 
 PROJECT = Path(__file__).parent.parent
 BUNDLE = PROJECT / "dist" / "guest" / platform.machine()
@@ -129,7 +129,7 @@ def start_agent(pair: socket.socket) -> "subprocess.Popen[bytes]":
 
 def memory() -> Figures:
     """Resident and private memory of PID 1 and of the agent, idle, natively."""
-    with host_client.boot(DEMO_IMAGE, machine="namespaces") as vm:
+    with microguest.boot(DEMO_IMAGE, machine="namespaces") as vm:
         vm.agent.exec(["true"])
         init = first_child(vm.state.vmm)
         found: Figures = {}
@@ -148,7 +148,7 @@ def first_child(pid: int) -> int:
 
 def first_exec(machine: str) -> float:
     """Milliseconds from the launch of a machine to the result of its first command."""
-    with host_client.boot(DEMO_IMAGE, machine=machine) as vm:
+    with microguest.boot(DEMO_IMAGE, machine=machine) as vm:
         vm.agent.exec(["true"])
         return vm.timeline()[-1].end_ms
 

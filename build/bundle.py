@@ -10,7 +10,7 @@ from kernel import Kernel
 from link import Program
 from stages import read_bytes, remove_partial, write_atomically
 
-from guest.manifest import (
+from microguest.guest.manifest import (
     INITRAMFS,
     KERNEL,
     MANIFEST,

@@ -39,6 +39,9 @@ FREEZER = os.path.join(NATIVE, "freezer.py")
 RECORDER = os.path.join(NATIVE, "recorder.py")
 COMPILE_LOOKUP = os.path.join(NATIVE, "_guest_compile.py")
 
+# Folders of ours that go in, as parts of the one package that everything is imported from.
+PACKAGE = "microguest"
+PACKAGE_INIT = os.path.join(PROJECT, "src", PACKAGE, "__init__.py")
 APPLICATION = ("agent", "guest", "init_shim")
 # Modules that exist only inside the binary.
 INSIDE_ONLY = {"_guest_build", "_guest_check", "_guest_compile", "_guest_compiled", "_guestsys"}
@@ -114,12 +117,13 @@ def freeze_runtime(
 
 
 def application_sources() -> list[Source]:
-    """Every module of the application's packages."""
-    sources = []
+    """Every module of the application's packages, under the name that it is imported by."""
+    sources = [Source(name=PACKAGE, path=PACKAGE_INIT, is_package=True)]
     for package in APPLICATION:
         for where, folders, files in os.walk(os.path.join(PROJECT, package)):
             folders[:] = sorted(name for name in folders if name != "__pycache__")
-            dotted = os.path.relpath(where, PROJECT).replace(os.sep, ".")
+            inner = os.path.relpath(where, PROJECT).replace(os.sep, ".")
+            dotted = f"{PACKAGE}.{inner}"
             init = os.path.join(where, "__init__.py") if "__init__.py" in files else ""
             sources.append(Source(name=dotted, path=init, is_package=True))
             sources += [
@@ -164,7 +168,7 @@ def _imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 
 def _leads_out(module: str) -> bool:
-    return module.partition(".")[0] not in {*APPLICATION, *INSIDE_ONLY, "__future__"}
+    return module.partition(".")[0] not in {PACKAGE, *INSIDE_ONLY, "__future__"}
 
 
 def imported_modules(roots: str) -> list[str]:

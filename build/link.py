@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from freeze import (
     APPLICATION,
     NATIVE,
+    PACKAGE_INIT,
     PROJECT,
     Blob,
     Source,
@@ -90,6 +91,7 @@ def gather_parts(cache: Cache, pins: Pins, arch: str) -> Parts:
     key = digest_of(
         [runtime_folder, interpreter.key, versions, read_bytes(os.path.abspath(__file__))],
         [tree_sha256(os.path.join(PROJECT, name), (".py",)) for name in APPLICATION],
+        read_bytes(PACKAGE_INIT),
         [read_bytes(os.path.join(NATIVE, name)) for name in LINKED_FILES],
     )
     return Parts(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(1, PROJECT)  # for guest, the contract that the result follows
+sys.path.insert(1, os.path.join(PROJECT, "src"))  # for the contract that the result follows
 
 from bundle import size_table, write_bundle  # noqa: E402
 from kernel import kernel_source  # noqa: E402
@@ -19,7 +19,7 @@ from pins import load_pins  # noqa: E402
 from stages import BuildError, open_cache, say  # noqa: E402
 from toolchain import TARGETS  # noqa: E402
 
-from host_client.shortage import explain  # noqa: E402
+from microguest.host_client.shortage import explain  # noqa: E402
 
 
 def main(argv: list[str]) -> int:

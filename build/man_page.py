@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from host_client.cli.arguments import make_parser
-from host_client.cli.completion import commands_of
+from microguest.host_client.cli.arguments import make_parser
+from microguest.host_client.cli.completion import commands_of
 
 EXIT_CODES = (
     ("the command's own", "It ran; 128 + n where signal n killed it."),

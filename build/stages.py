@@ -89,7 +89,8 @@ def open_cache() -> Iterator[Cache]:
     removed. Raises BuildError where the folder cannot be made, or others could write to it: the
     compiler is run from there.
     """
-    from host_client.ownership import Untrusted, open_own_folder  # packages.py has no use for it
+    # Packages.py has no use for it.
+    from microguest.host_client.ownership import Untrusted, open_own_folder
 
     root = cache_root()
     try:

@@ -6,12 +6,12 @@ in which version it appeared where that is not 1. The records of its parts are i
 `guest.workload` and `guest.netplan`.
 """
 
-from guest import limits
-from guest.errors import BootConfigError
-from guest.netplan import Network
-from guest.record import Record, RecordError
-from guest.rootplan import Root, Volume, check_size
-from guest.workload import ImageDefaults, Workload, check_init
+from microguest.guest import limits
+from microguest.guest.errors import BootConfigError
+from microguest.guest.netplan import Network
+from microguest.guest.record import Record, RecordError
+from microguest.guest.rootplan import Root, Volume, check_size
+from microguest.guest.workload import ImageDefaults, Workload, check_init
 
 __all__ = [
     "AGENT_PORT",

@@ -22,10 +22,10 @@ Bytes are copied once on their way through: out of what the caller read into the
 preface, a header or a control payload that has not arrived as a whole is kept between two calls.
 """
 
-from guest import frames, limits, messages
-from guest.errors import LocalProtocolError, RemoteProtocolError
-from guest.frames import FrameHeader, Kind
-from guest.messages import (
+from microguest.guest import frames, limits, messages
+from microguest.guest.errors import LocalProtocolError, RemoteProtocolError
+from microguest.guest.frames import FrameHeader, Kind
+from microguest.guest.messages import (
     STREAMS,
     Acknowledge,
     Attach,
@@ -39,8 +39,15 @@ from guest.messages import (
     Start,
     Welcome,
 )
-from guest.record import Record
-from guest.states import AGENT_MAY_SEND, AGENT_STREAMS, HOST_MAY_SEND, HOST_STREAMS, Role, State
+from microguest.guest.record import Record
+from microguest.guest.states import (
+    AGENT_MAY_SEND,
+    AGENT_STREAMS,
+    HOST_MAY_SEND,
+    HOST_STREAMS,
+    Role,
+    State,
+)
 
 __all__ = ["Connection", "Control", "Data", "End", "Event", "Request", "Response", "Role", "State"]
 

@@ -9,7 +9,7 @@
     ├── BootConfigError              a boot config that cannot be used, with the field's path
     └── ManifestError                a bundle manifest that cannot be used
 
-Errors that only the host can have (machines, images, connections) are in `host_client.errors`.
+Errors that only the host can have (machines, images, connections) are in `microguest.errors`.
 """
 
 __all__ = [

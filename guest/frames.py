@@ -8,8 +8,8 @@
 
 import struct
 
-from guest import limits
-from guest.errors import RemoteProtocolError
+from microguest.guest import limits
+from microguest.guest.errors import RemoteProtocolError
 
 __all__ = ["HEADER", "MAGIC", "PREFACE_SIZE", "VERSION", "FrameHeader", "Kind", "preface"]
 

@@ -10,8 +10,8 @@ PID 1 reads that file and nothing else of this module.
 
 import json
 
-from guest.errors import ManifestError
-from guest.record import Record, RecordError
+from microguest.guest.errors import ManifestError
+from microguest.guest.record import Record, RecordError
 
 __all__ = [
     "BOOT_CONFIG_PATH",

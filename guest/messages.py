@@ -9,13 +9,13 @@ from typing import Any
 
 import msgpack
 
-from guest import limits
-from guest.errors import LocalProtocolError, RemoteProtocolError
-from guest.frames import Kind
-from guest.record import Record, RecordError
-from guest.renewal import Clock, ClockResult, Renew, Renewed, check_reading
-from guest.status import ExitStatus
-from guest.workload import check_limits
+from microguest.guest import limits
+from microguest.guest.errors import LocalProtocolError, RemoteProtocolError
+from microguest.guest.frames import Kind
+from microguest.guest.record import Record, RecordError
+from microguest.guest.renewal import Clock, ClockResult, Renew, Renewed, check_reading
+from microguest.guest.status import ExitStatus
+from microguest.guest.workload import check_limits
 
 __all__ = [
     "CONTROLS",

@@ -3,8 +3,8 @@
 Addresses are checked by PID 1 when it applies them: the socket module's parser costs nothing there.
 """
 
-from guest import limits
-from guest.record import Record, RecordError
+from microguest.guest import limits
+from microguest.guest.record import Record, RecordError
 
 __all__ = ["Interface", "Network", "Route"]
 

@@ -4,9 +4,9 @@ Pure tables and checks; PID 1 and the agent both use them, so it imports nothing
 cheap parts. The numbers are the kernel's and the same on every architecture that is supported.
 """
 
-from guest import limits
-from guest.errors import operation_error
-from guest.workload import Capabilities
+from microguest.guest import limits
+from microguest.guest.errors import operation_error
+from microguest.guest.workload import Capabilities
 
 __all__ = [
     "CAPABILITIES",

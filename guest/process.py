@@ -8,11 +8,11 @@ agent both use it, so it imports nothing but the contract's cheap parts. Default
 import errno
 import os
 
-from guest import limits
-from guest.errors import operation_error
-from guest.record import Record
-from guest.users import Identity
-from guest.workload import ImageDefaults
+from microguest.guest import limits
+from microguest.guest.errors import operation_error
+from microguest.guest.record import Record
+from microguest.guest.users import Identity
+from microguest.guest.workload import ImageDefaults
 
 __all__ = [
     "DEFAULT_PATH",

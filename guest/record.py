@@ -12,7 +12,7 @@ bits with a sign, a float is finite and no larger. Texts and lists are as long a
 
 from types import GenericAlias, UnionType
 
-from guest import plainjson
+from microguest.guest import plainjson
 
 TYPE_CHECKING = False  # type checkers know this name; importing typing would cost start-up time
 if TYPE_CHECKING:

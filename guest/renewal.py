@@ -6,9 +6,9 @@ nanoseconds: CLOCK_REALTIME since the epoch, CLOCK_BOOTTIME since the guest's ke
 no step of the clock changes. A pair of both says what time it was at a moment of the guest.
 """
 
-from guest import limits
-from guest.netplan import Interface
-from guest.record import Record, RecordError
+from microguest.guest import limits
+from microguest.guest.netplan import Interface
+from microguest.guest.record import Record, RecordError
 
 __all__ = ["Clock", "ClockResult", "Renew", "Renewed", "check_reading"]
 

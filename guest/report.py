@@ -5,9 +5,9 @@ machine whose vsock never came up still says why. Hosts treat all of it as untru
 else PID 1 says on the console begins with `line_mark`.
 """
 
-from guest import limits
-from guest.record import Catalogue, Record, RecordError
-from guest.status import ExitStatus
+from microguest.guest import limits
+from microguest.guest.record import Catalogue, Record, RecordError
+from microguest.guest.status import ExitStatus
 
 __all__ = [
     "CONSOLE_MARK",

@@ -4,8 +4,8 @@ Lowers, upper and volumes name their sources by what a host can give a machine: 
 block device, the tag of a virtiofs or 9p share, a directory of the initial root. Pure records.
 """
 
-from guest import limits
-from guest.record import Record, RecordError
+from microguest.guest import limits
+from microguest.guest.record import Record, RecordError
 
 __all__ = ["Lower", "Root", "Upper", "Volume", "check_size"]
 

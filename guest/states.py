@@ -2,7 +2,7 @@
 
 from enum import Enum
 
-from guest.frames import Kind
+from microguest.guest.frames import Kind
 
 __all__ = ["AGENT_MAY_SEND", "AGENT_STREAMS", "HOST_MAY_SEND", "HOST_STREAMS", "Role", "State"]
 

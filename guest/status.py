@@ -2,7 +2,7 @@
 
 import os
 
-from guest.record import Record, RecordError
+from microguest.guest.record import Record, RecordError
 
 __all__ = ["ExitStatus", "exit_fields"]
 

@@ -9,10 +9,10 @@ forgotten. To a new agent PID 1 hands every deposit as a `Restored`, after `Conf
 `RootReady`. By then the process is PID 1's own child, so PID 1 reaps it and says `KeptExited`.
 """
 
-from guest import limits
-from guest.record import Catalogue, Record, RecordError
-from guest.status import ExitStatus
-from guest.workload import ImageDefaults
+from microguest.guest import limits
+from microguest.guest.record import Catalogue, Record, RecordError
+from microguest.guest.status import ExitStatus
+from microguest.guest.workload import ImageDefaults
 
 __all__ = [
     "AGENT_FD",

@@ -5,9 +5,9 @@ it imports nothing but the contract's cheap parts. The rules are those of docker
 described at https://docs.docker.com/reference/dockerfile/#user.
 """
 
-from guest import limits
-from guest.errors import OperationError, operation_error
-from guest.record import Record
+from microguest.guest import limits
+from microguest.guest.errors import OperationError, operation_error
+from microguest.guest.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ Field names are those of the rest of the contract; docs/boot-config.md says whic
 one is. Pure records.
 """
 
-from guest import limits
-from guest.record import Record, RecordError
+from microguest.guest import limits
+from microguest.guest.record import Record, RecordError
 
 __all__ = [
     "Capabilities",

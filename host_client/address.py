@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from guest.bootconfig import AGENT_PORT
-from host_client.deadline import Deadline
-from host_client.errors import ConnectError
-from host_client.forking import close_in_children
-from host_client.shortage import explain
-from host_client.steps import Steps, Wait
+from microguest.guest.bootconfig import AGENT_PORT
+from microguest.host_client.deadline import Deadline
+from microguest.host_client.errors import ConnectError
+from microguest.host_client.forking import close_in_children
+from microguest.host_client.shortage import explain
+from microguest.host_client.steps import Steps, Wait
 
 __all__ = ["Address", "HybridAddress", "NotListening", "UnixAddress", "VsockAddress", "parse"]
 

@@ -3,30 +3,30 @@
 from collections.abc import Mapping, Sequence
 from typing import Self, Unpack
 
-from guest import limits
-from guest.messages import Attach, InfoResult, PingResult, ProcessInfo, Start
-from guest.netplan import Interface
-from guest.renewal import Renewed
-from host_client import renewal
-from host_client.address import Address, parse
-from host_client.channel import Obituary
-from host_client.driver import Driver
-from host_client.errors import ConnectError
-from host_client.exchange import Exchange
-from host_client.forking import Rooted
-from host_client.process import Process, ProcessStream
-from host_client.renewal import GuestClock
-from host_client.request import (
+from microguest.guest import limits
+from microguest.guest.messages import Attach, InfoResult, PingResult, ProcessInfo, Start
+from microguest.guest.netplan import Interface
+from microguest.guest.renewal import Renewed
+from microguest.host_client import renewal
+from microguest.host_client.address import Address, parse
+from microguest.host_client.channel import Obituary
+from microguest.host_client.driver import Driver
+from microguest.host_client.errors import ConnectError
+from microguest.host_client.exchange import Exchange
+from microguest.host_client.forking import Rooted
+from microguest.host_client.process import Process, ProcessStream
+from microguest.host_client.renewal import GuestClock
+from microguest.host_client.request import (
     Options,
     attach_record,
     check_reading,
     exec_record,
     start_record,
 )
-from host_client.result import Result
-from host_client.session import MAX_OUTPUT, MAX_UNREAD
-from host_client.steps import run
-from host_client.values import Argument, Buffer, text
+from microguest.host_client.result import Result
+from microguest.host_client.session import MAX_OUTPUT, MAX_UNREAD
+from microguest.host_client.steps import run
+from microguest.host_client.values import Argument, Buffer, text
 
 __all__ = ["Agent"]
 
@@ -97,7 +97,7 @@ class Agent(Rooted):
 
         argv: program and arguments, a list. input: its stdin; None is /dev/null. check: a status
         other than 0 raises CommandFailed. max_output: bytes of stdout and of stderr, each; beyond
-        it the command is killed. options: see `host_client.request.Options`.
+        it the command is killed. options: see `microguest.Options`.
 
         Raises StartError where the command could not be started (`code` says why), DeadlineExceeded
         with the output so far, OutputTooLarge, ConnectionLost, ConnectError.

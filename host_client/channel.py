@@ -12,13 +12,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from guest import limits
-from guest.connection import Connection, Event, Role, State
-from guest.errors import MicroguestError, OperationError, RemoteProtocolError
-from host_client.deadline import Deadline
-from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
-from host_client.log import WARNING, note
-from host_client.steps import Steps, Wait, until
+from microguest.guest import limits
+from microguest.guest.connection import Connection, Event, Role, State
+from microguest.guest.errors import MicroguestError, OperationError, RemoteProtocolError
+from microguest.host_client.deadline import Deadline
+from microguest.host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
+from microguest.host_client.log import WARNING, note
+from microguest.host_client.steps import Steps, Wait, until
 
 __all__ = ["Broken", "Channel", "Obituary", "Probe", "ended"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 from xml.sax.saxutils import escape
 
-from guest.report import Step
+from microguest.guest.report import Step
 
 __all__ = ["boot_chart"]
 

@@ -1,7 +1,7 @@
 """From a URL, or the name of a machine, to its agent."""
 
-from host_client.agent import Agent
-from host_client.values import text
+from microguest.host_client.agent import Agent
+from microguest.host_client.values import text
 
 __all__ = ["agent_at", "connect"]
 
@@ -31,6 +31,6 @@ def agent_at(url: str, *, token: str | None = None, timeout: float = 10.0) -> Ag
     """As `connect`, without dialling yet."""
     if "://" in text(url, "url"):
         return Agent.at(url, token=token, timeout=timeout)
-    from host_client.machines.find import find  # only here, for what it imports
+    from microguest.host_client.machines.find import find  # only here, for what it imports
 
     return find(url).agent(timeout=timeout)

@@ -3,10 +3,10 @@
 import time
 from typing import Final, TypeVar
 
-from guest import limits
-from guest.connection import Data
-from guest.errors import OperationError
-from guest.messages import (
+from microguest.guest import limits
+from microguest.guest.connection import Data
+from microguest.guest.errors import OperationError
+from microguest.guest.messages import (
     FEATURES,
     Acknowledge,
     Attach,
@@ -27,20 +27,20 @@ from guest.messages import (
     Start,
     Wait,
 )
-from guest.record import RecordError
-from host_client import renewal
-from host_client.deadline import LAST_LOOK, Deadline
-from host_client.errors import DeadlineExceeded
-from host_client.exchange import Exchange, Output
-from host_client.log import DEBUG, note
-from host_client.pool import Pool
-from host_client.renewal import GuestClock
-from host_client.request import signal_number
-from host_client.result import Result
-from host_client.session import command
-from host_client.steps import Steps, until
-from host_client.steps import Wait as Pause
-from host_client.values import Buffer, check_seconds, text
+from microguest.guest.record import RecordError
+from microguest.host_client import renewal
+from microguest.host_client.deadline import LAST_LOOK, Deadline
+from microguest.host_client.errors import DeadlineExceeded
+from microguest.host_client.exchange import Exchange, Output
+from microguest.host_client.log import DEBUG, note
+from microguest.host_client.pool import Pool
+from microguest.host_client.renewal import GuestClock
+from microguest.host_client.request import signal_number
+from microguest.host_client.result import Result
+from microguest.host_client.session import command
+from microguest.host_client.steps import Steps, until
+from microguest.host_client.steps import Wait as Pause
+from microguest.host_client.values import Buffer, check_seconds, text
 
 __all__ = ["Driver"]
 

@@ -1,28 +1,9 @@
-"""Every error, as one tree. Those that the guest has as well are made in `guest.errors`, and
-CommandFailed, which has a result, beside that in `host_client.result`.
+"""The errors that only the host can meet, beside those of `guest.errors`.
 
-MicroguestError
-├── ConnectError              nobody answered at the URL, or refused before the protocol began
-├── ConnectionLost            the agent or its machine went away during an operation
-├── DeadlineExceeded          an operation did not finish in the time that its caller gave
-├── CommandFailed             a command ended with another status than 0 (only where asked)
-├── OutputTooLarge            a command wrote more than the caller wants to hold in memory
-├── OutputStalled             a process cannot go on until its caller reads its other output
-├── OperationError            the agent answered "no": code, message, fields
-│   └── StartError            the process was never started: step and errno
-├── ProtocolError             the connection cannot be used any more
-│   ├── LocalProtocolError    this side used the protocol wrongly
-│   └── RemoteProtocolError   the agent did
-├── BootConfigError           a boot config that cannot be used
-├── ManifestError             a guest bundle whose manifest.json cannot be used
-├── ImageError                an image that is missing, broken or cannot be made bootable
-└── MachineError              a machine that cannot be started, found or stopped
-    └── BootFailed            the guest said why it did not come up, or died before it could
-
-Each survives pickle and copy with all of its fields.
+`microguest.errors` draws the whole tree. Each survives pickle and copy with all of its fields.
 """
 
-from guest.errors import (
+from microguest.guest.errors import (
     BootConfigError,
     LocalProtocolError,
     ManifestError,

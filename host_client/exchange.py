@@ -7,14 +7,14 @@ from collections import deque
 from signal import SIGKILL
 from typing import Final
 
-from guest.connection import Data, End, Event, Request, Response
-from guest.errors import (
+from microguest.guest.connection import Data, End, Event, Request, Response
+from microguest.guest.errors import (
     LocalProtocolError,
     MicroguestError,
     RemoteProtocolError,
     operation_error,
 )
-from guest.messages import (
+from microguest.guest.messages import (
     STREAMS,
     Acknowledge,
     Attach,
@@ -29,11 +29,11 @@ from guest.messages import (
     Started,
     Welcome,
 )
-from host_client.backlog import Backlog
-from host_client.channel import Broken, Channel
-from host_client.deadline import Deadline
-from host_client.errors import ConnectionLost, OutputTooLarge
-from host_client.steps import Steps
+from microguest.host_client.backlog import Backlog
+from microguest.host_client.channel import Broken, Channel
+from microguest.host_client.deadline import Deadline
+from microguest.host_client.errors import ConnectionLost, OutputTooLarge
+from microguest.host_client.steps import Steps
 
 __all__ = ["Exchange", "Output", "too_large"]
 

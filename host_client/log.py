@@ -6,7 +6,7 @@ No token, no environment and no input is ever logged; of a command only its firs
 
 import sys
 
-from guest.errors import printable
+from microguest.guest.errors import printable
 
 TYPE_CHECKING = False  # as typing.TYPE_CHECKING, which costs an import
 if TYPE_CHECKING:

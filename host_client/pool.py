@@ -11,9 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from guest.connection import Request, Response
-from guest.errors import MicroguestError, OperationError, RemoteProtocolError, operation_error
-from guest.messages import (
+from microguest.guest.connection import Request, Response
+from microguest.guest.errors import (
+    MicroguestError,
+    OperationError,
+    RemoteProtocolError,
+    operation_error,
+)
+from microguest.guest.messages import (
     FEATURES,
     HOST_FEATURES,
     Attach,
@@ -24,17 +29,17 @@ from guest.messages import (
     Start,
     Welcome,
 )
-from guest.record import Record
-from host_client import renewal
-from host_client.address import Address, NotListening
-from host_client.channel import EXPLAIN_WITHIN, Channel, Obituary, ended
-from host_client.deadline import Deadline
-from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
-from host_client.forking import tell_children
-from host_client.log import DEBUG, INFO, note
-from host_client.steps import Steps, until
-from host_client.steps import Wait as Pause
-from host_client.values import check_seconds
+from microguest.guest.record import Record
+from microguest.host_client import renewal
+from microguest.host_client.address import Address, NotListening
+from microguest.host_client.channel import EXPLAIN_WITHIN, Channel, Obituary, ended
+from microguest.host_client.deadline import Deadline
+from microguest.host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
+from microguest.host_client.forking import tell_children
+from microguest.host_client.log import DEBUG, INFO, note
+from microguest.host_client.steps import Steps, until
+from microguest.host_client.steps import Wait as Pause
+from microguest.host_client.values import check_seconds
 
 __all__ = ["Pool"]
 

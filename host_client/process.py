@@ -9,19 +9,19 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Final, Protocol, Self, TypeVar
 
-from guest.connection import Event
-from guest.messages import Resize, Signal
-from host_client.backlog import Taking
-from host_client.channel import Broken
-from host_client.deadline import Deadline
-from host_client.errors import DeadlineExceeded
-from host_client.exchange import Exchange
-from host_client.forking import Rooted, tell_children
-from host_client.request import signal_number
-from host_client.result import Result
-from host_client.session import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
-from host_client.steps import Steps, run, wait_for
-from host_client.values import Buffer
+from microguest.guest.connection import Event
+from microguest.guest.messages import Resize, Signal
+from microguest.host_client.backlog import Taking
+from microguest.host_client.channel import Broken
+from microguest.host_client.deadline import Deadline
+from microguest.host_client.errors import DeadlineExceeded
+from microguest.host_client.exchange import Exchange
+from microguest.host_client.forking import Rooted, tell_children
+from microguest.host_client.request import signal_number
+from microguest.host_client.result import Result
+from microguest.host_client.session import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
+from microguest.host_client.steps import Steps, run, wait_for
+from microguest.host_client.values import Buffer
 
 __all__ = ["Process", "ProcessInput", "ProcessOutput", "ProcessStream"]
 

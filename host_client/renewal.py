@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
-from guest.errors import OperationError
-from guest.messages import Welcome
-from guest.netplan import Interface
-from guest.record import Record
-from guest.renewal import Clock, ClockResult, Renew, Renewed
-from host_client.steps import Steps
+from microguest.guest.errors import OperationError
+from microguest.guest.messages import Welcome
+from microguest.guest.netplan import Interface
+from microguest.guest.record import Record
+from microguest.guest.renewal import Clock, ClockResult, Renew, Renewed
+from microguest.host_client.steps import Steps
 
 __all__ = ["STEP_BEYOND", "Asker", "GuestClock", "is_out", "measure", "renew", "step"]
 

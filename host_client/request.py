@@ -5,9 +5,9 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypedDict
 
-from guest import limits
-from guest.errors import OperationError
-from guest.messages import (
+from microguest.guest import limits
+from microguest.guest.errors import OperationError
+from microguest.guest.messages import (
     Attach,
     Keep,
     Limits,
@@ -17,8 +17,8 @@ from guest.messages import (
     exactly_typed,
     pack,
 )
-from guest.record import RecordError
-from host_client.values import (
+from microguest.guest.record import RecordError
+from microguest.host_client.values import (
     Argument,
     Buffer,
     check_bytes,
@@ -63,7 +63,7 @@ class Options(TypedDict, total=False):
     umask         file mode creation mask, 0o022 by default
     capabilities  the only ones that it can ever have, as "net_admin" or "CAP_NET_ADMIN"
     no_new_privs  setuid bits and file capabilities give it nothing
-    seccomp       a compiled filter of system calls, as host_client.seccomp makes; no_new_privs too
+    seccomp       a compiled filter of system calls, as microguest.seccomp makes; no_new_privs too
     keep          True or a Keep: it outlives its connection; see docs/host.md
     id            of a kept process, chosen here: found again also where this program has died
     files         written before it starts and owned by its user: {path: content} or StagedFiles
@@ -279,7 +279,7 @@ def _environment(env: Mapping[str, str]) -> dict[str, str]:
 
 def _capabilities(given: Sequence[str]) -> tuple[str, ...]:
     """As `--cap-drop` takes them, too: "NET_ADMIN", "CAP_NET_ADMIN"."""
-    from guest.privileges import capability_mask
+    from microguest.guest.privileges import capability_mask
 
     names = tuple(text(name, "capabilities") for name in listed(given, "capabilities"))
     names = tuple(name.lower().removeprefix("cap_") for name in names)
@@ -292,7 +292,7 @@ def _capabilities(given: Sequence[str]) -> tuple[str, ...]:
 
 def _limits(given: Limits) -> Limits:
     if isinstance(given, Limits) and given.rlimits:
-        from guest.privileges import resource_limits
+        from microguest.guest.privileges import resource_limits
 
         given.check_types()
         try:
@@ -312,7 +312,7 @@ def _filter(program: bytes) -> bytes:
     if not isinstance(program, bytes | bytearray | memoryview):
         raise TypeError(
             f"seccomp must be a compiled program in bytes, not {type(program).__name__}: "
-            "host_client.seccomp.deny() makes one from names"
+            "microguest.seccomp.deny() makes one from names"
         )
     return bytes(program)
 

@@ -4,8 +4,8 @@ import signal
 from dataclasses import dataclass, field
 from typing import Self
 
-from guest.errors import MicroguestError, printable
-from guest.messages import Exited
+from microguest.guest.errors import MicroguestError, printable
+from microguest.guest.messages import Exited
 
 __all__ = ["CommandFailed", "Result"]
 

@@ -1,6 +1,6 @@
 """From rules about system calls to a program for seccomp(2), in classic BPF.
 
-A rule here is numbers only; names and profiles are `host_client.seccomp`'s. The program finds a
+A rule here is numbers only; names and profiles are `microguest.seccomp`'s. The program finds a
 call by bisection, so that its length hardly matters, and looks at arguments last.
 """
 

@@ -12,17 +12,37 @@ import warnings
 from collections.abc import Callable
 from typing import Final
 
-from guest import limits
-from guest.messages import FEATURES, STREAMS, Acknowledge, Attach, Exited, Resize, Signal, Start
-from host_client.backlog import Taking
-from host_client.channel import CHECK_EVERY, Broken
-from host_client.deadline import Deadline
-from host_client.errors import ConnectionLost, DeadlineExceeded, MicroguestError, OutputStalled
-from host_client.exchange import Exchange
-from host_client.result import Result
-from host_client.steps import Steps, Wait
-from host_client.unread import STDERR, STDOUT, Unread
-from host_client.values import Buffer, check_bytes, check_count, check_number, check_seconds
+from microguest.guest import limits
+from microguest.guest.messages import (
+    FEATURES,
+    STREAMS,
+    Acknowledge,
+    Attach,
+    Exited,
+    Resize,
+    Signal,
+    Start,
+)
+from microguest.host_client.backlog import Taking
+from microguest.host_client.channel import CHECK_EVERY, Broken
+from microguest.host_client.deadline import Deadline
+from microguest.host_client.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    MicroguestError,
+    OutputStalled,
+)
+from microguest.host_client.exchange import Exchange
+from microguest.host_client.result import Result
+from microguest.host_client.steps import Steps, Wait
+from microguest.host_client.unread import STDERR, STDOUT, Unread
+from microguest.host_client.values import (
+    Buffer,
+    check_bytes,
+    check_count,
+    check_number,
+    check_seconds,
+)
 
 __all__ = ["MAX_OUTPUT", "MAX_UNREAD", "STDERR", "STDOUT", "Session"]
 

@@ -2,7 +2,7 @@
 
 A step function is a generator. Where it cannot go on it yields a `Wait`, and is sent what happened:
 poll(2)'s bits, or 0 where nothing did in time. What it returns is its result. It never blocks.
-`run` drives one with poll(2); `host_client.aio` does it with an event loop.
+`run` drives one with poll(2); `microguest.aio` does it with an event loop.
 """
 
 import select
@@ -11,7 +11,7 @@ import time
 from collections.abc import Generator
 from typing import TypeVar
 
-from host_client.deadline import Deadline
+from microguest.host_client.deadline import Deadline
 
 __all__ = ["Steps", "Wait", "run", "until", "wait_for"]
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from guest.connection import Data, End, Event
-from host_client.backlog import Backlog, Taking
-from host_client.exchange import too_large
+from microguest.guest.connection import Data, End, Event
+from microguest.host_client.backlog import Backlog, Taking
+from microguest.host_client.exchange import too_large
 
 __all__ = ["STDERR", "STDOUT", "Unread"]
 

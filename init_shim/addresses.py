@@ -2,7 +2,7 @@
 
 import _socket
 
-from init_shim.failure import Failure
+from microguest.init_shim.failure import Failure
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

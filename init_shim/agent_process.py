@@ -10,12 +10,12 @@ import fcntl
 import os
 import time
 
-from guest import limits, supervision
-from guest.bootconfig import BootConfig
-from guest.record import RecordError
-from guest.report import AgentExited
-from guest.status import exit_fields
-from guest.supervision import (
+from microguest.guest import limits, supervision
+from microguest.guest.bootconfig import BootConfig
+from microguest.guest.record import RecordError
+from microguest.guest.report import AgentExited
+from microguest.guest.status import exit_fields
+from microguest.guest.supervision import (
     AGENT_FD,
     AgentReady,
     AreYouThere,
@@ -29,21 +29,21 @@ from guest.supervision import (
     Taken,
     Withdraw,
 )
-from init_shim import deposits
-from init_shim.deposits import Deposits
-from init_shim.ending import Ending
-from init_shim.failure import Failure, call
-from init_shim.last_words import LastWords
-from init_shim.reporter import say
-from init_shim.signals import KILL, fork
-from init_shim.watchdog import Watchdog
-from init_shim.workload import RunningWorkload
+from microguest.init_shim import deposits
+from microguest.init_shim.deposits import Deposits
+from microguest.init_shim.ending import Ending
+from microguest.init_shim.failure import Failure, call
+from microguest.init_shim.last_words import LastWords
+from microguest.init_shim.reporter import say
+from microguest.init_shim.signals import KILL, fork
+from microguest.init_shim.watchdog import Watchdog
+from microguest.init_shim.workload import RunningWorkload
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
     from resource import struct_rusage
 
-    from guest.record import Record
+    from microguest.guest.record import Record
 
 __all__ = ["AgentProcess"]
 
@@ -185,7 +185,7 @@ class AgentProcess:
 
     def let_end(self) -> None:
         """Kill what can keep it from its end: at first not what it has deposited."""
-        from init_shim.dying import kill_who_keeps
+        from microguest.init_shim.dying import kill_who_keeps
 
         self.ending.begin()
         self.watchdog.look_within(limits.LOCK_KILL_WAIT)

@@ -8,9 +8,9 @@ import errno
 import fcntl
 import os
 
-from guest import disk_template
-from guest.disk_template import BLOCK
-from init_shim.failure import Failure, call
+from microguest.guest import disk_template
+from microguest.guest.disk_template import BLOCK
+from microguest.init_shim.failure import Failure, call
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ there that only is slow, and, for one that has not come yet, as long as the conf
 All of it together is bounded by the config's `output_wait`.
 """
 
-from guest import limits
+from microguest.guest import limits
 
 __all__ = ["Collection"]
 

@@ -11,7 +11,7 @@ import stat
 
 import _guestsys
 
-from init_shim.failure import Failure, call
+from microguest.init_shim.failure import Failure, call
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import fcntl
 import os
 import stat
 
-from init_shim.failure import call
-from init_shim.reporter import open_node, start_output
+from microguest.init_shim.failure import call
+from microguest.init_shim.reporter import open_node, start_output
 
 __all__ = ["open_console"]
 

@@ -8,11 +8,11 @@ SUPERVISION_DESCRIPTORS descriptors; what is more is not taken, and that is said
 import os
 import resource
 
-from guest import limits
-from guest.status import exit_fields
-from guest.supervision import AGENT_ID, Deposit, KeptExited, KeptStatus, Restored
-from init_shim.reporter import say
-from init_shim.timeline import boot_ms
+from microguest.guest import limits
+from microguest.guest.status import exit_fields
+from microguest.guest.supervision import AGENT_ID, Deposit, KeptExited, KeptStatus, Restored
+from microguest.init_shim.reporter import say
+from microguest.init_shim.timeline import boot_ms
 
 __all__ = ["Deposits", "close_all"]
 

@@ -9,13 +9,13 @@ import time
 
 import _guestsys
 
-from guest import limits
-from guest.netplan import Network
-from guest.privileges import capability_mask
-from guest.record import Record
-from init_shim.failure import Failure, call
-from init_shim.mounts import READ_ONLY
-from init_shim.signals import Signals
+from microguest.guest import limits
+from microguest.guest.netplan import Network
+from microguest.guest.privileges import capability_mask
+from microguest.guest.record import Record
+from microguest.init_shim.failure import Failure, call
+from microguest.init_shim.mounts import READ_ONLY
+from microguest.init_shim.signals import Signals
 
 __all__ = ["NAME", "Order", "start_clients"]
 

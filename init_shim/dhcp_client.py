@@ -9,14 +9,14 @@ import _socket
 import os
 import time
 
-from init_shim import dhcp_packets, etcfiles, tracers
-from init_shim.addresses import Prefix, text_address
-from init_shim.dhcp import Order
-from init_shim.dhcp_packets import ACK, DISCOVER, FOREVER, NAK, OFFER, REQUEST, Reply
-from init_shim.dhcp_sockets import Everybody, OneServer
-from init_shim.failure import Failure
-from init_shim.netlink import FROM_DHCP, Link, Netlink
-from init_shim.reporter import say
+from microguest.init_shim import dhcp_packets, etcfiles, tracers
+from microguest.init_shim.addresses import Prefix, text_address
+from microguest.init_shim.dhcp import Order
+from microguest.init_shim.dhcp_packets import ACK, DISCOVER, FOREVER, NAK, OFFER, REQUEST, Reply
+from microguest.init_shim.dhcp_sockets import Everybody, OneServer
+from microguest.init_shim.failure import Failure
+from microguest.init_shim.netlink import FROM_DHCP, Link, Netlink
+from microguest.init_shim.reporter import say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ import errno
 import os
 import time
 
-from guest import limits
-from init_shim import mounts
-from init_shim.failure import Failure, call
-from init_shim.mounts import mount
-from init_shim.reporter import leave_out
+from microguest.guest import limits
+from microguest.init_shim import mounts
+from microguest.init_shim.failure import Failure, call
+from microguest.init_shim.mounts import mount
+from microguest.init_shim.reporter import leave_out
 
 __all__ = ["find_disk", "is_read_only", "mount_disk"]
 
@@ -45,7 +45,7 @@ def mount_disk(serial: str, fstype: str, target: str, flags: int, policy: str = 
     # Without its journal replayed, what a crash left is seen as it is: nothing can be written here.
     options = "noload" if fstype == "ext4" and locked else ""
     if policy == "if-blank" and not locked:
-        from init_shim import blank_disk
+        from microguest.init_shim import blank_disk
 
         blank_disk.format_if_blank(device, serial)
     try:

@@ -31,15 +31,15 @@ def run() -> int:
     if name == "agent" or arguments[:1] == ["agent"]:
         return run_agent()
     if name == "dhcp" and len(arguments) == 1:
-        from init_shim.dhcp_client import run as keep_lease
+        from microguest.init_shim.dhcp_client import run as keep_lease
 
         return keep_lease(arguments[0])
     if os.getpid() == 1 or name == "init":
-        from init_shim.main import run as boot
+        from microguest.init_shim.main import run as boot
 
         boot()
     if arguments[:1] == ["namespaces"]:
-        from init_shim.namespaces import launch
+        from microguest.init_shim.namespaces import launch
 
         return launch(arguments[1:])
     if arguments == ["--version"]:
@@ -57,7 +57,7 @@ def run_agent() -> int:
             file.write("agent")
     except OSError:
         pass  # only for people
-    from agent.main import run as serve
+    from microguest.agent.main import run as serve
 
     serve()
     return 0
@@ -74,9 +74,9 @@ def print_versions() -> int:
 
 def print_imports() -> int:
     """Every module that PID 1 has loaded when its listener is open, one a line."""
-    import guest.plainjson  # what guest.record loads when it reads the boot config
-    import init_shim.main
+    import microguest.guest.plainjson  # what guest.record loads when it reads the boot config
+    import microguest.init_shim.main
 
-    assert guest.plainjson and init_shim.main  # noqa: PT018  they are imported for their weight
+    assert microguest.guest.plainjson and microguest.init_shim.main  # noqa: PT018  for their weight
     print("\n".join(sorted(sys.modules)))
     return 0

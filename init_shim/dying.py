@@ -8,8 +8,8 @@ these users are killed, and then all. What is read of them here asks for no lock
 
 import os
 
-from init_shim.mounts import open_proc
-from init_shim.signals import KILL
+from microguest.init_shim.mounts import open_proc
+from microguest.init_shim.signals import KILL
 
 __all__ = ["kill_who_keeps"]
 

@@ -6,8 +6,8 @@ back, who does is killed; one that is out of reach delays what PID 1 makes of th
 
 import time
 
-from guest import limits
-from init_shim.reporter import say
+from microguest.guest import limits
+from microguest.init_shim.reporter import say
 
 __all__ = ["Ending"]
 
@@ -37,7 +37,7 @@ class Ending:
         Its wait status where it has ended, and who traces it did not in TRACED_END. It is to be
         reaped all the same, later.
         """
-        from init_shim.tracers import kill_tracers, wait_status
+        from microguest.init_shim.tracers import kill_tracers, wait_status
 
         now = time.monotonic()
         self.look_at = now + limits.TRACER_WAIT

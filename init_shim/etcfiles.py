@@ -9,10 +9,10 @@ import errno
 import os
 import stat
 
-from init_shim import mounts
-from init_shim.confined import Opened, RootFolder
-from init_shim.failure import Failure, call
-from init_shim.reporter import leave_out, say
+from microguest.init_shim import mounts
+from microguest.init_shim.confined import Opened, RootFolder
+from microguest.init_shim.failure import Failure, call
+from microguest.init_shim.reporter import leave_out, say
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

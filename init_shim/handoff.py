@@ -7,15 +7,15 @@ import os
 
 import _guestsys
 
-from guest import process
-from guest.bootconfig import BootConfig
-from guest.workload import Workload
-from init_shim import keeper, workload
-from init_shim.agent_process import AgentProcess
-from init_shim.reporter import Reporter, announcement
-from init_shim.signals import Signals
-from init_shim.timeline import Timeline
-from init_shim.workload import WorkloadNotStarted
+from microguest.guest import process
+from microguest.guest.bootconfig import BootConfig
+from microguest.guest.workload import Workload
+from microguest.init_shim import keeper, workload
+from microguest.init_shim.agent_process import AgentProcess
+from microguest.init_shim.reporter import Reporter, announcement
+from microguest.init_shim.signals import Signals
+from microguest.init_shim.timeline import Timeline
+from microguest.init_shim.workload import WorkloadNotStarted
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

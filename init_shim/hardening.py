@@ -11,11 +11,11 @@ import resource
 
 import _guestsys
 
-from guest.bootconfig import BootConfig
-from init_shim import kind
-from init_shim.failure import Failure, call
-from init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, REMOUNT, mount
-from init_shim.reporter import leave_out
+from microguest.guest.bootconfig import BootConfig
+from microguest.init_shim import kind
+from microguest.init_shim.failure import Failure, call
+from microguest.init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, REMOUNT, mount
+from microguest.init_shim.reporter import leave_out
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def harden(config: BootConfig) -> None:
 
     Call it in the image's root, before anything of the image runs.
     """
-    from init_shim import sysctls  # nobody waits for it before the listener is open
+    from microguest.init_shim import sysctls  # nobody waits for it before the listener is open
 
     hardening = config.hardening
     in_namespaces = config.machine != "vm" or kind.in_namespaces()
@@ -80,7 +80,7 @@ def forbid_core_dumps(config: BootConfig) -> None:
 
 def profile_sysctls(profile: str, *, modules: bool) -> "list[tuple[str, str]]":
     """Paths and values, those last that others might need to be still open for."""
-    from init_shim import sysctls
+    from microguest.init_shim import sysctls
 
     table = {**sysctls.SERVERS, sysctls.PING_GROUPS: f"0 {last_group()}"}
     if profile == "strict":
@@ -150,7 +150,7 @@ def lock_kernel_down() -> None:
 
 def protect_kernel_files() -> None:
     """The kernel's files in /proc as docker shows them to a container."""
-    from init_shim import masks
+    from microguest.init_shim import masks
 
     masks.hide(MASKED, READ_ONLY_PATHS)
 

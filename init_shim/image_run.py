@@ -8,10 +8,10 @@ where the image has something in /run.
 import os
 import stat
 
-from guest import limits
-from init_shim.confined import Opened
-from init_shim.failure import call
-from init_shim.reporter import leave_out
+from microguest.guest import limits
+from microguest.init_shim.confined import Opened
+from microguest.init_shim.failure import call
+from microguest.init_shim.reporter import leave_out
 
 __all__ = ["copy"]
 

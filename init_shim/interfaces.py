@@ -7,11 +7,11 @@ import _socket
 import errno
 import time
 
-from guest import limits
-from guest.netplan import Interface, Network, Route
-from init_shim.addresses import Prefix, check, packed_address, parse_prefix
-from init_shim.failure import Failure
-from init_shim.netlink import Link, Netlink
+from microguest.guest import limits
+from microguest.guest.netplan import Interface, Network, Route
+from microguest.init_shim.addresses import Prefix, check, packed_address, parse_prefix
+from microguest.init_shim.failure import Failure
+from microguest.init_shim.netlink import Link, Netlink
 
 __all__ = ["set_up"]
 

@@ -12,19 +12,19 @@ import time
 
 import _guestsys
 
-from guest import limits
-from guest.bootconfig import BootConfig
-from guest.errors import raised_at
-from guest.report import HandedOff, Stopping
-from guest.workload import signal_number
-from init_shim import power, protection, write_out
-from init_shim.agent_process import AgentProcess
-from init_shim.failure import Failure, call
-from init_shim.kind import in_namespaces
-from init_shim.reporter import Reporter, failed_boot, say
-from init_shim.signals import CONTINUE, KILL, TERMINATE, Signals
-from init_shim.supervisor import Supervisor, await_agent
-from init_shim.timeline import Timeline, boot_ms
+from microguest.guest import limits
+from microguest.guest.bootconfig import BootConfig
+from microguest.guest.errors import raised_at
+from microguest.guest.report import HandedOff, Stopping
+from microguest.guest.workload import signal_number
+from microguest.init_shim import power, protection, write_out
+from microguest.init_shim.agent_process import AgentProcess
+from microguest.init_shim.failure import Failure, call
+from microguest.init_shim.kind import in_namespaces
+from microguest.init_shim.reporter import Reporter, failed_boot, say
+from microguest.init_shim.signals import CONTINUE, KILL, TERMINATE, Signals
+from microguest.init_shim.supervisor import Supervisor, await_agent
+from microguest.init_shim.timeline import Timeline, boot_ms
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

@@ -3,11 +3,11 @@
 ip=<client>:<server>:<gateway>:<netmask>:<hostname>:<device>:<autoconf>:<dns0>:<dns1>:<ntp>
 """
 
-from guest.netplan import Interface, Network, Route
-from guest.record import RecordError
-from init_shim.addresses import packed_address
-from init_shim.failure import Failure
-from init_shim.netlink import Link, Netlink
+from microguest.guest.netplan import Interface, Network, Route
+from microguest.guest.record import RecordError
+from microguest.init_shim.addresses import packed_address
+from microguest.init_shim.failure import Failure
+from microguest.init_shim.netlink import Link, Netlink
 
 __all__ = ["planned"]
 

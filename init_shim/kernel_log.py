@@ -7,10 +7,10 @@ anything, so every line is taken apart from the ends that the kernel wrote.
 
 import os
 
-from guest import limits
-from guest.report import OomKilled
-from init_shim.reporter import say
-from init_shim.timeline import boot_ms
+from microguest.guest import limits
+from microguest.guest.report import OomKilled
+from microguest.init_shim.reporter import say
+from microguest.init_shim.timeline import boot_ms
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ console has no room for is lost there, and not for the report.
 
 import os
 
-from guest import limits
-from init_shim.reporter import copy_to_console
+from microguest.guest import limits
+from microguest.init_shim.reporter import copy_to_console
 
 __all__ = ["LastWords"]
 

@@ -7,9 +7,9 @@ process of the guest can take the port.
 import _socket
 import os
 
-from guest import limits
-from guest.bootconfig import Endpoint
-from init_shim.failure import call
+from microguest.guest import limits
+from microguest.guest.bootconfig import Endpoint
+from microguest.init_shim.failure import call
 
 __all__ = ["VMADDR_CID_HOST", "address_of", "open_listener", "socket_for"]
 

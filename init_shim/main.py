@@ -6,10 +6,10 @@ open, and it stays in memory for as long as the machine lives. A test pins the l
 
 import os
 
-from guest import bootconfig
-from guest.bootconfig import BootConfig
-from guest.errors import BootConfigError, raised_at
-from init_shim import (
+from microguest.guest import bootconfig
+from microguest.guest.bootconfig import BootConfig
+from microguest.guest.errors import BootConfigError, raised_at
+from microguest.init_shim import (
     hardening,
     modules,
     mounts,
@@ -20,16 +20,16 @@ from init_shim import (
     server_limits,
     volumes,
 )
-from init_shim.agent_process import AgentProcess
-from init_shim.failure import Failure, call
-from init_shim.listener import open_listener
-from init_shim.main_process import MainProcess, failed_start
-from init_shim.reporter import Reporter, announcement, failed_boot, mark_lines, say
-from init_shim.signals import Signals
-from init_shim.supervisor import Supervisor, await_agent
-from init_shim.timeline import Timeline
-from init_shim.workload import WorkloadNotStarted, start_workload
-from init_shim.workload_cgroup import Most
+from microguest.init_shim.agent_process import AgentProcess
+from microguest.init_shim.failure import Failure, call
+from microguest.init_shim.listener import open_listener
+from microguest.init_shim.main_process import MainProcess, failed_start
+from microguest.init_shim.reporter import Reporter, announcement, failed_boot, mark_lines, say
+from microguest.init_shim.signals import Signals
+from microguest.init_shim.supervisor import Supervisor, await_agent
+from microguest.init_shim.timeline import Timeline
+from microguest.init_shim.workload import WorkloadNotStarted, start_workload
+from microguest.init_shim.workload_cgroup import Most
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def hand_off(
     config: BootConfig, supervisor: Supervisor, agent: AgentProcess, timeline: Timeline
 ) -> None:
     """Become the image's own init. Returns only where PID 1 was told to end before it had."""
-    from init_shim.handoff import hand_off
+    from microguest.init_shim.handoff import hand_off
 
     hand_off(config, agent, supervisor.reporter, supervisor.signals, timeline)
     supervisor.status = "shutdown"
@@ -166,7 +166,7 @@ def hide_paths(config: BootConfig) -> None:
     """What nobody shall see or change, processes of hosts included. Raises Failure."""
     workload = config.workload
     if workload is not None and (workload.masked or workload.read_only_paths):
-        from init_shim import masks  # few images ask for it
+        from microguest.init_shim import masks  # few images ask for it
 
         masks.hide(workload.masked, workload.read_only_paths)
 

@@ -6,13 +6,13 @@ What one life is made of is `init_shim.workload`'s; whose turn it is, the superv
 import os
 import time
 
-from guest import limits
-from guest.report import WorkloadExited, WorkloadFailed, WorkloadStarted
-from guest.workload import Workload, signal_number
-from init_shim.collection import Collection
-from init_shim.failure import Failure
-from init_shim.timeline import boot_ms
-from init_shim.workload import RunningWorkload, WorkloadNotStarted
+from microguest.guest import limits
+from microguest.guest.report import WorkloadExited, WorkloadFailed, WorkloadStarted
+from microguest.guest.workload import Workload, signal_number
+from microguest.init_shim.collection import Collection
+from microguest.init_shim.failure import Failure
+from microguest.init_shim.timeline import boot_ms
+from microguest.init_shim.workload import RunningWorkload, WorkloadNotStarted
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

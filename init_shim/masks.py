@@ -7,10 +7,10 @@ the image's own: they are resolved by openat2(2) inside the root, through no mag
 import errno
 import os
 
-from init_shim import mounts
-from init_shim.confined import Opened, RootFolder
-from init_shim.failure import Failure, call
-from init_shim.mounts import mount
+from microguest.init_shim import mounts
+from microguest.init_shim.confined import Opened, RootFolder
+from microguest.init_shim.failure import Failure, call
+from microguest.init_shim.mounts import mount
 
 __all__ = ["hide"]
 

@@ -6,10 +6,10 @@ writer is killed.
 
 import os
 
-from guest import limits
-from guest.bootconfig import BootConfig
-from guest.rootplan import Upper
-from init_shim.reporter import leave_out
+from microguest.guest import limits
+from microguest.guest.bootconfig import BootConfig
+from microguest.guest.rootplan import Upper
+from microguest.init_shim.reporter import leave_out
 
 __all__ = ["Sizes", "measured", "sizes_of"]
 

@@ -5,7 +5,7 @@ import os
 
 import _guestsys
 
-from init_shim.failure import call
+from microguest.init_shim.failure import call
 
 __all__ = ["FOLDER", "load_modules"]
 

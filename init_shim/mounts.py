@@ -11,8 +11,8 @@ import stat
 
 import _guestsys
 
-from guest import limits
-from init_shim.failure import Failure, call
+from microguest.guest import limits
+from microguest.init_shim.failure import Failure, call
 
 __all__ = [
     "API_MOVED",

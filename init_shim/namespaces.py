@@ -19,10 +19,19 @@ import sys
 
 import _guestsys
 
-from guest import bootconfig
-from init_shim import mounts, tracers
-from init_shim.failure import Failure, call
-from init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, RECURSIVE, REMOUNT, mount
+from microguest.guest import bootconfig
+from microguest.init_shim import mounts, tracers
+from microguest.init_shim.failure import Failure, call
+from microguest.init_shim.mounts import (
+    BIND,
+    NODEV,
+    NOEXEC,
+    NOSUID,
+    READ_ONLY,
+    RECURSIVE,
+    REMOUNT,
+    mount,
+)
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1, which shares the program
 if TYPE_CHECKING:

@@ -8,15 +8,15 @@ import time
 
 import _guestsys
 
-from guest import limits
-from guest.errors import raised_at
-from guest.report import Stopping
-from init_shim import write_out
-from init_shim.kind import in_namespaces
-from init_shim.reporter import own_console, say
-from init_shim.signals import CONTINUE, KILL, TERMINATE
-from init_shim.supervisor import Supervisor
-from init_shim.timeline import boot_ms
+from microguest.guest import limits
+from microguest.guest.errors import raised_at
+from microguest.guest.report import Stopping
+from microguest.init_shim import write_out
+from microguest.init_shim.kind import in_namespaces
+from microguest.init_shim.reporter import own_console, say
+from microguest.init_shim.signals import CONTINUE, KILL, TERMINATE
+from microguest.init_shim.supervisor import Supervisor
+from microguest.init_shim.timeline import boot_ms
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

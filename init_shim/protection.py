@@ -7,12 +7,12 @@ program is in memory that is never written back, so that there is nothing to res
 
 import os
 
-from guest import limits
-from guest.bootconfig import BootConfig
-from guest.process import share_of_processes
-from init_shim import kind
-from init_shim.reporter import Reporter
-from init_shim.supervisor import Supervisor
+from microguest.guest import limits
+from microguest.guest.bootconfig import BootConfig
+from microguest.guest.process import share_of_processes
+from microguest.init_shim import kind
+from microguest.init_shim.reporter import Reporter
+from microguest.init_shim.supervisor import Supervisor
 
 __all__ = ["memory_for_workload", "processes_for_workload", "unkillable", "watch_oom"]
 
@@ -92,7 +92,7 @@ def watch_oom(config: BootConfig, supervisor: Supervisor, reporter: Reporter) ->
     """
     if config.machine != "vm" or kind.in_namespaces():
         return
-    from init_shim.kernel_log import KernelLog, OomWatch  # the agent starts meanwhile
+    from microguest.init_shim.kernel_log import KernelLog, OomWatch  # the agent starts meanwhile
 
     try:
         log = KernelLog()

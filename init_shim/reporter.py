@@ -12,13 +12,13 @@ import select
 import stat
 import time
 
-from guest import limits
-from guest.bootconfig import BootConfig, Endpoint
-from guest.errors import raised_at
-from guest.report import CONSOLE_MARK, REPORTS, BootFailed, Ready, Report, line_mark
-from init_shim.failure import SHORT, Failure, call, reason
-from init_shim.listener import VMADDR_CID_HOST, address_of, socket_for
-from init_shim.timeline import Timeline
+from microguest.guest import limits
+from microguest.guest.bootconfig import BootConfig, Endpoint
+from microguest.guest.errors import raised_at
+from microguest.guest.report import CONSOLE_MARK, REPORTS, BootFailed, Ready, Report, line_mark
+from microguest.init_shim.failure import SHORT, Failure, call, reason
+from microguest.init_shim.listener import VMADDR_CID_HOST, address_of, socket_for
+from microguest.init_shim.timeline import Timeline
 
 __all__ = [
     "Reporter",

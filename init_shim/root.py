@@ -11,13 +11,13 @@ import stat
 
 import _guestsys
 
-from guest.bootconfig import BootConfig
-from guest.rootplan import Lower, Root, Volume
-from init_shim import disks, mounts, write_out
-from init_shim.confined import RootFolder
-from init_shim.failure import Failure, call
-from init_shim.mounts import ensure_directory, mount
-from init_shim.reporter import leave_out
+from microguest.guest.bootconfig import BootConfig
+from microguest.guest.rootplan import Lower, Root, Volume
+from microguest.init_shim import disks, mounts, write_out
+from microguest.init_shim.confined import RootFolder
+from microguest.init_shim.failure import Failure, call
+from microguest.init_shim.mounts import ensure_directory, mount
+from microguest.init_shim.reporter import leave_out
 
 __all__ = ["NEW_ROOT", "make_read_only", "mount_lowers", "mount_root", "mount_upper", "switch_root"]
 
@@ -81,7 +81,7 @@ def mount_upper(config: BootConfig) -> None:
 
     With it, all that is in memory gets the size that it keeps.
     """
-    from init_shim import memory_sizes  # nobody waits for it before the listener is open
+    from microguest.init_shim import memory_sizes  # nobody waits for it before the listener is open
 
     plan, sizes = config.root, memory_sizes.measured(config)
     mounts.size_tmpfs("/dev/shm", sizes.shm)  # noqa: S108  not a temporary file
@@ -269,7 +269,7 @@ def copy_run() -> None:
     plain = (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (0, 0, 0o755)
     if plain and not os.listdir(covered):
         return
-    from init_shim import image_run
+    from microguest.init_shim import image_run
 
     image_run.copy(covered, "/run")
 

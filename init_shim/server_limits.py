@@ -6,7 +6,7 @@ suggests. Servers that are used to container engines stop at both.
 
 import resource
 
-from init_shim import kind
+from microguest.init_shim import kind
 
 __all__ = ["raise_limits"]
 

@@ -10,8 +10,8 @@ import time
 
 import _guestsys
 
-from guest import limits
-from init_shim.failure import Failure, call
+from microguest.guest import limits
+from microguest.init_shim.failure import Failure, call
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

@@ -8,21 +8,27 @@ import os
 import time
 from resource import struct_rusage
 
-from guest import limits
-from guest.report import AgentServes, FirstExec, WorkloadFailed
-from guest.supervision import AgentReady, ExecStarted, MainCollected, MainReader, ShutdownRequest
-from init_shim.agent_process import AgentProcess
-from init_shim.ending import Ending
-from init_shim.failure import Failure
-from init_shim.main_process import MainProcess
-from init_shim.reporter import Reporter
-from init_shim.signals import KILL, Signals
+from microguest.guest import limits
+from microguest.guest.report import AgentServes, FirstExec, WorkloadFailed
+from microguest.guest.supervision import (
+    AgentReady,
+    ExecStarted,
+    MainCollected,
+    MainReader,
+    ShutdownRequest,
+)
+from microguest.init_shim.agent_process import AgentProcess
+from microguest.init_shim.ending import Ending
+from microguest.init_shim.failure import Failure
+from microguest.init_shim.main_process import MainProcess
+from microguest.init_shim.reporter import Reporter
+from microguest.init_shim.signals import KILL, Signals
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from guest.record import Record
+    from microguest.guest.record import Record
 
 __all__ = ["Supervisor", "await_agent"]
 

@@ -6,8 +6,8 @@ A name is as sysctl(8) has it, `kernel.yama.ptrace_scope` or with slashes, and n
 
 import os
 
-from guest import limits
-from init_shim.failure import Failure, call
+from microguest.guest import limits
+from microguest.init_shim.failure import Failure, call
 
 __all__ = [
     "DEFAULT",

@@ -8,7 +8,7 @@ import errno
 import fcntl
 import os
 
-from init_shim.failure import call
+from microguest.init_shim.failure import call
 
 __all__ = ["open_terminal"]
 

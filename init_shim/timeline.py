@@ -2,7 +2,7 @@
 
 import time
 
-from guest.report import Step
+from microguest.guest.report import Step
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import os
 import select
 import time
 
-from guest import limits
-from init_shim.mounts import open_proc
-from init_shim.signals import KILL
+from microguest.guest import limits
+from microguest.init_shim.mounts import open_proc
+from microguest.init_shim.signals import KILL
 
 __all__ = ["await_end", "kill_tracers", "wait_status"]
 

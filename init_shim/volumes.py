@@ -7,13 +7,13 @@ mount may not allow is looked up afterwards, because more than one thing takes n
 import errno
 import os
 
-from guest.rootplan import Root, Volume
-from init_shim import disks, mounts
-from init_shim.confined import Opened, RootFolder
-from init_shim.failure import Failure, call
-from init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, RECURSIVE, mount
-from init_shim.reporter import leave_out
-from init_shim.root import NEW_ROOT
+from microguest.guest.rootplan import Root, Volume
+from microguest.init_shim import disks, mounts
+from microguest.init_shim.confined import Opened, RootFolder
+from microguest.init_shim.failure import Failure, call
+from microguest.init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, RECURSIVE, mount
+from microguest.init_shim.reporter import leave_out
+from microguest.init_shim.root import NEW_ROOT
 
 __all__ = ["mount_volumes"]
 

@@ -8,9 +8,9 @@ wait inside the kernel for a device. A machine that was paused counts one look, 
 import os
 import time
 
-from guest import limits
-from init_shim.mounts import open_proc
-from init_shim.signals import CONTINUE
+from microguest.guest import limits
+from microguest.init_shim.mounts import open_proc
+from microguest.init_shim.signals import CONTINUE
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

@@ -12,14 +12,19 @@ import time
 
 import _guestsys
 
-from guest import limits, process, users
-from guest.errors import OperationError
-from guest.status import exit_fields
-from guest.workload import ImageDefaults, Workload
-from init_shim.confined import RootFolder
-from init_shim.ending import Ending
-from init_shim.failure import SHORT, call, reason
-from init_shim.workload_cgroup import LimitsUnavailable, Most, WorkloadCgroup, open_cgroup
+from microguest.guest import limits, process, users
+from microguest.guest.errors import OperationError
+from microguest.guest.status import exit_fields
+from microguest.guest.workload import ImageDefaults, Workload
+from microguest.init_shim.confined import RootFolder
+from microguest.init_shim.ending import Ending
+from microguest.init_shim.failure import SHORT, call, reason
+from microguest.init_shim.workload_cgroup import (
+    LimitsUnavailable,
+    Most,
+    WorkloadCgroup,
+    open_cgroup,
+)
 
 __all__ = ["RunningWorkload", "WorkloadNotStarted", "start_workload"]
 
@@ -159,15 +164,15 @@ class Privileges:
         self.filter = b""
         try:
             if workload.rlimits:
-                from guest.privileges import resource_limits
+                from microguest.guest.privileges import resource_limits
 
                 self.resources = resource_limits(workload.rlimits)
             if workload.capabilities is not None:
-                from guest.privileges import capability_sets
+                from microguest.guest.privileges import capability_sets
 
                 self.sets = capability_sets(workload.capabilities)
             if workload.seccomp:
-                from guest.privileges import seccomp_program
+                from microguest.guest.privileges import seccomp_program
 
                 self.filter = seccomp_program(workload.seccomp)
         except OperationError as error:
@@ -196,14 +201,14 @@ class Streams:
         self.theirs = (-1, -1, -1)
         self.lent: tuple[int, ...] = ()  # `theirs`, until it has them
         if workload.stdio == "terminal":
-            from init_shim.terminal import open_terminal
+            from microguest.init_shim.terminal import open_terminal
 
             self.terminal, slave = open_terminal(workload.rows, workload.columns, uid)
             self.theirs, self.lent = (slave, slave, slave), (slave,)
         elif workload.stdio == "attached":
             self._open_pipes(uid)
         else:
-            from init_shim.console import open_console
+            from microguest.init_shim.console import open_console
 
             self.theirs = self.lent = open_console()
 

@@ -11,9 +11,9 @@ import time
 
 import _guestsys
 
-from init_shim.mounts import READ_ONLY, REMOUNT, mount_table, open_proc
-from init_shim.reporter import say
-from init_shim.signals import fork
+from microguest.init_shim.mounts import READ_ONLY, REMOUNT, mount_table, open_proc
+from microguest.init_shim.reporter import say
+from microguest.init_shim.signals import fork
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from typing import Any, Self
 import pytest
 from patience import PATIENCE
 
-from guest.connection import Connection, Data, End, Event, Request, Response, Role
-from guest.messages import (
+from microguest.guest.connection import Connection, Data, End, Event, Request, Response, Role
+from microguest.guest.messages import (
     Attach,
     Exited,
     Failure,
@@ -36,8 +36,8 @@ from guest.messages import (
     Started,
     Welcome,
 )
-from guest.record import Record
-from guest.supervision import (
+from microguest.guest.record import Record
+from microguest.guest.supervision import (
     AGENT_FD,
     MESSAGES,
     AgentReady,
@@ -48,7 +48,7 @@ from guest.supervision import (
     Taken,
     Withdraw,
 )
-from guest.workload import ImageDefaults
+from microguest.guest.workload import ImageDefaults
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOKEN = "correct horse battery staple"

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 from patience import SLACK
 from sleepers import Sleeper
 
-from host_client.errors import MachineError
+from microguest.errors import MachineError
 
 PROJECT = Path(__file__).parent.parent
 LEAK_GRACE = SLACK  # seconds in which what a test stopped may still be going away

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 from patience import PATIENCE
 
-from guest import limits
-from guest.connection import Connection, End, Request, Response, Role, State
-from guest.messages import FEATURES, Credit, Exited, Hello, PingResult, Started, Welcome
-from host_client.address import UnixAddress
-from host_client.agent import Agent
+from microguest.guest import limits
+from microguest.guest.connection import Connection, End, Request, Response, Role, State
+from microguest.guest.messages import FEATURES, Credit, Exited, Hello, PingResult, Started, Welcome
+from microguest.host_client.address import UnixAddress
+from microguest.host_client.agent import Agent
 
 E = TypeVar("E")
 TOKEN = "a" * 64

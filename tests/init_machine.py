@@ -23,7 +23,7 @@ from typing import Any, Self, TypeVar
 import pytest
 from patience import PATIENCE
 
-from guest.report import line_mark
+from microguest.guest.report import line_mark
 
 PROJECT = Path(__file__).parent.parent
 PROGRAM = PROJECT / "dist" / "guest" / platform.machine() / "microguest"

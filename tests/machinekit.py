@@ -14,11 +14,11 @@ import imagefactory
 import pytest
 from patience import PATIENCE
 
-from host_client import Machine, connect
-from host_client.errors import MachineError
-from host_client.machines.folder import is_alive, machines_root, names, read_state
-from host_client.machines.plan import MachineState
-from host_client.machines.virtiofsd import virtiofsd
+from microguest import Machine, connect
+from microguest.errors import MachineError
+from microguest.host_client.machines.folder import is_alive, machines_root, names, read_state
+from microguest.host_client.machines.plan import MachineState
+from microguest.host_client.machines.virtiofsd import virtiofsd
 
 PROJECT = Path(__file__).parent.parent
 KINDS = ["namespaces", pytest.param("qemu", marks=pytest.mark.qemu)]  # for parametrize

@@ -23,9 +23,9 @@ from agentharness import (
 )
 from patience import PATIENCE, SLACK
 
-from guest import frames, limits, messages
-from guest.workload import ImageDefaults
-from host_client.cli.exec import SHELL_OF_USER
+from microguest.guest import frames, limits, messages
+from microguest.guest.workload import ImageDefaults
+from microguest.host_client.cli.exec import SHELL_OF_USER
 
 MIB = 1024 * 1024
 GONE = PATIENCE  # seconds in which a killed process must have disappeared

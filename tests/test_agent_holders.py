@@ -8,8 +8,8 @@ import time
 import pytest
 from patience import PATIENCE
 
-from agent import holders
-from guest import limits
+from microguest.agent import holders
+from microguest.guest import limits
 
 MANY = 15_000  # descriptors of each decoy
 DECOYS = 16

@@ -15,9 +15,9 @@ import pytest
 from agentharness import TIMEOUTS, WAIT, AgentProcess, Host, Refused
 from sleepers import Sleeper
 
-from guest import limits
-from guest.connection import Data, Event, Request, Response, State
-from guest.messages import (
+from microguest.guest import limits
+from microguest.guest.connection import Data, Event, Request, Response, State
+from microguest.guest.messages import (
     Acknowledge,
     Attach,
     Detach,
@@ -33,7 +33,7 @@ from guest.messages import (
     Wait,
     Winsize,
 )
-from guest.supervision import (
+from microguest.guest.supervision import (
     AreYouThere,
     Configure,
     Deposit,

@@ -17,12 +17,12 @@ import pytest
 from agentharness import AgentProcess, Host, Refused, execute
 from machinekit import Pings, wait_until
 
-from guest.errors import StartError
-from guest.messages import Failure, Limits
-from guest.privileges import CAPABILITIES, RESOURCES
-from host_client import boot
-from host_client.errors import DeadlineExceeded
-from host_client.machines.machine import Machine
+from microguest import boot
+from microguest.errors import DeadlineExceeded
+from microguest.guest.errors import StartError
+from microguest.guest.messages import Failure, Limits
+from microguest.guest.privileges import CAPABILITIES, RESOURCES
+from microguest.host_client.machines.machine import Machine
 
 LOAD = 8.0  # seconds that the agent is in trouble
 ANSWER = LOAD / 2  # within which it answers ping meanwhile; emulated, on a busy machine

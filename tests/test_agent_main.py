@@ -12,10 +12,10 @@ import pytest
 from agentharness import AgentProcess, Host, Refused
 from patience import PATIENCE
 
-from guest.connection import Data, Request
-from guest.messages import Attach
-from guest.status import exit_fields
-from guest.supervision import (
+from microguest.guest.connection import Data, Request
+from microguest.guest.messages import Attach
+from microguest.guest.status import exit_fields
+from microguest.guest.supervision import (
     Deposit,
     ExecStarted,
     MainCollected,

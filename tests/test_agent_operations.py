@@ -11,9 +11,9 @@ from agentharness import AgentProcess, Host, Refused, execute
 from machinekit import wait_until
 from patience import PATIENCE, SLACK
 
-from guest import limits
-from guest.connection import Request, Response
-from guest.messages import (
+from microguest.guest import limits
+from microguest.guest.connection import Request, Response
+from microguest.guest.messages import (
     Exited,
     Forget,
     ListProcesses,

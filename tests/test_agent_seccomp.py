@@ -12,11 +12,11 @@ from agentharness import TOKEN, AgentProcess, Host, Refused, execute
 from machinekit import wait_until
 from test_agent_spawn import hide_newer_calls
 
-from guest import limits
-from guest.errors import StartError
-from guest.messages import Failure, Keep, Winsize
-from host_client import seccomp
-from host_client.connecting import connect
+from microguest import seccomp
+from microguest.guest import limits
+from microguest.guest.errors import StartError
+from microguest.guest.messages import Failure, Keep, Winsize
+from microguest.host_client.connecting import connect
 
 RETURN = 0x06
 ALLOW = 0x7FFF0000

@@ -10,10 +10,10 @@ import pytest
 from agentharness import TOKEN, AgentProcess, Closed, Host, execute
 from patience import PATIENCE, SLACK
 
-from guest import frames, limits, messages
-from guest.connection import Request
-from guest.messages import Hello, Shutdown, ShutdownResult
-from guest.supervision import ShutdownRequest
+from microguest.guest import frames, limits, messages
+from microguest.guest.connection import Request
+from microguest.guest.messages import Hello, Shutdown, ShutdownResult
+from microguest.guest.supervision import ShutdownRequest
 
 PREFACE = frames.preface()
 

@@ -15,9 +15,9 @@ import pytest
 from agentharness import AgentProcess, Closed, Host, Result, execute, run_into_timeout
 from patience import PATIENCE, SLACK
 
-from guest import limits
-from guest.connection import Data, End
-from guest.messages import Acknowledge, Detach, Exited
+from microguest.guest import limits
+from microguest.guest.connection import Data, End
+from microguest.guest.messages import Acknowledge, Detach, Exited
 
 MIB = 1024 * 1024
 ROUNDS = 500  # of each race, over THREADS connections at a time

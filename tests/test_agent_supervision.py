@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from agentharness import AgentProcess, Host, Refused, execute
 
-from guest.messages import (
+from microguest.guest.messages import (
     Attach,
     Exited,
     Forget,
@@ -19,7 +19,7 @@ from guest.messages import (
     SignalResult,
     Wait,
 )
-from guest.supervision import (
+from microguest.guest.supervision import (
     AreYouThere,
     Deposit,
     ExecStarted,

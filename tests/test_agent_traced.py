@@ -13,8 +13,8 @@ from agentharness import AgentProcess, Host, Refused
 from machinekit import wait_until
 from patience import SLACK
 
-from guest import limits
-from guest.messages import Forget, Keep
+from microguest.guest import limits
+from microguest.guest.messages import Forget, Keep
 
 # `trace` is done by a process that neither waits for what it traces nor lets it go.
 PRELUDE = """

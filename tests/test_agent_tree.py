@@ -16,9 +16,9 @@ from agentharness import AgentProcess, Host, execute
 from patience import PATIENCE
 from sleepers import Sleeper
 
-from agent.cgroups import MOUNTS, Cgroups, open_cgroups
-from agent.leaf import Leaf
-from guest.messages import Signal, SignalProcess, SignalResult
+from microguest.agent.cgroups import MOUNTS, Cgroups, open_cgroups
+from microguest.agent.leaf import Leaf
+from microguest.guest.messages import Signal, SignalProcess, SignalResult
 
 STORM = 500  # processes that each of four loops starts, at most
 LIBC = ctypes.CDLL(None, use_errno=True)

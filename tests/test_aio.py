@@ -10,10 +10,12 @@ import pytest
 from hostkit import TOKEN, Peer, Script, agent_at, answer_pings, serving
 from patience import PATIENCE
 
-from guest import limits
-from guest.connection import Data, End, Response
-from guest.errors import OperationError, StartError
-from guest.messages import (
+from microguest import aio
+from microguest.errors import ConnectionLost, DeadlineExceeded, OutputStalled
+from microguest.guest import limits
+from microguest.guest.connection import Data, End, Response
+from microguest.guest.errors import OperationError, StartError
+from microguest.guest.messages import (
     Acknowledge,
     Detach,
     Exited,
@@ -26,8 +28,6 @@ from guest.messages import (
     Signal,
     SignalResult,
 )
-from host_client import aio
-from host_client.errors import ConnectionLost, DeadlineExceeded, OutputStalled
 
 FLOOD = 8 * 1024 * 1024
 Scene = Callable[[aio.Agent], Awaitable[None]]

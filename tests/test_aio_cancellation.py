@@ -25,13 +25,13 @@ from agentharness import TOKEN, AgentProcess
 from hostkit import Peer, agent_at, answer_pings, serving
 from patience import PATIENCE
 
-from guest import limits
-from guest.connection import Data
-from guest.errors import OperationError
-from guest.messages import Acknowledge, Credit
-from host_client import Agent, Keep, aio, connect
-from host_client.aio.machine import GIVEN_UP_WAIT
-from host_client.errors import ConnectionLost, OutputTooLarge
+from microguest import Agent, Keep, aio, connect
+from microguest.errors import ConnectionLost, OutputTooLarge
+from microguest.guest import limits
+from microguest.guest.connection import Data
+from microguest.guest.errors import OperationError
+from microguest.guest.messages import Acknowledge, Credit
+from microguest.host_client.aio.machine import GIVEN_UP_WAIT
 
 BYTES = 20_000
 PIECE = 7  # of what the process writes at a time

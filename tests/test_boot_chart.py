@@ -12,13 +12,13 @@ import pytest
 from machinekit import demo_image
 from patience import PATIENCE
 
-import host_client
-from guest.record import RecordError
-from guest.report import REPORTS, Step
-from host_client.chart import ROWS_MAX, boot_chart
-from host_client.cli.boot_chart import replace
-from host_client.machines.boottime import BootTimeline
-from host_client.machines.plan import MachineState
+import microguest
+from microguest.guest.record import RecordError
+from microguest.guest.report import REPORTS, Step
+from microguest.host_client.chart import ROWS_MAX, boot_chart
+from microguest.host_client.cli.boot_chart import replace
+from microguest.host_client.machines.boottime import BootTimeline
+from microguest.host_client.machines.plan import MachineState
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -33,7 +33,7 @@ def step(name: str, start: float, end: float) -> Step:
 
 def command(*arguments: str, under: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [*under, sys.executable, "-m", "host_client.cli", "boot-chart", *arguments],
+        [*under, sys.executable, "-m", "microguest", "boot-chart", *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -92,7 +92,7 @@ def test_no_steps_are_no_chart() -> None:
 
 
 def test_chart_and_steps_of_a_machine(tmp_path: Path) -> None:
-    with host_client.boot(demo_image(), machine="namespaces") as machine:
+    with microguest.boot(demo_image(), machine="namespaces") as machine:
         machine.agent.exec(["true"])
         name = machine.name
         drawn, steps = command(name), command(name, "--json")
@@ -111,7 +111,7 @@ def test_what_cannot_be_drawn_or_written_is_one_line(tmp_path: Path) -> None:
     unknown = command("no-such-machine")
     assert (unknown.returncode, unknown.stdout) == (125, "")
     assert "no machine named no-such-machine" in unknown.stderr
-    with host_client.boot(demo_image(), machine="namespaces") as machine:
+    with microguest.boot(demo_image(), machine="namespaces") as machine:
         refused = command(machine.name, "-o", str(tmp_path / "missing" / "boot.svg"))
         picture, link = tmp_path / "boot.svg", tmp_path / "link"
         picture.write_text("the one before")

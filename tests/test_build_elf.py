@@ -11,7 +11,7 @@ import sys
 import pytest
 from patience import PATIENCE
 
-from guest.manifest import MANIFEST, PROGRAM, Manifest
+from microguest.guest.manifest import MANIFEST, PROGRAM, Manifest
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUILD = os.path.join(PROJECT, "build")
@@ -142,7 +142,7 @@ def test_environment_and_working_folder_do_not_matter(tmp_path):
 
 RELINK = """
 import dataclasses, os, sys
-sys.path[:0] = [{build!r}, {project!r}]
+sys.path[:0] = [{build!r}, {source!r}]
 from link import gather_parts, link_program
 from pins import load_pins
 from stages import open_cache
@@ -157,7 +157,9 @@ with open_cache() as cache:
 
 
 def test_linking_again_elsewhere_gives_the_same_bytes(tmp_path):
-    script = RELINK.format(build=BUILD, project=PROJECT, arch=platform.machine())
+    script = RELINK.format(
+        build=BUILD, source=os.path.join(PROJECT, "src"), arch=platform.machine()
+    )
     images = []
     for name in ("first", "a-longer-name-for-the-second"):
         folder = tmp_path / name

@@ -72,14 +72,14 @@ def test_modules_are_loaded_after_what_they_depend_on():
 def test_module_graph_starts_from_imports_not_from_code(tmp_path):
     source = tmp_path / "module.py"
     source.write_text(
-        "import os\nfrom agent.main import x\nfrom select import epoll, poll\n"
+        "import os\nfrom microguest.agent.main import x\nfrom select import epoll, poll\n"
         "if TYPE_CHECKING:\n    import typing\n"
         "def f():\n    import shutil as other\n    return 1\n"
     )
     sources = [Source(name="module", path=str(source), is_package=False)]
     before = imports_of(sources)
     assert {"os", "select", "shutil", "trio"} <= set(imported_modules(before))
-    assert not {"typing", "agent.main"} & set(imported_modules(before))
+    assert not {"typing", "microguest.agent.main"} & set(imported_modules(before))
     source.write_text(source.read_text().replace("return 1", "return 2"))
     assert imports_of(sources) == before
 

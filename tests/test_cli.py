@@ -20,7 +20,7 @@ from clikit import PROGRAM, Done, microguest
 from machinekit import wait_until
 from patience import PATIENCE
 
-from host_client.cli.stream import ONCE_WITHIN
+from microguest.host_client.cli.stream import ONCE_WITHIN
 
 pytestmark = pytest.mark.usefixtures("machines_home")
 KIND = pytest.mark.parametrize("kind", machinekit.KINDS)
@@ -497,7 +497,7 @@ def test_only_what_is_missing_is_asked_for() -> None:
 # of `main` on; at "exit", and at "end", when the interpreter has taken its handlers away.
 INTERRUPTED_SOMEWHERE = """
 import atexit, os, signal, sys
-from host_client.cli import main
+from microguest.host_client.cli import main
 
 where, count = sys.argv.pop(1), 0
 

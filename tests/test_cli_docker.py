@@ -14,8 +14,8 @@ from clikit import PROGRAM, microguest
 from machinekit import wait_until
 from patience import PATIENCE
 
-from host_client.cli.arguments import parse
-from host_client.machines.folder import is_alive
+from microguest.host_client.cli.arguments import parse
+from microguest.host_client.machines.folder import is_alive
 
 pytestmark = pytest.mark.usefixtures("machines_home")
 PROJECT = Path(__file__).parent.parent

@@ -11,10 +11,10 @@ from pathlib import Path
 import imagefactory as factory
 import pytest
 
-from host_client.images.command import PACKAGES
-from host_client.machines import shares as daemons
+from microguest.host_client.images.command import PACKAGES
+from microguest.host_client.machines import virtiofsd as daemons
 
-DOCTOR = [sys.executable, "-m", "host_client.cli", "doctor"]
+DOCTOR = [sys.executable, "-m", "microguest", "doctor"]
 
 
 pytestmark = pytest.mark.usefixtures("image")  # on a host where machines can run
@@ -118,8 +118,7 @@ def test_shares_as_the_user_that_runs_it() -> None:
 
 def test_installed_without_a_checkout(tmp_path: Path) -> None:
     """A wheel's user has no Makefile: the advice is where a bundle comes from, and where to."""
-    for package in ("guest", "host_client"):
-        shutil.copytree(factory.PROJECT / package, tmp_path / "site" / package)
+    shutil.copytree(factory.PROJECT / "src", tmp_path / "site")  # and what its links lead to
     data = tmp_path / "data"
     where = {"PYTHONPATH": str(tmp_path / "site"), "XDG_DATA_HOME": str(data)}
     found = doctor(env=where, cwd=tmp_path / "site")

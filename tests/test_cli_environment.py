@@ -18,8 +18,8 @@ from machinekit import wait_until
 from patience import PATIENCE
 from terminalkit import Person
 
-from guest.errors import MicroguestError, printable
-from host_client.cli import table
+from microguest.guest.errors import MicroguestError, printable
+from microguest.host_client.cli import table
 
 PROJECT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("module_machines_home")
@@ -81,7 +81,7 @@ def test_program_with_closed_descriptors_that_boots(image: str) -> None:
     program = (
         "import os, sys\n"
         "for fd in (0, 1): os.close(fd)\n"
-        "from host_client import boot\n"
+        "from microguest import boot\n"
         f"with boot({image!r}, machine='namespaces') as machine:\n"
         "    os.write(2, machine.agent.exec(['echo', 'it works']).stdout)\n"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from host_client.cli.arguments import make_parser
+from microguest.host_client.cli.arguments import make_parser
 
 PROJECT = Path(__file__).parent.parent
 PAGE = (PROJECT / "docs" / "cli.md").read_text()

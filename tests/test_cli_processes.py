@@ -12,9 +12,9 @@ from clikit import PROGRAM, TYPED, Done, microguest
 from machinekit import wait_until
 from patience import PATIENCE
 
-from guest import limits
-from guest.messages import Keep
-from host_client.machines.named import find
+from microguest.guest import limits
+from microguest.guest.messages import Keep
+from microguest.host_client.machines.named import find
 
 pytestmark = pytest.mark.usefixtures("module_machines_home")
 

@@ -15,8 +15,9 @@ from machinekit import wait_until
 from patience import PATIENCE
 from terminalkit import Person
 
-from host_client import boot, images
-from host_client.images import recipes
+from microguest import boot
+from microguest.host_client import images
+from microguest.host_client.images import recipes
 
 LARGE = factory.layer([factory.member("zeros", bytes(5 << 20)), factory.member("end", b"!")])
 
@@ -86,8 +87,8 @@ def test_boot_tells(cache: images.Cache) -> None:
 
 SCRIPT = """\
 import signal, sys, time
-from host_client.cli.progress import MOMENT, REDRAWN_EVERY, Display
-from host_client.images import Progress
+from microguest.host_client.cli.progress import MOMENT, REDRAWN_EVERY, Display
+from microguest.host_client.images import Progress
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 with Display(quiet=sys.argv[1] == "quiet") as display:
     display(Progress("unpacking", "oci:x:y", 0, 700_000_000))

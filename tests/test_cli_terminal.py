@@ -17,8 +17,8 @@ from machinekit import wait_until
 from patience import PATIENCE
 from terminalkit import Person, root_of_programs
 
-from host_client.cli.detachkeys import DetachKeys, parse
-from host_client.cli.terminal import ScreenModes
+from microguest.host_client.cli.detachkeys import DetachKeys, parse
+from microguest.host_client.cli.terminal import ScreenModes
 
 PROMPT = "/ #"
 pytestmark = pytest.mark.usefixtures("module_machines_home")

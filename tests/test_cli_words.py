@@ -9,9 +9,9 @@ import machinekit
 import pytest
 from clikit import PROGRAM, microguest
 
-from host_client.cli.arguments import make_parser
-from host_client.cli.completion import commands_of
-from host_client.cli.dockerwords import COMMANDS, OPTIONS
+from microguest.host_client.cli.arguments import make_parser
+from microguest.host_client.cli.completion import commands_of
+from microguest.host_client.cli.dockerwords import COMMANDS, OPTIONS
 
 pytestmark = pytest.mark.usefixtures("machines_home")
 BOX = ("run", "--rm", "--machine", "namespaces")

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from guest import messages, report, supervision
-from guest.record import Catalogue, Record
-from host_client import aio
-from host_client.agent import Agent
-from host_client.machines.plan import COMMANDS
+from microguest import aio
+from microguest.guest import messages, report, supervision
+from microguest.guest.record import Catalogue, Record
+from microguest.host_client.agent import Agent
+from microguest.host_client.machines.plan import COMMANDS
 
 PROJECT = Path(__file__).parent.parent
 PROTOCOL = (PROJECT / "docs" / "protocol.md").read_text()
@@ -147,8 +147,8 @@ def test_every_operation_has_a_handler_a_method_docs_and_a_vector() -> None:
 def test_an_operation_that_nobody_has_is_found() -> None:
     assert lacking({"unheard": (Unheard, Unheard)}) == [
         "unheard has no handler in agent/operations.py",
-        "host_client.agent.Agent has no unheard()",
-        "host_client.aio.agent.Agent has no unheard()",
+        "microguest.host_client.agent.Agent has no unheard()",
+        "microguest.host_client.aio.agent.Agent has no unheard()",
         "docs/protocol.md has no row | `unheard` | `Unheard` | `Unheard` |",
         "no stored conversation requests unheard",
         "no stored conversation answers with Unheard",

@@ -23,8 +23,8 @@ import pytest
 from init_machine import TOKEN, Machine, boot_config, make_root, require_program
 from patience import PATIENCE
 
-from host_client import seccomp
-from host_client.connecting import connect
+from microguest import seccomp
+from microguest.host_client.connecting import connect
 
 Facts = dict[str, str]
 

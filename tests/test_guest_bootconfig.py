@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guest import bootconfig, limits
-from guest.bootconfig import BootConfig, parse
-from guest.errors import BootConfigError
-from guest.record import Record, RecordError
-from guest.workload import signal_number
+from microguest.guest import bootconfig, limits
+from microguest.guest.bootconfig import BootConfig, parse
+from microguest.guest.errors import BootConfigError
+from microguest.guest.record import Record, RecordError
+from microguest.guest.workload import signal_number
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "boot-config.md").read_text()
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from guest import plainjson
+from microguest.guest import plainjson
 
 DOCUMENTS = [
     "{}",

@@ -5,11 +5,11 @@ import os
 
 import pytest
 
-from guest import limits
-from guest.errors import START_CODES, OperationError
-from guest.process import DEFAULT_PATH, plan, share_of_processes, start_failure
-from guest.users import Identity
-from guest.workload import ImageDefaults
+from microguest.guest import limits
+from microguest.guest.errors import START_CODES, OperationError
+from microguest.guest.process import DEFAULT_PATH, plan, share_of_processes, start_failure
+from microguest.guest.users import Identity
+from microguest.guest.workload import ImageDefaults
 
 APP = Identity(uid=1000, gid=1000, groups=(1000,), home="/srv/app", name="app")
 

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guest import frames, limits, messages, report
-from guest.connection import (
+from microguest.guest import frames, limits, messages, report
+from microguest.guest.connection import (
     AGENT_MAY_SEND,
     HOST_MAY_SEND,
     Connection,
@@ -30,9 +30,9 @@ from guest.connection import (
     Role,
     State,
 )
-from guest.errors import START_CODES, LocalProtocolError, RemoteProtocolError
-from guest.frames import Kind
-from guest.messages import (
+from microguest.guest.errors import START_CODES, LocalProtocolError, RemoteProtocolError
+from microguest.guest.frames import Kind
+from microguest.guest.messages import (
     Acknowledge,
     Attach,
     Credit,
@@ -58,7 +58,7 @@ from guest.messages import (
     Welcome,
     Winsize,
 )
-from guest.record import Record
+from microguest.guest.record import Record
 
 PROJECT = Path(__file__).parent.parent
 VECTORS = json.loads((Path(__file__).parent / "data" / "protocol-vectors.json").read_text())

@@ -8,22 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import guest.bootconfig
-import guest.manifest
-import guest.messages
-import guest.renewal
-import guest.report
-import guest.supervision
-import host_client.machines.plan
-from guest.messages import ProcessInfo
-from guest.record import NUMBER_MAX, Record, RecordError
-from guest.report import REPORTS
-from host_client.machines.plan import STATE_MAX, MachineState, clipped
+from microguest.guest import bootconfig, manifest, messages, renewal, report, supervision
+from microguest.guest.messages import ProcessInfo
+from microguest.guest.record import NUMBER_MAX, Record, RecordError
+from microguest.guest.report import REPORTS
+from microguest.host_client.machines import plan
+from microguest.host_client.machines.plan import STATE_MAX, MachineState, clipped
 
-MODULES = (
-    guest.bootconfig, guest.manifest, guest.messages, guest.renewal, guest.report,
-    guest.supervision, host_client.machines.plan,
-)  # fmt: skip
+MODULES = (bootconfig, manifest, messages, renewal, report, supervision, plan)
 TOO_LARGE = [10**4000, -(10**4000), NUMBER_MAX + 2, -NUMBER_MAX - 3]
 NO_NUMBERS = [float("inf"), float("-inf"), float("nan"), 1e300, -1e300]
 
@@ -111,8 +103,8 @@ values = st.none() | st.booleans() | numbers | texts
         )
     )
 )
-def test_whatever_a_guest_reports_the_state_can_be_read(report: tuple[str, Any]) -> None:
-    name, fields = report
+def test_whatever_a_guest_reports_the_state_can_be_read(said: tuple[str, Any]) -> None:
+    name, fields = said
     fields = {key: value for key, value in fields.items() if value is not None}
     if "steps" in REPORTS.records[name]._fields:
         fields["steps"] = [{"name": "x" * 9000, "start_ms": 1.0, "end_ms": 1}] * 70

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guest import (
+from microguest.guest import (
     bootconfig,
     limits,
     messages,
@@ -21,11 +21,11 @@ from guest import (
     supervision,
     workload,
 )
-from guest.bootconfig import Endpoint
-from guest.messages import Credit, StagedFile, Start, Started, Welcome
-from guest.record import Catalogue, Record, RecordError
-from guest.status import ExitStatus
-from guest.supervision import Deposit, KeptStatus, Restored
+from microguest.guest.bootconfig import Endpoint
+from microguest.guest.messages import Credit, StagedFile, Start, Started, Welcome
+from microguest.guest.record import Catalogue, Record, RecordError
+from microguest.guest.status import ExitStatus
+from microguest.guest.supervision import Deposit, KeptStatus, Restored
 
 MODULES = (bootconfig, messages, netplan, report, rootplan, status, supervision, workload)
 RECORDS = [

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guest import limits, report, supervision
-from guest.record import Catalogue, Record, RecordError
-from guest.report import REPORTS, BootFailed, Ready, Stopping
-from guest.status import ExitStatus, exit_fields
-from guest.supervision import MESSAGES, Configure
-from guest.workload import ImageDefaults
+from microguest.guest import limits, report, supervision
+from microguest.guest.record import Catalogue, Record, RecordError
+from microguest.guest.report import REPORTS, BootFailed, Ready, Stopping
+from microguest.guest.status import ExitStatus, exit_fields
+from microguest.guest.supervision import MESSAGES, Configure
+from microguest.guest.workload import ImageDefaults
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "protocol-vectors.json").read_text())
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guest.errors import StartError
-from guest.users import MAXIMUM_ID, Identity, resolve
+from microguest.guest.errors import StartError
+from microguest.guest.users import MAXIMUM_ID, Identity, resolve
 
 PASSWD = b"""\
 root:x:0:0:root:/root:/bin/sh

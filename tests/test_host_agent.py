@@ -14,12 +14,19 @@ import pytest
 from hostkit import TOKEN, Peer, Script, agent_at, answer_pings, serving
 from patience import PATIENCE, SLACK
 
-import host_client
-from guest import frames, limits
-from guest.connection import Data, End, Request, Response
-from guest.errors import OperationError, RemoteProtocolError, StartError
-from guest.frames import Kind
-from guest.messages import (
+import microguest
+from microguest import connect
+from microguest.errors import (
+    ConnectError,
+    ConnectionLost,
+    DeadlineExceeded,
+    OutputTooLarge,
+)
+from microguest.guest import frames, limits
+from microguest.guest.connection import Data, End, Request, Response
+from microguest.guest.errors import OperationError, RemoteProtocolError, StartError
+from microguest.guest.frames import Kind
+from microguest.guest.messages import (
     Exited,
     Failure,
     PingResult,
@@ -28,15 +35,8 @@ from guest.messages import (
     Started,
     Welcome,
 )
-from host_client import connect
-from host_client.address import HybridAddress, UnixAddress, VsockAddress, parse
-from host_client.errors import (
-    ConnectError,
-    ConnectionLost,
-    DeadlineExceeded,
-    OutputTooLarge,
-)
-from host_client.result import CommandFailed
+from microguest.host_client.address import HybridAddress, UnixAddress, VsockAddress, parse
+from microguest.host_client.result import CommandFailed
 
 
 @pytest.fixture
@@ -48,10 +48,10 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_public_names() -> None:
-    for name in host_client.__all__:
-        assert getattr(host_client, name) is not None
+    for name in microguest.__all__:
+        assert getattr(microguest, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
-        _ = host_client.nonsense
+        _ = microguest.nonsense
 
 
 def test_importing_costs_nothing() -> None:
@@ -61,7 +61,7 @@ def test_importing_costs_nothing() -> None:
     program = """
 import sys
 before = set(sys.modules)
-import host_client
+import microguest
 print(len(set(sys.modules) - before))
 """
     count = subprocess.run(
@@ -276,8 +276,8 @@ def test_timeout_carries_the_output(path: Path) -> None:
 
 
 def test_agent_that_forgets_the_timeout(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("host_client.driver.KILL_ALLOWANCE", 1.0)
-    monkeypatch.setattr("host_client.channel.PROBE_AFTER", PATIENCE)
+    monkeypatch.setattr("microguest.host_client.driver.KILL_ALLOWANCE", 1.0)
+    monkeypatch.setattr("microguest.host_client.channel.PROBE_AFTER", PATIENCE)
 
     def script(peer: Peer) -> None:
         peer.start()
@@ -319,7 +319,7 @@ def test_argv_that_is_refused_here(path: Path, argv: object, error: type[Excepti
 
 
 def test_signals_and_streaming(path: Path) -> None:
-    from guest.messages import Start
+    from microguest.guest.messages import Start
 
     def script(peer: Peer) -> None:
         peer.start()
@@ -480,7 +480,7 @@ def test_kept_connection_that_went_silent_is_replaced(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a restore of the guest: nobody there knows the connection, and nobody says so."""
-    monkeypatch.setattr("host_client.pool.REUSED_WAIT", 0.2)
+    monkeypatch.setattr("microguest.host_client.pool.REUSED_WAIT", 0.2)
 
     def falls_silent(peer: Peer) -> None:
         peer.greet()
@@ -628,7 +628,7 @@ def test_hybrid_garbage(path: Path, answer: bytes) -> None:
     ],
 )
 def test_what_cannot_be_sent_is_a_plain_error(
-    tmp_path: Path, call: Callable[[host_client.Agent], object]
+    tmp_path: Path, call: Callable[[microguest.Agent], object]
 ) -> None:
     """Not one of a class that no page names."""
     with agent_at(tmp_path / "nobody") as agent, pytest.raises(ValueError, match=": ") as caught:

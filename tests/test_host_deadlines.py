@@ -18,21 +18,21 @@ from agentharness import AgentProcess
 from hostkit import TOKEN, Peer, Script, agent_at, serving
 from patience import SLACK
 
-from guest import limits
-from guest.connection import Connection, Data, Response, Role
-from guest.messages import FEATURES, Failure, Hello, PingResult, Welcome
-from guest.renewal import ClockResult
-from guest.report import REPORTS, AgentServes
-from host_client import Agent, aio
-from host_client.address import HybridAddress
-from host_client.aio.waiting import run as aio_run
-from host_client.channel import Channel
-from host_client.deadline import Deadline
-from host_client.driver import KILL_ALLOWANCE
-from host_client.errors import ConnectError, DeadlineExceeded
-from host_client.machines.reports import ReportReader
-from host_client.steps import run
-from host_client.vhost_vsock.loop import EventLoop
+from microguest import Agent, aio
+from microguest.errors import ConnectError, DeadlineExceeded
+from microguest.guest import limits
+from microguest.guest.connection import Connection, Data, Response, Role
+from microguest.guest.messages import FEATURES, Failure, Hello, PingResult, Welcome
+from microguest.guest.renewal import ClockResult
+from microguest.guest.report import REPORTS, AgentServes
+from microguest.host_client.address import HybridAddress
+from microguest.host_client.aio.waiting import run as aio_run
+from microguest.host_client.channel import Channel
+from microguest.host_client.deadline import Deadline
+from microguest.host_client.driver import KILL_ALLOWANCE
+from microguest.host_client.machines.reports import ReportReader
+from microguest.host_client.steps import run
+from microguest.host_client.vhost_vsock.loop import EventLoop
 
 LONG = 25.0  # seconds that a peer goes on
 TIMEOUT = 1.0  # seconds, of whatever has one

@@ -18,10 +18,10 @@ from typing import Any
 import anyio
 import pytest
 
-import host_client
-from host_client import aio
-from host_client.cli.arguments import parse
-from host_client.errors import StartError
+import microguest
+from microguest import aio
+from microguest.errors import StartError
+from microguest.host_client.cli.arguments import parse
 
 PROJECT = Path(__file__).parent.parent
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -59,12 +59,12 @@ def test_programs_that_are_not_run(page: Path) -> None:
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module or "")
                 assert all(hasattr(module, alias.name) for alias in node.names)
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "host_client":
-                assert hasattr(host_client, node.attr)
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "microguest":
+                assert hasattr(microguest, node.attr)
 
 
 def test_examples(image: str, machines_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from host_client import boot
+    from microguest import boot
 
     examples = programs(PAGE)
     assert len(examples) >= 5
@@ -93,21 +93,21 @@ def test_programs_of_the_readme(
     exec(compile(here(first, image), "README.md", "exec"), {})
     shown = [line.partition("# ")[2] for line in first.splitlines() if "print(" in line]
     assert capsys.readouterr().out.splitlines() == shown
-    with host_client.boot(image, machine="namespaces", name="box") as machine:
+    with microguest.boot(image, machine="namespaces", name="box") as machine:
         # What is about limits is its last line: not every host lends a machine cgroups.
         refused = (
             contextlib.nullcontext() if has_cgroups(machine) else contextlib.suppress(StartError)
         )
         with refused:
-            exec(compile(second, "README.md", "exec"), {"host_client": host_client})
+            exec(compile(second, "README.md", "exec"), {"microguest": microguest})
         (left,) = [each for each in machine.agent.processes() if each.kept]
         assert left.argv == ("sh",)
 
 
-def has_cgroups(machine: host_client.Machine) -> bool:
+def has_cgroups(machine: microguest.Machine) -> bool:
     """Whether a process in it can have limits."""
     try:
-        machine.agent.exec(["true"], limits=host_client.Limits(processes=20))
+        machine.agent.exec(["true"], limits=microguest.Limits(processes=20))
     except StartError as error:
         return error.code != "cgroup_unavailable"
     return True
@@ -139,12 +139,12 @@ def test_program_of_the_vsock_device(tmp_path: Path) -> None:
 def test_examples_in_docstrings(
     image: str, machines_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exec(compile(here(indented(host_client.__doc__), image), "host_client", "exec"), {})
+    exec(compile(here(indented(microguest.__doc__), image), "microguest", "exec"), {})
     assert capsys.readouterr().out.startswith("Linux m-")
     awaited = textwrap.indent(indented(aio.__doc__), "    ")
     names: dict[str, Any] = {}
     exec(compile(f"async def main():\n{awaited}\n    return result", "aio", "exec"), names)
-    with host_client.boot(image, machine="namespaces", name="demo"):
+    with microguest.boot(image, machine="namespaces", name="demo"):
         assert anyio.run(names["main"]).stdout.startswith(b"Linux")
 
 
@@ -230,7 +230,7 @@ def test_first_example_of_handoff(
     image: str, machines_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It waits until there is something to say; with systemd itself in tests/test_vm_handoff.py."""
-    from host_client import boot
+    from microguest import boot
 
     page = (PAGE.parent / "handoff.md").read_text()
     (example,) = re.findall(r"(?m)^(?:    .*\n)+", page[: page.index("## In order")])

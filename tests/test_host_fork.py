@@ -21,9 +21,9 @@ from agentharness import TOKEN, AgentProcess
 from hostkit import agent_at, answer_pings, serving
 from machinekit import wait_until
 
-from host_client import Agent, aio, boot, connect
-from host_client.errors import ConnectionLost
-from host_client.machines.folder import claim, is_alive
+from microguest import Agent, aio, boot, connect
+from microguest.errors import ConnectionLost
+from microguest.host_client.machines.folder import claim, is_alive
 
 PATIENCE = 60  # seconds until a child that hangs is ended, which fails its test
 
@@ -188,7 +188,7 @@ def test_an_inherited_process_is_the_parents(client: Agent) -> None:
 
 
 def test_an_inherited_stream_is_the_parents(client: Agent) -> None:
-    from guest.messages import Start
+    from microguest.guest.messages import Start
 
     with client.open_process(Start(argv=("cat",), stdin=True)) as stream:
 
@@ -295,7 +295,7 @@ def program(*lines: str, environment: dict[str, str] | None = None) -> Iterator[
 
 def begins(url: str, label: str) -> str:
     return f"""
-from host_client import connect
+from microguest import connect
 agent = connect({url!r}, token={TOKEN!r})
 agent.ping()
 execution = threading.Thread(
@@ -338,7 +338,7 @@ def test_a_living_child_keeps_no_process_that_was_closed(
 
 def test_a_living_child_keeps_no_machine_of_a_dead_parent(machines_home: Path, image: str) -> None:
     lines = (
-        "from host_client import boot",
+        "from microguest import boot",
         f"machine = boot({image!r}, machine='namespaces', name='orphan')",
         FORK,
         "print(child, flush=True); time.sleep(1000)",

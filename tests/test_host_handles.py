@@ -14,7 +14,7 @@ from agentharness import TOKEN, AgentProcess
 from machinekit import wait_until
 from patience import PATIENCE, SLACK
 
-from host_client import Agent, ConnectionLost, OperationError, aio, boot, connect, find
+from microguest import Agent, ConnectionLost, OperationError, aio, boot, connect, find
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from types import FrameType
 
 import pytest
 
-from host_client.interrupts import interrupts_later
+from microguest.host_client.interrupts import interrupts_later
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

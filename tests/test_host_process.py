@@ -14,10 +14,17 @@ import pytest
 from hostkit import TOKEN, Peer, agent_at, answer_pings, serving
 from patience import PATIENCE
 
-from guest import limits
-from guest.connection import Data, End, Request, Response
-from guest.errors import OperationError, RemoteProtocolError
-from guest.messages import (
+from microguest import Agent, connect
+from microguest.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    OutputStalled,
+    OutputTooLarge,
+)
+from microguest.guest import limits
+from microguest.guest.connection import Data, End, Request, Response
+from microguest.guest.errors import OperationError, RemoteProtocolError
+from microguest.guest.messages import (
     FEATURES,
     Acknowledge,
     Attach,
@@ -40,16 +47,9 @@ from guest.messages import (
     Wait,
     Winsize,
 )
-from host_client import Agent, connect
-from host_client.backlog import Backlog, Taking
-from host_client.errors import (
-    ConnectionLost,
-    DeadlineExceeded,
-    OutputStalled,
-    OutputTooLarge,
-)
-from host_client.request import signal_number, start_record
-from host_client.result import CommandFailed, Result
+from microguest.host_client.backlog import Backlog, Taking
+from microguest.host_client.request import signal_number, start_record
+from microguest.host_client.result import CommandFailed, Result
 
 FLOOD = 8 * 1024 * 1024
 
@@ -773,9 +773,9 @@ def test_waiting_by_id_until_the_time_is_over(path: Path) -> None:
 def test_a_frozen_guest_is_an_error_within_seconds(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("host_client.channel.PROBE_AFTER", 0.5)
-    monkeypatch.setattr("host_client.channel.CHECK_EVERY", 0.1)
-    monkeypatch.setattr("host_client.session.CHECK_EVERY", 0.1)
+    monkeypatch.setattr("microguest.host_client.channel.PROBE_AFTER", 0.5)
+    monkeypatch.setattr("microguest.host_client.channel.CHECK_EVERY", 0.1)
+    monkeypatch.setattr("microguest.host_client.session.CHECK_EVERY", 0.1)
 
     noticed = threading.Event()
 
@@ -792,8 +792,8 @@ def test_a_frozen_guest_is_an_error_within_seconds(
 def test_a_silent_process_of_a_guest_that_lives(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("host_client.channel.PROBE_AFTER", 0.2)
-    monkeypatch.setattr("host_client.channel.CHECK_EVERY", 0.05)
+    monkeypatch.setattr("microguest.host_client.channel.PROBE_AFTER", 0.2)
+    monkeypatch.setattr("microguest.host_client.channel.CHECK_EVERY", 0.05)
     done = threading.Event()
 
     def silent(peer: Peer) -> None:

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from hostkit import Peer, agent_at, serving
 
-from guest import limits
-from guest.connection import Response
-from guest.errors import OperationError
-from guest.messages import PingResult, Start
-from guest.record import RecordError
-from host_client import seccomp
-from host_client.request import start_record
-from host_client.seccomp_code import INSTRUCTIONS
-from host_client.syscall_numbers import ELSEWHERE, NUMBERS
+from microguest import seccomp
+from microguest.guest import limits
+from microguest.guest.connection import Response
+from microguest.guest.errors import OperationError
+from microguest.guest.messages import PingResult, Start
+from microguest.guest.record import RecordError
+from microguest.host_client.request import start_record
+from microguest.host_client.seccomp_code import INSTRUCTIONS
+from microguest.host_client.syscall_numbers import ELSEWHERE, NUMBERS
 
 X86_64, I386, AARCH64, ARM = 0xC000003E, 0x40000003, 0xC00000B7, 0x40000028  # linux/audit.h
 ALLOWED = 0x7FFF0000

@@ -14,8 +14,8 @@ import imagefactory as factory
 import pytest
 from patience import PATIENCE
 
-from host_client import images
-from host_client.errors import ImageError
+from microguest.errors import ImageError
+from microguest.host_client import images
 
 SMALL = factory.layer([factory.directory("etc"), factory.member("etc/name", b"guest\n")])
 

@@ -20,18 +20,18 @@ import imagefactory as factory
 import pytest
 from imagefactory import directory, hard_link, layer, member, symlink
 
-from host_client import images
-from host_client.errors import ImageError
-from host_client.images import export
-from host_client.images import limits as image_limits
+from microguest.errors import ImageError
+from microguest.host_client import images
+from microguest.host_client.images import export
+from microguest.host_client.images import limits as image_limits
 
 SMALL = layer([directory("etc"), member("etc/name", b"guest\n")])
 ROOM = 64 << 10  # KiB above an honest image that are nobody's fault: allocators, chunks in flight
 
 PREPARE = r"""
 import re, sys
-from host_client import images
-from host_client.errors import ImageError
+from microguest.host_client import images
+from microguest.errors import ImageError
 said = "done"
 try:
     with images.open_image(sys.argv[1]) as image:
@@ -385,7 +385,7 @@ def _walk(root: Path) -> Iterator[str]:
 
 
 def test_docs_name_every_bound() -> None:
-    from host_client.images import limits
+    from microguest.host_client.images import limits
 
     page = (factory.PROJECT / "docs" / "images.md").read_text()
     section = page[page.index("## Limits") : page.index("## What an image's config does")]

@@ -14,13 +14,13 @@ import imagefactory as factory
 import pytest
 from patience import PATIENCE
 
-from host_client import images
-from host_client.errors import ImageError
+from microguest.errors import ImageError
+from microguest.host_client import images
 
 SMALL = factory.layer([factory.directory("etc"), factory.member("etc/name", b"guest\n")])
 PREPARE = """\
 import sys
-from host_client import images
+from microguest.host_client import images
 with images.open_image(sys.argv[1]) as image:
     images.as_directory(image, "/", cache=images.Cache(sys.argv[2]))
     images.as_disk(image, "/", cache=images.Cache(sys.argv[2]))

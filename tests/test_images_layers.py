@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from imagefactory import directory, hard_link, layer, member, symlink
 from patience import PATIENCE
 
-from host_client import images
-from host_client.errors import ImageError
-from host_client.images import recipes, tarformat
-from host_client.images.budget import Budget
+from microguest.errors import ImageError
+from microguest.host_client import images
+from microguest.host_client.images import recipes, tarformat
+from microguest.host_client.images.budget import Budget
 
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 10, 0, 0, 0)  # cap_net_bind_service=ep
 ROOT = directory("./", mode=0o751, mtime=1_500_000_000)
@@ -356,7 +356,7 @@ def test_directory_as_a_disk(tmp_path: Path) -> None:
 
 AS_A_USER = """\
 import os, sys
-from host_client import images
+from microguest.host_client import images
 os.setgroups([])
 os.setgid(1234)
 os.setuid(1234)

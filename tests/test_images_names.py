@@ -17,9 +17,9 @@ import imagefactory as factory
 import pytest
 from imagefactory import directory, for_platform, layer, member, tagged
 
-from host_client import images
-from host_client.errors import ImageError
-from host_client.images import manifest
+from microguest.errors import ImageError
+from microguest.host_client import images
+from microguest.host_client.images import manifest
 
 SMALL = layer([directory("etc"), member("etc/name", b"guest\n")])
 

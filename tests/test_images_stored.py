@@ -18,9 +18,9 @@ import imagefactory as factory
 import pytest
 from imagefactory import layer, member
 
-from host_client import images
-from host_client.errors import ImageError
-from host_client.images.progress import Progress
+from microguest.errors import ImageError
+from microguest.host_client import images
+from microguest.host_client.images.progress import Progress
 
 HUGE = 10**17
 MIB = 1 << 20
@@ -42,8 +42,8 @@ LISTED = [{"Config": "c.json", "RepoTags": ["a:latest"], "Layers": ["layer.tar"]
 
 PREPARE = r"""
 import resource, sys
-from host_client import images
-from host_client.errors import ImageError
+from microguest.host_client import images
+from microguest.errors import ImageError
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
 try:
     with images.open_image(sys.argv[1]) as image:

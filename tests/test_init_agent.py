@@ -20,11 +20,11 @@ from init_machine import (
 )
 from patience import PATIENCE
 
-from guest import limits
-from guest.connection import Connection, Data, Event, Request, Role
-from guest.messages import Attach, Exited, Hello, Welcome
-from host_client.address import UnixAddress
-from host_client.agent import Agent
+from microguest.guest import limits
+from microguest.guest.connection import Connection, Data, Event, Request, Role
+from microguest.guest.messages import Attach, Exited, Hello, Welcome
+from microguest.host_client.address import UnixAddress
+from microguest.host_client.agent import Agent
 
 
 @pytest.fixture(scope="module")

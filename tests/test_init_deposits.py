@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from guest import limits
-from guest.supervision import Deposit, KeptExited
-from init_shim.deposits import Deposits
+from microguest.guest import limits
+from microguest.guest.supervision import Deposit, KeptExited
+from microguest.init_shim.deposits import Deposits
 
 USAGE = resource.getrusage(resource.RUSAGE_SELF)
 

@@ -22,12 +22,12 @@ from init_machine import (
 )
 from patience import PATIENCE, SLACK
 
-from guest import limits
-from guest.connection import Connection, Request, Role
-from guest.messages import Hello, Shutdown
-from host_client.address import UnixAddress
-from host_client.agent import Agent
-from host_client.errors import ConnectionLost
+from microguest.errors import ConnectionLost
+from microguest.guest import limits
+from microguest.guest.connection import Connection, Request, Role
+from microguest.guest.messages import Hello, Shutdown
+from microguest.host_client.address import UnixAddress
+from microguest.host_client.agent import Agent
 
 RESTARTED = 3  # the launcher's exit code
 

@@ -12,9 +12,9 @@ import pytest
 from init_machine import Config, Machine, boot_config, make_root, require_program, shell
 from rights import open_to_all
 
-from guest import limits
-from guest.bootconfig import BootConfig, parse
-from init_shim.memory_sizes import sizes_of
+from microguest.guest import limits
+from microguest.guest.bootconfig import BootConfig, parse
+from microguest.init_shim.memory_sizes import sizes_of
 
 MIB = 2**20
 LIST = "cd /run; find . -mindepth 1 | sort | xargs -r stat -c '%n %F %a %u:%g'"

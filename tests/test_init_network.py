@@ -35,9 +35,9 @@ from init_machine import (
 from patience import PATIENCE, SLACK
 from test_agent_traced import PRELUDE
 
-from guest.privileges import capability_mask
-from init_shim import dhcp_packets
-from init_shim.dhcp_packets import ACK, DISCOVER, FOREVER, OFFER
+from microguest.guest.privileges import capability_mask
+from microguest.init_shim import dhcp_packets
+from microguest.init_shim.dhcp_packets import ACK, DISCOVER, FOREVER, OFFER
 
 MAC = bytes.fromhex("525400123456")
 # As in init_shim/dhcp.py, which cannot be imported here.
@@ -72,11 +72,11 @@ def finish(machine: Machine) -> None:
 
 NETLINK_SCRIPT = """
     import subprocess
-    from guest.netplan import Interface, Network, Route
-    from init_shim import interfaces
-    from init_shim.addresses import packed_address, parse_prefix
-    from init_shim.failure import Failure
-    from init_shim.netlink import Netlink
+    from microguest.guest.netplan import Interface, Network, Route
+    from microguest.init_shim import interfaces
+    from microguest.init_shim.addresses import packed_address, parse_prefix
+    from microguest.init_shim.failure import Failure
+    from microguest.init_shim.netlink import Netlink
 
     def ip(*words):
         subprocess.run(["ip", *words], check=True)
@@ -209,7 +209,7 @@ def test_what_the_kernel_refuses_is_told_in_its_words() -> None:
 def test_the_kernels_line_is_read_as_the_kernel_does() -> None:
     in_new_network(
         """
-        from init_shim.kernel_line import planned
+        from microguest.init_shim.kernel_line import planned
 
         def seen(value, plan=Network()):
             plan, hostname = planned(value, plan)

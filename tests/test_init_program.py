@@ -11,17 +11,24 @@ PINNED = frozenset(
     """
     __main__ _abc _codecs _collections_abc _frozen_importlib _frozen_importlib_external
     _guest_compile _guestsys _imp _io _json _signal _socket _stat _thread _warnings _weakref abc
-    builtins codecs encodings encodings.aliases encodings.utf_8 errno fcntl gc genericpath guest
-    guest.bootconfig guest.errors guest.limits guest.netplan guest.plainjson guest.process
-    guest.record guest.report guest.rootplan guest.status guest.supervision guest.users
-    guest.workload init_shim init_shim.agent_process init_shim.collection init_shim.confined
-    init_shim.deposits init_shim.disks init_shim.dispatch init_shim.ending init_shim.failure
-    init_shim.hardening init_shim.kind init_shim.last_words init_shim.listener init_shim.main
-    init_shim.main_process init_shim.modules init_shim.mounts init_shim.network init_shim.power
-    init_shim.protection init_shim.reporter init_shim.root init_shim.server_limits init_shim.signals
-    init_shim.supervisor init_shim.timeline init_shim.volumes init_shim.watchdog init_shim.workload
-    init_shim.workload_cgroup init_shim.write_out io marshal os os.path posix posixpath resource
-    select stat sys time types zipimport
+    builtins codecs encodings encodings.aliases encodings.utf_8 errno fcntl gc genericpath io
+    marshal microguest microguest.guest microguest.guest.bootconfig microguest.guest.errors
+    microguest.guest.limits microguest.guest.netplan microguest.guest.plainjson
+    microguest.guest.process microguest.guest.record microguest.guest.report
+    microguest.guest.rootplan microguest.guest.status microguest.guest.supervision
+    microguest.guest.users microguest.guest.workload microguest.init_shim
+    microguest.init_shim.agent_process microguest.init_shim.collection microguest.init_shim.confined
+    microguest.init_shim.deposits microguest.init_shim.disks microguest.init_shim.dispatch
+    microguest.init_shim.ending microguest.init_shim.failure microguest.init_shim.hardening
+    microguest.init_shim.kind microguest.init_shim.last_words microguest.init_shim.listener
+    microguest.init_shim.main microguest.init_shim.main_process microguest.init_shim.modules
+    microguest.init_shim.mounts microguest.init_shim.network microguest.init_shim.power
+    microguest.init_shim.protection microguest.init_shim.reporter microguest.init_shim.root
+    microguest.init_shim.server_limits microguest.init_shim.signals microguest.init_shim.supervisor
+    microguest.init_shim.timeline microguest.init_shim.volumes microguest.init_shim.watchdog
+    microguest.init_shim.workload microguest.init_shim.workload_cgroup
+    microguest.init_shim.write_out os os.path posix posixpath resource select stat sys time types
+    zipimport
     """.split()  # noqa: SIM905
 )
 

@@ -12,8 +12,8 @@ import pytest
 from init_machine import Config, Machine, boot_config, make_root, require_program
 from plainpython import needs_guestsys
 
-from guest.rootplan import Volume
-from init_shim.failure import Failure
+from microguest.guest.rootplan import Volume
+from microguest.init_shim.failure import Failure
 
 LOWER = "/microguest/lower"  # the initial root's view of the image's folder
 HOST = "/microguest/host"  # and of one that can be written to
@@ -342,7 +342,7 @@ def test_a_bind_takes_along_what_is_mounted_inside_it(
 @needs_guestsys
 def test_a_mount_that_turned_out_to_allow_more_is_refused(tmp_path: Path) -> None:
     """No kernel is known that does this, so the check is asked about a mount of this one."""
-    from init_shim import confined, volumes
+    from microguest.init_shim import confined, volumes
 
     for flag in ("read_only", "exec"):
         volume = Volume(kind="tmpfs", target="/x", suid=True, dev=True)

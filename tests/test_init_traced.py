@@ -24,8 +24,8 @@ from patience import SLACK
 from test_agent_traced import PRELUDE
 from test_machine_keep import attach, kill_agent, listed, start, wait
 
-from guest import limits
-from guest.connection import Data
+from microguest.guest import limits
+from microguest.guest.connection import Data
 
 NOTHING, TRACEEXIT = 0, 0x40  # options of ptrace(2)
 WALL = 0x40000000  # __WALL of wait(2): threads as well

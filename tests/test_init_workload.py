@@ -28,10 +28,10 @@ from rights import open_to_all
 from test_host_seccomp import ENGINES
 from vm_machine import make_erofs, run_vm, vm_config
 
-from guest.privileges import CAPABILITIES
-from host_client import seccomp
-from host_client.connecting import connect
-from host_client.process import Process
+from microguest import seccomp
+from microguest.guest.privileges import CAPABILITIES
+from microguest.host_client.connecting import connect
+from microguest.host_client.process import Process
 
 ALL = {name: 1 << number for number, name in enumerate(CAPABILITIES)}
 NOBODY = 65534

@@ -22,11 +22,13 @@ from hostkit import Peer, agent_at, serving
 from machinekit import KINDS, demo_image
 from patience import PATIENCE
 
-from guest import frames, limits
-from guest.connection import Connection, Data, Request, Response, Role
-from guest.errors import LocalProtocolError, RemoteProtocolError
-from guest.frames import Kind
-from guest.messages import (
+from microguest import aio, boot
+from microguest.errors import ConnectionLost
+from microguest.guest import frames, limits
+from microguest.guest.connection import Connection, Data, Request, Response, Role
+from microguest.guest.errors import LocalProtocolError, RemoteProtocolError
+from microguest.guest.frames import Kind
+from microguest.guest.messages import (
     FEATURES,
     HOST_FEATURES,
     Attach,
@@ -37,11 +39,9 @@ from guest.messages import (
     Started,
     Welcome,
 )
-from host_client import aio, boot
-from host_client.address import UnixAddress
-from host_client.agent import Agent
-from host_client.errors import ConnectionLost
-from host_client.process import Process
+from microguest.host_client.address import UnixAddress
+from microguest.host_client.agent import Agent
+from microguest.host_client.process import Process
 
 MUCH = bytes(3_000_000)
 NEVER_READS = ("sleep", "1000")
@@ -377,7 +377,7 @@ def test_all_input_arrives_whatever_credit_comes(tmp_path: pathlib.Path) -> None
 def test_cli_passes_signals_on(kind: Literal["namespaces", "qemu"]) -> None:
     """`timeout 2 microguest exec -i M sleep 30 </dev/zero`: TERM arrives."""
     with boot(demo_image(), machine=kind) as machine, open("/dev/zero", "rb") as zero:
-        command = [sys.executable, "-m", "host_client.cli", "exec", "-i", machine.name]
+        command = [sys.executable, "-m", "microguest", "exec", "-i", machine.name]
         popen = subprocess.Popen([*command, "sleep", "1000"], stdin=zero)
         try:
             while not any(p.argv[:1] == ("sleep",) for p in machine.agent.processes()):

@@ -13,9 +13,7 @@ from interrupts import Interrupted, at_each_moment, interrupted_at
 from machinekit import wait_until
 from patience import PATIENCE
 
-from guest.connection import Data, Event
-from guest.messages import Attach
-from host_client import (
+from microguest import (
     Agent,
     ConnectionLost,
     DeadlineExceeded,
@@ -26,6 +24,8 @@ from host_client import (
     boot,
     connect,
 )
+from microguest.guest.connection import Data, Event
+from microguest.guest.messages import Attach
 
 # Between two bytecodes an interrupt can leave a socket to its reference count, which closes it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -26,7 +26,10 @@ MAY_IMPORT = {
     "host_client/aio": {"guest", "host_client", "anyio"},
 }
 # The one place where the frozen program becomes the agent, and the one command with an extra.
-EXCEPTIONS = {("init_shim/dispatch.py", "agent.main"), ("host_client/cli/completion.py", "shtab")}
+EXCEPTIONS = {
+    ("init_shim/dispatch.py", "microguest.agent.main"),
+    ("host_client/cli/completion.py", "shtab"),
+}
 
 PACKAGES = ("guest", "agent", "init_shim", "host_client")
 
@@ -47,23 +50,23 @@ BOOT_PATH = (
 )
 
 PUBLIC = {
-    "guest": ["__version__"],
-    "guest.bootconfig": [
+    "microguest.guest": ["__version__"],
+    "microguest.guest.bootconfig": [
         "AGENT_PORT", "PATH", "REPORT_PORT", "SCHEMA", "AgentSettings", "BootConfig", "Endpoint",
         "Hardening", "parse",
     ],
-    "guest.connection": [
+    "microguest.guest.connection": [
         "Connection", "Control", "Data", "End", "Event", "Request", "Response", "Role", "State",
     ],
-    "guest.errors": [
+    "microguest.guest.errors": [
         "START_CODES", "BootConfigError", "LocalProtocolError", "ManifestError", "MicroguestError",
         "OperationError", "ProtocolError", "RemoteProtocolError", "StartError", "operation_error",
         "printable", "raised_at",
     ],
-    "guest.frames": [
+    "microguest.guest.frames": [
         "HEADER", "MAGIC", "PREFACE_SIZE", "VERSION", "FrameHeader", "Kind", "preface",
     ],
-    "guest.messages": [
+    "microguest.guest.messages": [
         "CONTROLS", "CREDIT", "FEATURES", "HOST_FEATURES", "OPERATIONS", "PROCESS_OPERATIONS",
         "STREAMS", "Acknowledge", "Attach", "Credit", "Detach", "Exited", "Failure", "Forget",
         "ForgetResult", "Hello", "Info", "InfoResult", "Keep", "Limits", "ListProcesses", "Ping",
@@ -71,26 +74,26 @@ PUBLIC = {
         "Signal", "SignalProcess", "SignalResult", "StagedFile", "Start", "Started", "Wait",
         "Welcome", "Winsize", "pack", "unpack",
     ],
-    "guest.netplan": ["Interface", "Network", "Route"],
-    "guest.record": ["Catalogue", "Record", "RecordError", "misfit"],
-    "guest.report": [
+    "microguest.guest.netplan": ["Interface", "Network", "Route"],
+    "microguest.guest.record": ["Catalogue", "Record", "RecordError", "misfit"],
+    "microguest.guest.report": [
         "CONSOLE_MARK", "REPORTS", "AgentExited", "AgentServes", "BootFailed", "FirstExec",
         "HandedOff", "OomKilled", "Ready", "Report", "Step", "Stopping", "WorkloadExited",
         "WorkloadFailed", "WorkloadStarted", "line_mark",
     ],
-    "guest.rootplan": ["Lower", "Root", "Upper", "Volume", "check_size"],
-    "guest.status": ["ExitStatus", "exit_fields"],
-    "guest.supervision": [
+    "microguest.guest.rootplan": ["Lower", "Root", "Upper", "Volume", "check_size"],
+    "microguest.guest.status": ["ExitStatus", "exit_fields"],
+    "microguest.guest.supervision": [
         "AGENT_FD", "AGENT_ID", "MESSAGES", "AgentReady", "AreYouThere", "Configure", "Deposit",
         "ExecStarted",
         "Here", "KeptExited", "KeptStatus", "MainCollected", "MainExited", "MainReader",
         "MainStarted", "Message", "Restored", "RootReady", "ShutdownRequest", "Taken", "Withdraw",
     ],
-    "guest.workload": [
+    "microguest.guest.workload": [
         "Capabilities", "ImageDefaults", "Restart", "Workload", "check_init", "check_limits",
         "signal_number",
     ],
-    "host_client": [
+    "microguest": [
         "Agent", "AgentExited", "Attach", "BootConfigError", "BootFailed", "BootFailure",
         "CommandFailed", "ConnectError", "ConnectionLost", "DeadlineExceeded", "Event",
         "Exited", "GuestClock", "HybridAddress", "ImageError", "InfoResult", "Interface",
@@ -103,7 +106,7 @@ PUBLIC = {
         "WorkloadExited", "WorkloadFailed", "__version__", "aio", "boot", "connect",
         "errors", "find", "list_machines", "seccomp",
     ],
-    "host_client.aio": [
+    "microguest.aio": [
         "Agent", "Machine", "NamedMachine", "Process", "boot", "connect", "find",
         "list_machines",
     ],
@@ -112,7 +115,7 @@ PUBLIC = {
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Every module that a file imports, wherever in the file, with the line."""
-    package = ".".join(path.relative_to(PROJECT).parent.parts)
+    package = ".".join(("microguest", *path.relative_to(PROJECT).parent.parts))
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -130,9 +133,10 @@ def sources(package: str) -> list[Path]:
 def modules() -> dict[str, str]:
     """Our files by the names that they are imported by."""
     paths = [path.relative_to(PROJECT) for package in PACKAGES for path in sources(package)]
-    return {
-        ".".join(path.with_suffix("").parts).removesuffix(".__init__"): str(path) for path in paths
-    }
+    found = {".".join(("microguest", *path.with_suffix("").parts)): str(path) for path in paths}
+    for path in sources("src/microguest"):  # not what its links lead to
+        found[f"microguest.{path.stem}"] = str(path.relative_to(PROJECT))
+    return {name.removesuffix(".__init__"): path for name, path in found.items()}
 
 
 def imports_of_ours() -> dict[str, dict[str, str]]:
@@ -185,7 +189,7 @@ def test_packages_import_only_what_their_layer_may(package: str) -> None:
         if any(name.startswith(f"{inner}/") for inner in MAY_IMPORT if len(inner) > len(package)):
             continue  # it has rules of its own
         for line, module in imports(path):
-            top = module.partition(".")[0]
+            top = module.removeprefix("microguest.").partition(".")[0]
             excepted = any(name == file and module.startswith(to) for file, to in EXCEPTIONS)
             if top not in STDLIB | MAY_IMPORT[package] and not excepted:
                 wrong.append(f"{name}:{line} imports {module}")
@@ -220,7 +224,7 @@ def test_a_circle_of_files_or_rooms_is_found() -> None:
 def test_lazy_and_typing_only_imports_count() -> None:
     ways = imports_of_ours()
     assert "init_shim/handoff.py" in ways["init_shim/main.py"]  # inside a function
-    assert "host_client/machines/boot.py" in ways["host_client/__init__.py"]  # for types
+    assert "host_client/machines/boot.py" in ways["src/microguest/__init__.py"]  # for types
 
 
 def test_the_contract_does_no_io() -> None:

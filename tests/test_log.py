@@ -11,10 +11,10 @@ from agentharness import TOKEN, AgentProcess
 from hostkit import Peer, agent_at, serving
 from patience import PATIENCE
 
-from guest.connection import Response
-from guest.messages import Started
-from host_client import ConnectionLost, boot, connect, find, list_machines
-from host_client.log import DEBUG, WARNING, note
+from microguest import ConnectionLost, boot, connect, find, list_machines
+from microguest.guest.connection import Response
+from microguest.guest.messages import Started
+from microguest.host_client.log import DEBUG, WARNING, note
 
 
 def test_moments_of_a_machine(
@@ -84,13 +84,15 @@ def test_messages_are_printable_and_cut(caplog: pytest.LogCaptureFixture) -> Non
 def test_nobody_who_does_not_listen_pays_or_hears(elf: Path) -> None:
     with AgentProcess() as agent:
         quiet = (
-            "import sys\nfrom host_client import connect\n"
+            "import sys\nfrom microguest import connect\n"
             f"connect('unix://{agent.path}', token='{TOKEN}').close()\n"
             "print('logging' in sys.modules)\n"
         )
         done = subprocess.run([sys.executable, "-c", quiet], capture_output=True, check=True)
         assert done.stdout == b"False\n"
-        unheard = "import logging\nfrom host_client.log import note\nnote(30, 'a warning')\n"
+        unheard = (
+            "import logging\nfrom microguest.host_client.log import note\nnote(30, 'a warning')\n"
+        )
         done = subprocess.run([sys.executable, "-c", unheard], capture_output=True, check=True)
         assert done.stderr == b""
         with connect(f"unix://{agent.path}", token=TOKEN) as client:

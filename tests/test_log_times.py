@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from host_client.machines import moments
-from host_client.machines.console import LogReader, RotatingLog
-from host_client.machines.moments import COALESCED, MOMENTS_MAX
-from host_client.machines.when import moment, stamp
+from microguest.host_client.machines import moments
+from microguest.host_client.machines.console import LogReader, RotatingLog
+from microguest.host_client.machines.moments import COALESCED, MOMENTS_MAX
+from microguest.host_client.machines.when import moment, stamp
 
 ENTRY = 16  # bytes
 

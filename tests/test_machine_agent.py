@@ -9,11 +9,11 @@ import machinekit
 import pytest
 from patience import PATIENCE
 
-from guest.errors import OperationError, StartError
-from host_client import boot, connect
-from host_client.errors import DeadlineExceeded, MachineError, OutputTooLarge
-from host_client.machines.machine import Machine
-from host_client.result import CommandFailed
+from microguest import boot, connect
+from microguest.errors import DeadlineExceeded, MachineError, OutputTooLarge
+from microguest.guest.errors import OperationError, StartError
+from microguest.host_client.machines.machine import Machine
+from microguest.host_client.result import CommandFailed
 
 ENV = {"COLOUR": "green", "ODD": "a=b \u00e9"}
 

@@ -9,12 +9,12 @@ import machinekit
 import pytest
 from patience import PATIENCE
 
-from host_client import boot
-from host_client.errors import MachineError
-from host_client.machines.bundle import find_bundle
-from host_client.machines.capacity import host_memory, least_memory
-from host_client.machines.folder import names
-from host_client.machines.settings import mebibytes
+from microguest import boot
+from microguest.errors import MachineError
+from microguest.host_client.machines.bundle import find_bundle
+from microguest.host_client.machines.capacity import host_memory, least_memory
+from microguest.host_client.machines.folder import names
+from microguest.host_client.machines.settings import mebibytes
 
 pytestmark = pytest.mark.usefixtures("machines_home", "elf")
 

@@ -15,12 +15,12 @@ from clikit import microguest
 from patience import PATIENCE
 from test_machine_monitor import booted
 
-from host_client.errors import ImageError, MachineError
-from host_client.images.cache import Cache
-from host_client.machines import bundle
-from host_client.machines.find import find
-from host_client.machines.folder import KEPT_MACHINES, machines_root, read_state
-from host_client.machines.holder import monitor_of
+from microguest.errors import ImageError, MachineError
+from microguest.host_client.images.cache import Cache
+from microguest.host_client.machines import bundle
+from microguest.host_client.machines.find import find
+from microguest.host_client.machines.folder import KEPT_MACHINES, machines_root, read_state
+from microguest.host_client.machines.holder import monitor_of
 
 OTHER = 1234  # a user's id
 
@@ -186,7 +186,8 @@ def test_a_process_that_only_looks_like_a_monitor(machines_home: Path) -> None:
     folder = str(machines_home / "web")
     words = (sys.executable, "-c", "import time; time.sleep(1000)")
     with subprocess.Popen(
-        [*words, "host_client.machines.monitor", folder, "0", "0"], stdin=subprocess.DEVNULL
+        [*words, "microguest.host_client.machines.monitor", folder, "0", "0"],
+        stdin=subprocess.DEVNULL,
     ) as other:
         assert monitor_of("web", other.pid) == -1
         other.kill()
@@ -340,8 +341,8 @@ def test_of_ended_machines_only_the_newest_stay(machines_home: Path) -> None:
 def test_stopping_a_monitor_that_hangs_keeps_its_console(
     image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("host_client.machines.control.POWER_OFF_WAIT", 0.1)
-    monkeypatch.setattr("host_client.machines.control.KILL_WAIT", 1.0)
+    monkeypatch.setattr("microguest.host_client.machines.control.POWER_OFF_WAIT", 0.1)
+    monkeypatch.setattr("microguest.host_client.machines.control.KILL_WAIT", 1.0)
     start(image, "victim")
     os.kill(machinekit.state_of("victim").monitor, signal.SIGSTOP)
     machine = find("victim")

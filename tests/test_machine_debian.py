@@ -13,8 +13,8 @@ import machinekit
 import pytest
 from patience import PATIENCE
 
-from guest.errors import OperationError
-from host_client import Machine, boot, connect
+from microguest import Machine, boot, connect
+from microguest.guest.errors import OperationError
 
 PROJECT = Path(__file__).parent.parent
 DEBIAN = PROJECT / "dist" / "test-images" / "debian"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from host_client.errors import MachineError
-from host_client.machines.disks import image_disk
+from microguest.errors import MachineError
+from microguest.host_client.machines.disks import image_disk
 
 
 @pytest.mark.parametrize("size", ["", "64M"])

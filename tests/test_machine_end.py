@@ -15,11 +15,11 @@ import pytest
 from machinekit import family, has_folder, has_vmm, kill, nothing_is_left, state_of, wait_until
 from patience import PATIENCE, SLACK
 
-from guest.manifest import MANIFEST
-from host_client import Mount, boot, connect
-from host_client.errors import BootFailed, ConnectionLost, ImageError, MachineError
-from host_client.machines import folder
-from host_client.machines.folder import is_alive, machines_root, names, sweep
+from microguest import Mount, boot, connect
+from microguest.errors import BootFailed, ConnectionLost, ImageError, MachineError
+from microguest.guest.manifest import MANIFEST
+from microguest.host_client.machines import folder
+from microguest.host_client.machines.folder import is_alive, machines_root, names, sweep
 
 pytestmark = pytest.mark.usefixtures("machines_home")
 
@@ -27,7 +27,7 @@ KIND = pytest.mark.parametrize("kind", machinekit.KINDS)
 
 BOOTS = """
 import sys
-from host_client import boot
+from microguest import boot
 machine = boot(sys.argv[1], machine=sys.argv[2], name=sys.argv[3])
 print("up", flush=True)
 sys.stdin.readline()
@@ -197,7 +197,7 @@ def test_interrupted_as_soon_as_there_is_a_folder(
             time.sleep(0)
         return claimed
 
-    monkeypatch.setattr("host_client.machines.boot.claim", interrupted)
+    monkeypatch.setattr("microguest.host_client.machines.boot.claim", interrupted)
     try:
         with pytest.raises(KeyboardInterrupt):
             boot(image, machine="namespaces", name="early")
@@ -300,7 +300,7 @@ def test_boot_that_takes_too_long(image: str, kind: str) -> None:
 
 def test_failed_boot_says_which_step(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A boot config with a layer that is not where it says."""
-    monkeypatch.setattr("host_client.machines.namespaces.LOWER", "/microguest/elsewhere")
+    monkeypatch.setattr("microguest.host_client.machines.namespaces.LOWER", "/microguest/elsewhere")
     with pytest.raises(BootFailed, match=r"root-lower: .*/microguest/elsewhere") as caught:
         boot(image, machine="namespaces")
     error = caught.value

@@ -8,11 +8,11 @@ from pathlib import Path
 import machinekit
 import pytest
 
-from host_client import boot, list_machines
-from host_client.errors import ImageError, MachineError, MicroguestError
-from host_client.images.cache import Cache
-from host_client.machines.folder import claim
-from host_client.machines.qemu import write_initramfs
+from microguest import boot, list_machines
+from microguest.errors import ImageError, MachineError, MicroguestError
+from microguest.host_client.images.cache import Cache
+from microguest.host_client.machines.folder import claim
+from microguest.host_client.machines.qemu import write_initramfs
 
 OTHER = 1234  # a user's id
 

@@ -16,11 +16,11 @@ from init_machine import make_root
 from machinekit import family, nothing_is_left, runs, state_of, wait_until
 from patience import PATIENCE, SLACK
 
-from host_client import boot
-from host_client.errors import ConnectionLost, MicroguestError
-from host_client.machines.control import KILL_WAIT
-from host_client.machines.find import find
-from host_client.machines.machine import Machine
+from microguest import boot
+from microguest.errors import ConnectionLost, MicroguestError
+from microguest.host_client.machines.control import KILL_WAIT
+from microguest.host_client.machines.find import find
+from microguest.host_client.machines.machine import Machine
 
 # splice(2) waits for its socket, to which nothing ever comes, and has the mutex of the pipe on
 # stdout meanwhile. Whoever reads or writes that pipe waits for the mutex, and no signal ends that.
@@ -260,9 +260,9 @@ def state_letter(pid: int) -> str:
 
 KILLS = """
 import sys
-from host_client import boot
-from host_client.errors import MachineError
-from host_client.machines import control, find, link, machine
+from microguest import boot
+from microguest.errors import MachineError
+from microguest.host_client.machines import control, find, link, machine
 
 link.REAP_WAIT = control.KILL_WAIT = 0.5
 started = boot(sys.argv[1], machine="namespaces", name="stuck")
@@ -307,11 +307,11 @@ closed = device.close
 }
 CLOSES = """
 import sys, time
-from host_client.machines.plan import Plan, Share
-from host_client.machines.reports import ReportReader
-from host_client.machines.shares import Shares
-from host_client.machines.vmm import Device
-from host_client.vhost_vsock.loop import EventLoop
+from microguest.host_client.machines.plan import Plan, Share
+from microguest.host_client.machines.reports import ReportReader
+from microguest.host_client.machines.shares import Shares
+from microguest.host_client.machines.vmm import Device
+from microguest.host_client.vhost_vsock.loop import EventLoop
 
 DAEMON, loop, ignored = ("sleep", "1000"), EventLoop(), lambda _: None
 {starts}
@@ -342,9 +342,9 @@ def test_a_daemon_that_does_not_end_is_told(
 
 DIES = """
 import os, sys, time
-from host_client.machines.plan import Share
-from host_client.machines.shares import Shares
-from host_client.vhost_vsock.loop import EventLoop
+from microguest.host_client.machines.plan import Share
+from microguest.host_client.machines.shares import Shares
+from microguest.host_client.vhost_vsock.loop import EventLoop
 
 def told(reason):
     print(reason, flush=True)

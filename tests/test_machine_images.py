@@ -13,10 +13,10 @@ from clikit import microguest
 from imagefactory import directory, layer, make_layout, member, symlink
 from patience import PATIENCE
 
-from guest.errors import MicroguestError
-from host_client import Machine, boot
-from host_client.machines.find import find
-from host_client.machines.folder import names
+from microguest import Machine, boot
+from microguest.guest.errors import MicroguestError
+from microguest.host_client.machines.find import find
+from microguest.host_client.machines.folder import names
 
 BUSYBOX = "/bin/busybox"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

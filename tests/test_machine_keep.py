@@ -26,8 +26,8 @@ from init_machine import (
 )
 from patience import PATIENCE, SLACK
 
-from guest.connection import Data, Event, Request, Response, State
-from guest.messages import (
+from microguest.guest.connection import Data, Event, Request, Response, State
+from microguest.guest.messages import (
     Acknowledge,
     Attach,
     Exited,

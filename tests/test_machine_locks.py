@@ -25,8 +25,8 @@ from init_machine import (
 )
 from test_machine_keep import dial
 
-from guest.connection import Data, End
-from guest.messages import Exited
+from microguest.guest.connection import Data, End
+from microguest.guest.messages import Exited
 
 OWNER, OTHER = "1000", "1001"
 VICTIM = ("tail", "-f", "/dev/null")

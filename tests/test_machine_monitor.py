@@ -19,17 +19,23 @@ import pytest
 from machinekit import nothing_is_left
 from patience import PATIENCE, SLACK
 
-from guest.report import CONSOLE_MARK
-from host_client import boot
-from host_client.chart import boot_chart
-from host_client.errors import BootFailed, MachineError
-from host_client.machines.console import HALF_MAX, LogReader, RotatingLog, printable_lines, read_log
-from host_client.machines.folder import claim, is_alive, names, read_state
-from host_client.machines.machine import Machine
-from host_client.machines.monitor import FAILED_WAIT
-from host_client.machines.plan import AGENT_EXITS_MAX, EVENT_MAX, EVENTS_MAX, cut
-from host_client.machines.qmp import Qmp
-from host_client.vhost_vsock.loop import EventLoop
+from microguest import boot
+from microguest.errors import BootFailed, MachineError
+from microguest.guest.report import CONSOLE_MARK
+from microguest.host_client.chart import boot_chart
+from microguest.host_client.machines.console import (
+    HALF_MAX,
+    LogReader,
+    RotatingLog,
+    printable_lines,
+    read_log,
+)
+from microguest.host_client.machines.folder import claim, is_alive, names, read_state
+from microguest.host_client.machines.machine import Machine
+from microguest.host_client.machines.monitor import FAILED_WAIT
+from microguest.host_client.machines.plan import AGENT_EXITS_MAX, EVENT_MAX, EVENTS_MAX, cut
+from microguest.host_client.machines.qmp import Qmp
+from microguest.host_client.vhost_vsock.loop import EventLoop
 
 pytestmark = pytest.mark.usefixtures("machines_home")
 

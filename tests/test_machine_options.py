@@ -13,13 +13,13 @@ from clikit import microguest
 from imagefactory import directory, layer, make_layout, member
 from patience import PATIENCE
 
-import host_client
-from host_client import Machine, Mount, boot, seccomp
-from host_client.errors import BootFailed, ConnectionLost, MachineError
-from host_client.machines.folder import names, sweep
-from host_client.machines.mounts import parse_mount, parse_tmpfs, parse_volume
-from host_client.machines.settings import MachineOptions, Settings, restart_of
-from host_client.machines.workload import capabilities_of
+import microguest as library
+from microguest import Machine, Mount, boot, seccomp
+from microguest.errors import BootFailed, ConnectionLost, MachineError
+from microguest.host_client.machines.folder import names, sweep
+from microguest.host_client.machines.mounts import parse_mount, parse_tmpfs, parse_volume
+from microguest.host_client.machines.settings import MachineOptions, Settings, restart_of
+from microguest.host_client.machines.workload import capabilities_of
 
 ALL_CAPABILITIES = 41
 
@@ -545,7 +545,7 @@ def test_every_option_is_a_setting() -> None:
 
 
 def test_mount_is_public() -> None:
-    assert host_client.Mount is Mount
+    assert library.Mount is Mount
 
 
 @pytest.mark.parametrize(

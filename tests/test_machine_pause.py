@@ -9,12 +9,12 @@ import pytest
 from clikit import microguest
 from patience import SLACK
 
-import host_client
-from guest.messages import Keep
-from host_client import Machine
-from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded, MachineError
-from host_client.machines.find import find
-from host_client.machines.plan import Resume
+import microguest as library
+from microguest import Machine
+from microguest.errors import ConnectError, ConnectionLost, DeadlineExceeded, MachineError
+from microguest.guest.messages import Keep
+from microguest.host_client.machines.find import find
+from microguest.host_client.machines.plan import Resume
 
 COUNT = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done"
 PAUSE = 2.5  # seconds; the guest's real-time clock has whole ones, and two are its least pause
@@ -22,7 +22,7 @@ PAUSE = 2.5  # seconds; the guest's real-time clock has whole ones, and two are 
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
-    with host_client.boot(machinekit.demo_image(), timeout=120) as machine:
+    with library.boot(machinekit.demo_image(), timeout=120) as machine:
         machine.agent.close()  # from here on it keeps no connections, which would be left behind
         yield machine
 
@@ -81,9 +81,9 @@ def test_new_connection_sets_a_clock_that_is_out(machine: Machine) -> None:
     wrong = agent.clock()
     agent.exec(["date", "-s", "@1000000000"], check=True)
     assert agent.clock().offset < -1e6
-    with host_client.connect(machine.name, step_clock=False) as careless:
+    with library.connect(machine.name, step_clock=False) as careless:
         assert careless.clock().offset < -1e6
-    with host_client.connect(machine.name) as careful:
+    with library.connect(machine.name) as careful:
         assert abs(careful.clock().offset) < SLACK
     assert wrong.boottime < agent.clock().boottime  # which no step changes
 
@@ -108,7 +108,7 @@ def test_command_line(machine: Machine) -> None:
 
 
 def test_namespaces_cannot_be_paused() -> None:
-    with host_client.boot(machinekit.demo_image(), machine="namespaces") as machine:
+    with library.boot(machinekit.demo_image(), machine="namespaces") as machine:
         with pytest.raises(MachineError, match="no processors of its own"):
             machine.pause()
         done = microguest("pause", machine.name)

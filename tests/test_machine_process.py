@@ -17,12 +17,12 @@ import machinekit
 import pytest
 from patience import PATIENCE, SLACK
 
-from guest import limits
-from guest.errors import MicroguestError, OperationError, StartError
-from host_client import Agent, Keep, Limits, aio, boot, connect
-from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded, OutputStalled
-from host_client.machines.machine import Machine
-from host_client.process import Process
+from microguest import Agent, Keep, Limits, aio, boot, connect
+from microguest.errors import ConnectError, ConnectionLost, DeadlineExceeded, OutputStalled
+from microguest.guest import limits
+from microguest.guest.errors import MicroguestError, OperationError, StartError
+from microguest.host_client.machines.machine import Machine
+from microguest.host_client.process import Process
 
 MIB = 1024 * 1024
 TICKS = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done"
@@ -281,7 +281,7 @@ def feed_until_lost(process: Process) -> None:
 def test_host_killed_with_9(machine: Machine, agent: Agent) -> None:
     program = """
 import sys
-from host_client import connect
+from microguest import connect
 with connect(sys.argv[1]) as agent, agent.start(["sleep", "1000"]) as process:
     print("up", flush=True)
     process.wait()
@@ -305,7 +305,7 @@ def test_resuming_in_another_program(machine: Machine, agent: Agent) -> None:
     assert (listed.label, listed.kept, listed.exited) == ("ticks", True, None)
     program = f"""
 import sys
-from host_client import connect
+from microguest import connect
 with connect({machine.name!r}) as agent:
     with agent.attach({process.id!r}, offsets={process.offsets!r}) as process:
         lines = process.stdout.lines()

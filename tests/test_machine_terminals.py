@@ -9,10 +9,10 @@ import machinekit
 import pytest
 from machinekit import wait_until
 
-from guest import limits
-from guest.messages import StagedFile
-from host_client import Machine, boot
-from host_client.errors import StartError
+from microguest import Machine, boot
+from microguest.errors import StartError
+from microguest.guest import limits
+from microguest.guest.messages import StagedFile
 
 HOLDUPS = pathlib.Path(__file__).parent / "data" / "holdups.c"
 USER = "1000:1000"

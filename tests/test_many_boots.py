@@ -14,8 +14,8 @@ import pytest
 from machinekit import family, wait_until
 from patience import PATIENCE
 
-import host_client
-from host_client.machines.folder import machines_root
+import microguest
+from microguest.host_client.machines.folder import machines_root
 
 DEMO_IMAGE = f"oci:{Path(__file__).parent.parent / 'dist' / 'demo'}:busybox"
 TIMES = int(os.environ.get("MICROGUEST_SOAK", "1"))
@@ -66,7 +66,7 @@ def test_every_boot_of_many_reaches_a_command(machine: str, boots: int) -> None:
     with busy_processors():
         for number in range(boots):
             start = time.monotonic()
-            with host_client.boot(DEMO_IMAGE, machine=machine) as vm:
+            with microguest.boot(DEMO_IMAGE, machine=machine) as vm:
                 names.add(vm.name)
                 result = vm.agent.exec(["echo", str(number)], timeout=PATIENCE)
             assert result.stdout == f"{number}\n".encode()

@@ -13,7 +13,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 
-from init_shim import etcfiles, mounts, write_out
+from microguest.init_shim import etcfiles, mounts, write_out
 
 folder = Path(sys.argv[1])
 for number in range(int(sys.argv[2])):

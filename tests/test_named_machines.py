@@ -23,9 +23,8 @@ from machinekit import family, has_folder, has_vmm, nothing_is_left, state_of, w
 from patience import PATIENCE
 from terminalkit import root_of_programs
 
-import host_client
-from guest import limits
-from host_client import (
+import microguest as library
+from microguest import (
     ConnectionLost,
     DeadlineExceeded,
     ImageError,
@@ -36,9 +35,10 @@ from host_client import (
     find,
     list_machines,
 )
-from host_client.machines.console import Piece
-from host_client.machines.folder import names
-from host_client.machines.logs import LINE_MAX, Splitter
+from microguest.guest import limits
+from microguest.host_client.machines.console import Piece
+from microguest.host_client.machines.folder import names
+from microguest.host_client.machines.logs import LINE_MAX, Splitter
 
 BACKENDS = ["asyncio", "trio"]
 SCRIPT = "echo one; echo two; sleep 0.2; echo three; exit 3"
@@ -71,8 +71,8 @@ def detached(image: str, name: str, **options: Any) -> set[int]:
 
 def kept(image: str, name: str, script: str) -> set[int]:
     """As `microguest run -d`: state and console stay after the end."""
-    from host_client.machines.boot import start
-    from host_client.machines.settings import Settings
+    from microguest.host_client.machines.boot import start
+    from microguest.host_client.machines.settings import Settings
 
     options: Any = {"machine": "namespaces", "name": name, "command": ["sh", "-c", script]}
     machine = start(Settings.of(image, options, keep=True))
@@ -118,7 +118,7 @@ WAITERS = {
     "command line": [PROGRAM, "wait", "again"],
     "library": [
         *(sys.executable, "-c"),
-        "from host_client import find; assert find('again').wait().ended; exit(1)",
+        "from microguest import find; assert find('again').wait().ended; exit(1)",
     ],
 }
 
@@ -609,5 +609,5 @@ def test_machine_that_nobody_holds_ends_without_a_garbage_collection(image: str)
 
 
 def test_public_names() -> None:
-    assert host_client.find is find
-    assert host_client.list_machines is list_machines
+    assert library.find is find
+    assert library.list_machines is list_machines

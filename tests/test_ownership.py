@@ -10,7 +10,7 @@ import pytest
 
 LOOK = """
 import sys
-from host_client.ownership import own_folder_problem
+from microguest.host_client.ownership import own_folder_problem
 
 print(own_folder_problem(sys.argv[1]))
 """

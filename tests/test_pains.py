@@ -28,13 +28,13 @@ from agentharness import TOKEN, AgentProcess, Host, execute
 from machinekit import runs, wait_until
 from patience import PATIENCE, SLACK
 
-from guest import limits
-from guest.connection import Data, End, Request
-from guest.errors import StartError
-from guest.messages import Detach, Exited, Hello, Start
-from host_client import Keep, boot, connect
-from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
-from host_client.machines.machine import Machine
+from microguest import Keep, boot, connect
+from microguest.errors import ConnectError, ConnectionLost, DeadlineExceeded
+from microguest.guest import limits
+from microguest.guest.connection import Data, End, Request
+from microguest.guest.errors import StartError
+from microguest.guest.messages import Detach, Exited, Hello, Start
+from microguest.host_client.machines.machine import Machine
 
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 GONE = PATIENCE  # seconds until what was killed has disappeared

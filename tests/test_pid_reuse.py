@@ -10,13 +10,13 @@ import textwrap
 import pytest
 from sleepers import Sleeper
 
-from agent import tree
+from microguest.agent import tree
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 BEGIN = """
     import os, signal, time
-    from agent import tree
+    from microguest.agent import tree
 
     MARK = tree.MARKER + b"1"
 

@@ -15,8 +15,8 @@ from plainpython import needs_guestsys
 
 PROJECT = Path(__file__).parent.parent
 PACKAGES = ("agent", "guest", "init_shim")
-AGENT = f"{sys.executable} -X dev -m agent.main"
-DEBUGGED = f"{sys.executable} -m pdb -c continue -m agent.main"
+AGENT = f"{sys.executable} -X dev -m microguest.agent.main"
+DEBUGGED = f"{sys.executable} -m pdb -c continue -m microguest.agent.main"
 
 pytestmark = needs_guestsys
 
@@ -33,8 +33,12 @@ print(len(sys.argv) - 1)
 
 
 def modules(package: str) -> list[str]:
-    paths = sorted((PROJECT / package).glob("*.py"))
-    return [f"{package}.{path.stem}" for path in paths if path.stem != "__init__"]
+    paths = [path.relative_to(PROJECT) for path in sorted((PROJECT / package).rglob("*.py"))]
+    return [
+        ".".join(("microguest", *path.with_suffix("").parts))
+        for path in paths
+        if path.stem != "__init__"
+    ]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -112,7 +116,7 @@ def test_errors_of_spawn_in_this_process() -> None:
 def test_a_ring_has_the_last_bytes_whatever_is_taken_and_whenever_it_is_restored(
     drops: bool,
 ) -> None:
-    from agent.ring import PAGE, Ring
+    from microguest.agent.ring import PAGE, Ring
 
     chance = random.Random(drops)
     ring = Ring.create(2 * PAGE - 1, drops=drops)
@@ -148,7 +152,7 @@ def test_a_ring_has_the_last_bytes_whatever_is_taken_and_whenever_it_is_restored
 
 
 def test_paths_of_an_image_stay_in_it(tmp_path: Path) -> None:
-    from init_shim.confined import RootFolder
+    from microguest.init_shim.confined import RootFolder
 
     root = tmp_path / "root"
     (root / "etc").mkdir(parents=True)
@@ -172,7 +176,7 @@ def test_paths_of_an_image_stay_in_it(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="gives links to another user")
 def test_only_roots_links_are_followed_for_root(tmp_path: Path) -> None:
-    from init_shim.confined import LinkOfUser, RootFolder
+    from microguest.init_shim.confined import LinkOfUser, RootFolder
 
     (tmp_path / "etc").mkdir()
     (tmp_path / "of-root").symlink_to("etc")
@@ -224,12 +228,13 @@ def test_a_breakpoint_stops_the_agent_of_a_test() -> None:
     """As docs/building.md says it, with a person's words written ahead."""
     source = (PROJECT / "agent" / "machine.py").read_text().splitlines()
     line = 1 + next(n for n, text in enumerate(source) if "return PingResult" in text)
-    commands = f"break agent/machine.py:{line}\ncontinue\np agent.token\nclear 1\ncontinue\n"
+    where = f"microguest/agent/machine.py:{line}"
+    commands = f"break {where}\ncontinue\np agent.token\nclear 1\ncontinue\n"
     test = "tests/test_agent_service.py::test_one_connection_answers_many_requests"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-s", "-q", "-p", "no:cacheprovider", test],
         cwd=PROJECT,
-        env={**os.environ, "MICROGUEST_AGENT": f"{sys.executable} -m pdb -m agent.main"},
+        env={**os.environ, "MICROGUEST_AGENT": f"{sys.executable} -m pdb -m microguest.agent.main"},
         input=commands, check=False, capture_output=True, text=True, timeout=3 * PATIENCE,
     )  # fmt: skip
     assert f"agent/machine.py({line})ping()" in done.stdout

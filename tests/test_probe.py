@@ -10,11 +10,11 @@ import pytest
 from patience import SLACK
 from sleepers import Sleeper
 
-from host_client.errors import MachineError
-from host_client.images import recipes
-from host_client.machines.host import accelerator, qemu_version
-from host_client.machines.virtiofsd import is_successor
-from host_client.probe import probe
+from microguest.errors import MachineError
+from microguest.host_client.images import recipes
+from microguest.host_client.machines.host import accelerator, qemu_version
+from microguest.host_client.machines.virtiofsd import is_successor
+from microguest.host_client.probe import probe
 
 
 @pytest.fixture

@@ -29,11 +29,10 @@ import msgpack
 import pytest
 from agentharness import TOKEN, AgentProcess
 
-import guest
-import host_client
-from guest.errors import MicroguestError
-from guest.record import Record
-from host_client import aio
+import microguest
+from microguest import aio, guest, host_client
+from microguest.guest.errors import MicroguestError
+from microguest.guest.record import Record
 
 PROJECT = Path(__file__).parent.parent
 IN_POOL = 60.0  # seconds for a worker to start and answer
@@ -52,7 +51,7 @@ def definitions() -> Iterator[type]:
 CLASSES = sorted(set(definitions()), key=lambda each: (each.__module__, each.__qualname__))
 ERRORS = [each for each in CLASSES if issubclass(each, MicroguestError | ValueError)]
 RECORDS = [each for each in CLASSES if issubclass(each, Record) and each is not Record]
-PUBLIC = [getattr(host_client, name) for name in host_client.__all__]
+PUBLIC = [getattr(microguest, name) for name in microguest.__all__]
 FROZEN = [each for each in PUBLIC if dataclasses.is_dataclass(each)]
 
 
@@ -158,10 +157,10 @@ def test_errors_survive(kind: type[Exception]) -> None:
 
 
 def test_properties_of_an_error_survive() -> None:
-    error = host_client.StartError("bad_cwd", "no such directory", {"step": "chdir", "errno": 2})
+    error = microguest.StartError("bad_cwd", "no such directory", {"step": "chdir", "errno": 2})
     again = pickle.loads(pickle.dumps(error))
     assert (again.code, again.step, again.errno) == ("bad_cwd", "chdir", 2)
-    late = copy.deepcopy(host_client.DeadlineExceeded("late", seconds=1.5, stdout=b"so far"))
+    late = copy.deepcopy(microguest.DeadlineExceeded("late", seconds=1.5, stdout=b"so far"))
     assert isinstance(late, TimeoutError)
     assert (late.seconds, late.stdout) == (1.5, b"so far")
 
@@ -185,11 +184,11 @@ def works_in_pool(name: str) -> None:
 
 def asks_agent(path: str, program: str) -> bytes:
     """In a worker: what an agent says of a program."""
-    with host_client.connect(f"unix://{path}", token=TOKEN) as agent:
+    with microguest.connect(f"unix://{path}", token=TOKEN) as agent:
         return agent.exec([program], check=True, timeout=30).stdout
 
 
-IN_THE_TREE = [*host_client.errors.__all__, "CommandFailed"]  # which is made beside its result
+IN_THE_TREE = microguest.errors.__all__
 PUBLIC_ERRORS = [each.__name__ for each in ERRORS if issubclass(each, MicroguestError)]
 
 
@@ -224,9 +223,9 @@ def test_failures_of_commands_come_back_from_worker_processes(
     ):
         missing = executor.submit(asks_agent, agent.path, "no-such-program").exception(IN_POOL)
         failed = executor.submit(asks_agent, agent.path, "false").exception(IN_POOL)
-    assert isinstance(missing, host_client.StartError)
+    assert isinstance(missing, microguest.StartError)
     assert (missing.code, missing.step) == ("not_found", "exec")
-    assert isinstance(failed, host_client.CommandFailed)
+    assert isinstance(failed, microguest.CommandFailed)
     assert failed.result.returncode == 1
 
 
@@ -246,14 +245,16 @@ def given_by(value: Any, seen: set[Any]) -> None:
             given_by(hint, seen)
     elif isinstance(value, property | classmethod):
         given_by(value.fget if isinstance(value, property) else value.__func__, seen)
-    elif isinstance(value, type) and value.__module__.startswith(("guest.", "host_client.")):
-        if value in seen or value is host_client.ProcessStream:
+    elif isinstance(value, type) and value.__module__.startswith(
+        ("microguest.guest.", "microguest.host_client.")
+    ):
+        if value in seen or value is microguest.ProcessStream:
             return
         seen.add(value)
         if is_record(value) or typing.is_typeddict(value):
             for hint in hints_of(value).values():
                 given_by(hint, seen)
-        if value in PUBLIC or value.__module__.startswith("host_client.aio."):
+        if value in PUBLIC or value.__module__.startswith("microguest.host_client.aio."):
             for name in filter(lambda name: not name.startswith("_"), dir(value)):
                 given_by(inspect.getattr_static(value, name), seen)
 
@@ -262,7 +263,7 @@ def is_record(kind: type) -> bool:
     return issubclass(kind, Record) or dataclasses.is_dataclass(kind)
 
 
-@pytest.mark.parametrize("face", [host_client, aio], ids=["blocking", "aio"])
+@pytest.mark.parametrize("face", [microguest, aio], ids=["blocking", "aio"])
 def test_what_public_functions_take_and_give_can_be_imported(face: types.ModuleType) -> None:
     seen: set[Any] = set()
     for name in face.__all__:
@@ -276,7 +277,7 @@ def test_all_errors_are_public() -> None:
     """But for those that are told apart inside only, and are caught as a public one."""
     own = [each for each in ERRORS if issubclass(each, MicroguestError)]
     assert set(IN_THE_TREE) <= {each.__name__ for each in own}
-    assert set(IN_THE_TREE) <= set(host_client.__all__)
+    assert set(IN_THE_TREE) <= set(microguest.__all__)
     inside = [each for each in own if each.__name__ not in IN_THE_TREE]
     assert [each for each in inside if each.__base__ in (MicroguestError, Exception)] == []
 
@@ -286,7 +287,7 @@ def test_errors_are_documented() -> None:
     assert [name for name in IN_THE_TREE if f"`{name}`" not in page] == []
 
 
-@pytest.mark.parametrize("face", [host_client, aio], ids=["blocking", "aio"])
+@pytest.mark.parametrize("face", [microguest, aio], ids=["blocking", "aio"])
 def test_every_public_name_is_documented(face: types.ModuleType) -> None:
     page = (PROJECT / "docs" / "host.md").read_text()
     assert [name for name in face.__all__ if not re.search(rf"(?<!\w){name}(?!\w)", page)] == []
@@ -302,26 +303,26 @@ def test_out_of_range_records_are_documented() -> None:
 
 
 def test_packages_say_what_is_in_them() -> None:
-    for package in (host_client, aio):
+    for package in (microguest, aio):
         assert set(package.__all__) <= set(dir(package))
         for name in package.__all__:
             assert getattr(package, name) is not None
     version = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
-    assert host_client.__version__ == guest.__version__ == version
+    assert microguest.__version__ == guest.__version__ == version
 
 
 # ── an installed wheel ───────────────────────────────────────────────────────────────────────────
 
 PROGRAM = """
 import pickle
-from guest.messages import Start
-import host_client
-from host_client import (
+from microguest.guest.messages import Start
+import microguest
+from microguest import (
     DeadlineExceeded, Keep, Limits, MachineState, OperationError, ProcessInfo, Result, StartError,
     boot, connect,
 )
 
-def look(agent: host_client.Agent, state: MachineState, info: ProcessInfo) -> None:
+def look(agent: microguest.Agent, state: MachineState, info: ProcessInfo) -> None:
     reveal_type(agent.exec(["true"]))
     reveal_type(agent.exec(["true"]).dropped)
     reveal_type(agent.processes())
@@ -344,7 +345,7 @@ def look(agent: host_client.Agent, state: MachineState, info: ProcessInfo) -> No
 
 if __name__ == "__main__":
     error = pickle.loads(pickle.dumps(StartError("not_found", "none", {"errno": 2})))
-    print(host_client.__version__, error.errno, "boot" in dir(host_client))
+    print(microguest.__version__, error.errno, "boot" in dir(microguest))
 """
 
 
@@ -360,7 +361,10 @@ def test_types_of_an_installed_wheel(tmp_path: Path) -> None:
     python = venv / "bin" / "python"
     (site,) = venv.glob("lib/python3.*/site-packages")
     with zipfile.ZipFile(wheel) as archive:
-        assert {"guest/py.typed", "host_client/py.typed"} <= set(archive.namelist())
+        names = archive.namelist()
+        assert {"microguest/py.typed", "microguest/guest/errors.py"} <= set(names)
+        assert [name for name in names if "/agent/" in name or "/init_shim/" in name] == []
+        assert {name.split("/")[0].split("-")[0] for name in names} == {"microguest"}
         archive.extractall(site)
     (site / "msgpack").symlink_to(Path(msgpack.__file__).parent)
 
@@ -377,7 +381,7 @@ def test_types_of_an_installed_wheel(tmp_path: Path) -> None:
     assert not [line for line in revealed if "Any" in line]
 
     wrong = tmp_path / "wrong.py"
-    wrong.write_text("import host_client\nhost_client.nonsense\nhost_client.Keep(bufer=1)\n")
+    wrong.write_text("import microguest\nmicroguest.nonsense\nmicroguest.Keep(bufer=1)\n")
     said = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--python-executable", python,
          "--cache-dir", tmp_path / "cache", wrong],
@@ -386,5 +390,8 @@ def test_types_of_an_installed_wheel(tmp_path: Path) -> None:
     assert '"nonsense"' in said.stdout
     assert '"bufer"' in said.stdout
 
+    # A user's own modules beside his program are his own affair.
+    for name in ("guest", "agent", "host_client"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported by name')")
     ran = subprocess.run([python, program], capture_output=True, text=True, check=True)
-    assert ran.stdout == f"{host_client.__version__} 2 True\n"
+    assert ran.stdout == f"{microguest.__version__} 2 True\n"

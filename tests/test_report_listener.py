@@ -7,9 +7,9 @@ from pathlib import Path
 from machinekit import wait_until
 from patience import PATIENCE
 
-from guest.report import REPORTS, AgentServes
-from host_client.machines.reports import ReportReader
-from host_client.vhost_vsock.loop import EventLoop
+from microguest.guest.report import REPORTS, AgentServes
+from microguest.host_client.machines.reports import ReportReader
+from microguest.host_client.vhost_vsock.loop import EventLoop
 
 MACHINE, ANOTHER, THIS_HOST, LOOPBACK = 3, 77, 2, 1  # CIDs
 REPORT = AgentServes(starts=1, boot_ms=1.0)

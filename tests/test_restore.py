@@ -19,16 +19,16 @@ from agentharness import AgentProcess, Host, Refused
 from hostkit import TOKEN, Peer, agent_at, serving
 from init_machine import make_root
 
-from agent.generation import announces
-from guest import limits
-from guest.connection import Request, Response
-from guest.errors import OperationError, RemoteProtocolError
-from guest.messages import FEATURES, Hello, PingResult, Welcome
-from guest.netplan import Interface, Route
-from guest.record import Record, RecordError
-from guest.renewal import Clock, ClockResult, Renew, Renewed
-from host_client import aio
-from host_client.renewal import is_out
+from microguest import aio
+from microguest.agent.generation import announces
+from microguest.guest import limits
+from microguest.guest.connection import Request, Response
+from microguest.guest.errors import OperationError, RemoteProtocolError
+from microguest.guest.messages import FEATURES, Hello, PingResult, Welcome
+from microguest.guest.netplan import Interface, Route
+from microguest.guest.record import Record, RecordError
+from microguest.guest.renewal import Clock, ClockResult, Renew, Renewed
+from microguest.host_client.renewal import is_out
 
 R = TypeVar("R", bound=Record)
 MAC = "52:54:00:12:34:56"

@@ -13,8 +13,8 @@ import pytest
 from clikit import PROGRAM
 from patience import PATIENCE
 
-from host_client import ImageError, boot
-from host_client.shortage import cannot_start, explain
+from microguest import ImageError, boot
+from microguest.host_client.shortage import cannot_start, explain
 
 LEAST = 5  # open files with which this Python starts and can say anything
 ENOUGH = 64
@@ -134,8 +134,8 @@ def test_no_process_left() -> None:
 NO_THREAD = """
 import resource, sys, threading
 import anyio
-from host_client import MachineError, ImageError, aio
-from host_client.images.command import run_command
+from microguest import MachineError, ImageError, aio
+from microguest.host_client.images.command import run_command
 
 async def found():
     await aio.find("nobody")

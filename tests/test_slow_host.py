@@ -15,10 +15,10 @@ from init_machine import command_of
 from patience import PATIENCE
 from test_machine_monitor import bundle_of
 
-from guest import limits
-from guest.messages import Keep
-from host_client import boot
-from host_client.machines.folder import read_state
+from microguest import boot
+from microguest.guest import limits
+from microguest.guest.messages import Keep
+from microguest.host_client.machines.folder import read_state
 
 HELLO = ("sh", "-c", "sleep 2; echo hello; exit 7")  # by when a test has stopped whom it stops
 OVER_THE_GRACE = limits.OUTPUT_GRACE + 2.0  # seconds

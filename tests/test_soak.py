@@ -27,11 +27,13 @@ from agentharness import AgentProcess, Closed, Host, Refused, execute
 from machinekit import wait_until
 from patience import PATIENCE, SLACK
 
-from agent.cgroups import MOUNTS
-from guest import frames, limits, messages
-from guest.connection import Data, End, Request, State
-from guest.errors import StartError
-from guest.messages import (
+from microguest import boot
+from microguest.agent.cgroups import MOUNTS
+from microguest.errors import DeadlineExceeded
+from microguest.guest import frames, limits, messages
+from microguest.guest.connection import Data, End, Request, State
+from microguest.guest.errors import StartError
+from microguest.guest.messages import (
     Acknowledge,
     Attach,
     Detach,
@@ -43,9 +45,7 @@ from guest.messages import (
     Wait,
     Winsize,
 )
-from host_client import boot
-from host_client.errors import DeadlineExceeded
-from host_client.machines.machine import Machine
+from microguest.host_client.machines.machine import Machine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -503,7 +503,7 @@ def test_sixty_four_clients_at_once(
 # Runs in a process of its own, so that the interpreter lock of the one that pings is free.
 FLOOD = """
 import json, sys, threading, time
-from host_client import connect
+from microguest import connect
 
 url, token, threads, seconds = json.loads(sys.argv[1])
 end = time.monotonic() + seconds

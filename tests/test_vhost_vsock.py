@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from patience import PATIENCE
 
-from host_client.vhost_vsock import EventLoop, VsockDevice, connection, unix_dialer
+from microguest.host_client.vhost_vsock import EventLoop, VsockDevice, connection, unix_dialer
 
 HEADER = struct.Struct("<QQIIIHHIII")
 REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)

@@ -33,10 +33,10 @@ from test_vhost_vsock import (
     wait_until,
 )
 
-from host_client.vhost_vsock import device, unix_dialer
-from host_client.vhost_vsock.device import MAX_CONNECTIONS, MAX_CONTROL
-from host_client.vhost_vsock.hybrid import MAX_HANDSHAKES
-from host_client.vhost_vsock.memory import GuestMemory, GuestMemoryError
+from microguest.host_client.vhost_vsock import device, unix_dialer
+from microguest.host_client.vhost_vsock.device import MAX_CONNECTIONS, MAX_CONTROL
+from microguest.host_client.vhost_vsock.hybrid import MAX_HANDSHAKES
+from microguest.host_client.vhost_vsock.memory import GuestMemory, GuestMemoryError
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 

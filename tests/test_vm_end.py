@@ -19,10 +19,10 @@ from init_machine import make_root, require_program
 from patience import PATIENCE, SLACK
 from vm_machine import RUN, Ended, make_erofs, make_ext4, run_vm, vm_config
 
-from guest import limits
-from host_client import boot
-from host_client.errors import MachineError
-from host_client.machines.virtiofsd import virtiofsd
+from microguest import boot
+from microguest.errors import MachineError
+from microguest.guest import limits
+from microguest.host_client.machines.virtiofsd import virtiofsd
 
 pytestmark = pytest.mark.qemu
 

@@ -12,7 +12,7 @@ import imagefactory
 import pytest
 from machinekit import demo_image, wait_until
 
-from host_client import Agent, Limits, Machine, boot, connect
+from microguest import Agent, Limits, Machine, boot, connect
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -10,9 +10,9 @@ import pytest
 from machinekit import Pings, wait_until
 from patience import PATIENCE, SLACK
 
-from guest.bootconfig import BootConfig
-from guest.messages import Limits
-from host_client import Machine, boot
+from microguest import Machine, boot
+from microguest.guest.bootconfig import BootConfig
+from microguest.guest.messages import Limits
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(600)]
 

@@ -9,10 +9,10 @@ import pytest
 from machinekit import Pings, wait_until
 from patience import PATIENCE, SLACK
 
-from guest import limits
-from guest.messages import Keep, Limits, StagedFile
-from host_client import Machine, Process, boot
-from host_client.errors import ConnectionLost, DeadlineExceeded
+from microguest import Machine, Process, boot
+from microguest.errors import ConnectionLost, DeadlineExceeded
+from microguest.guest import limits
+from microguest.guest.messages import Keep, Limits, StagedFile
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(600)]
 

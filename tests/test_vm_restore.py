@@ -8,10 +8,10 @@ import pytest
 from patience import PATIENCE
 from vm_snapshot import SnapshotMachine, make_disk_and_initramfs
 
-from guest.messages import Keep
-from guest.netplan import Interface
-from host_client.agent import Agent
-from host_client.errors import ConnectionLost, DeadlineExceeded
+from microguest.errors import ConnectionLost, DeadlineExceeded
+from microguest.guest.messages import Keep
+from microguest.guest.netplan import Interface
+from microguest.host_client.agent import Agent
 
 pytestmark = pytest.mark.qemu
 

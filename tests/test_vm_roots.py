@@ -16,7 +16,7 @@ from init_machine import Config, make_root, require_program
 from patience import PATIENCE
 from vm_machine import Ended, make_erofs, make_ext4, make_squashfs, run_vm, vm_config
 
-from guest import cpio, limits
+from microguest.guest import cpio, limits
 
 pytestmark = pytest.mark.qemu
 

@@ -17,11 +17,7 @@ from hostkit import Peer, agent_at, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guest import limits
-from guest.connection import Connection, Request, Response, Role
-from guest.errors import MicroguestError
-from guest.messages import Hello, Keep, Limits, StagedFile, Start, Started, Welcome
-from host_client import (
+from microguest import (
     Agent,
     ConnectError,
     ConnectionLost,
@@ -34,8 +30,12 @@ from host_client import (
     connect,
     list_machines,
 )
-from host_client.machines.settings import MachineOptions, Settings
-from host_client.request import Options, start_record
+from microguest.guest import limits
+from microguest.guest.connection import Connection, Request, Response, Role
+from microguest.guest.errors import MicroguestError
+from microguest.guest.messages import Hello, Keep, Limits, StagedFile, Start, Started, Welcome
+from microguest.host_client.machines.settings import MachineOptions, Settings
+from microguest.host_client.request import Options, start_record
 
 NOWHERE = "/nowhere/agent.sock"
 

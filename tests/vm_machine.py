@@ -21,10 +21,10 @@ import pytest
 from init_machine import CONSOLE_MARK, TOKEN, Config, Report, parse
 from patience import PATIENCE
 
-from guest import cpio
-from guest.bootconfig import PATH
-from guest.report import line_mark
-from host_client.machines.host import accelerator, qemu_command
+from microguest.guest import cpio
+from microguest.guest.bootconfig import PATH
+from microguest.guest.report import line_mark
+from microguest.host_client.machines.host import accelerator, qemu_command
 
 BUNDLE = Path(__file__).parent.parent / "dist" / "guest" / platform.machine()
 RUN = 3 * PATIENCE  # seconds for a machine from its start to its end

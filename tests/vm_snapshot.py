@@ -21,9 +21,9 @@ from init_machine import TOKEN, make_root
 from patience import PATIENCE
 from vm_machine import BUNDLE, make_erofs, vm_config, write_initramfs
 
-from host_client.agent import Agent
-from host_client.machines.host import accelerator, qemu_command
-from host_client.steps import run
+from microguest.host_client.agent import Agent
+from microguest.host_client.machines.host import accelerator, qemu_command
+from microguest.host_client.steps import run
 
 PROJECT = Path(__file__).parent.parent
 ANSWER = PATIENCE  # seconds for the agent to answer
@@ -158,7 +158,7 @@ class SnapshotMachine:
         self._closing.close()
 
     def _start_device(self) -> None:
-        argv = [sys.executable, "-m", "host_client.vhost_vsock"]
+        argv = [sys.executable, "-m", "microguest.host_client.vhost_vsock"]
         argv += ["--control", str(self._control), "--hybrid", str(self.folder / "hybrid")]
         self._device = subprocess.Popen(argv, cwd=PROJECT, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + PATIENCE

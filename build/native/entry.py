@@ -15,6 +15,6 @@ _guest_compile.install()
 if sys.argv[1:] == ["--self-check"]:
     from _guest_check import main
 else:
-    from init_shim.dispatch import main
+    from microguest.init_shim.dispatch import main
 
 main()

@@ -5,10 +5,10 @@ python docs/examples/demo.py IMAGE [MACHINE]        `make demo` runs it with the
 
 import sys
 
-import host_client
-from guest.report import Step
-from host_client import Machine
-from host_client.errors import MachineError
+import microguest
+from microguest import Machine
+from microguest.errors import MachineError
+from microguest.guest.report import Step
 
 CHART_WIDTH = 44  # columns of the timeline's bars
 
@@ -16,7 +16,7 @@ CHART_WIDTH = 44  # columns of the timeline's bars
 def main(image: str, machine: str) -> int:
     """The whole story. Exit status 0 only after the machine has really powered itself off."""
     print(f"booting {image} on {machine} …", flush=True)
-    with host_client.boot(image, machine=machine) as vm:
+    with microguest.boot(image, machine=machine) as vm:
         show_commands(vm)
         timeline = vm.timeline()
         end = vm.stop()

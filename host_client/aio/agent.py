@@ -3,30 +3,30 @@
 from collections.abc import Mapping, Sequence
 from typing import Self, Unpack
 
-from guest import limits
-from guest.messages import InfoResult, PingResult, ProcessInfo
-from guest.netplan import Interface
-from guest.renewal import Renewed
-from host_client import renewal
-from host_client.address import Address
-from host_client.agent import Agent as BlockingAgent
-from host_client.aio.process import Process
-from host_client.aio.waiting import run
-from host_client.connecting import agent_at
-from host_client.driver import Driver
-from host_client.exchange import Exchange
-from host_client.forking import Rooted
-from host_client.renewal import GuestClock
-from host_client.request import (
+from microguest.guest import limits
+from microguest.guest.messages import InfoResult, PingResult, ProcessInfo
+from microguest.guest.netplan import Interface
+from microguest.guest.renewal import Renewed
+from microguest.host_client import renewal
+from microguest.host_client.address import Address
+from microguest.host_client.agent import Agent as BlockingAgent
+from microguest.host_client.aio.process import Process
+from microguest.host_client.aio.waiting import run
+from microguest.host_client.connecting import agent_at
+from microguest.host_client.driver import Driver
+from microguest.host_client.exchange import Exchange
+from microguest.host_client.forking import Rooted
+from microguest.host_client.renewal import GuestClock
+from microguest.host_client.request import (
     Options,
     attach_record,
     check_reading,
     exec_record,
     start_record,
 )
-from host_client.result import Result
-from host_client.session import MAX_OUTPUT, MAX_UNREAD
-from host_client.values import Argument, Buffer
+from microguest.host_client.result import Result
+from microguest.host_client.session import MAX_OUTPUT, MAX_UNREAD
+from microguest.host_client.values import Argument, Buffer
 
 __all__ = ["Agent", "connect"]
 
@@ -38,7 +38,7 @@ async def connect(
     timeout: float = 10.0,  # noqa: ASYNC109  of every later request as well
     step_clock: bool = True,
 ) -> "Agent":
-    """As `host_client.connect`: the same URLs, names, waits and errors."""
+    """As `microguest.connect`: the same URLs, names, waits and errors."""
     agent = Agent(agent_at(url, token=token, timeout=timeout).driver)
     agent.driver.keeps_clock = step_clock
     try:
@@ -50,7 +50,7 @@ async def connect(
 
 
 class Agent(Rooted):
-    """As `host_client.Agent`, and for any number of tasks. An async context manager.
+    """As `microguest.Agent`, and for any number of tasks. An async context manager.
 
     Made by `connect`, or for a machine of this program by `Agent.of(machine.agent)`.
     """

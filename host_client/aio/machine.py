@@ -12,24 +12,24 @@ from typing import Final, Generic, Self, TypeVar, Unpack
 import anyio
 import anyio.to_thread
 
-from guest import limits
-from guest.report import Step
-from host_client.aio.agent import Agent
-from host_client.aio.process import Each
-from host_client.errors import DeadlineExceeded, MachineError
-from host_client.forking import Rooted
-from host_client.images import OnProgress
-from host_client.machines import boot as blocking
-from host_client.machines import machine as blocking_machine
-from host_client.machines import named
-from host_client.machines.logs import console_looks
-from host_client.machines.named import MachineInfo
-from host_client.machines.plan import MachineState
-from host_client.machines.settings import MachineOptions
-from host_client.machines.when import Moment
-from host_client.renewal import GuestClock
-from host_client.shortage import cannot_start, is_short_of_threads, no_thread
-from host_client.values import check_seconds
+from microguest.guest import limits
+from microguest.guest.report import Step
+from microguest.host_client.aio.agent import Agent
+from microguest.host_client.aio.process import Each
+from microguest.host_client.errors import DeadlineExceeded, MachineError
+from microguest.host_client.forking import Rooted
+from microguest.host_client.images import OnProgress
+from microguest.host_client.machines import boot as blocking
+from microguest.host_client.machines import machine as blocking_machine
+from microguest.host_client.machines import named
+from microguest.host_client.machines.logs import console_looks
+from microguest.host_client.machines.named import MachineInfo
+from microguest.host_client.machines.plan import MachineState
+from microguest.host_client.machines.settings import MachineOptions
+from microguest.host_client.machines.when import Moment
+from microguest.host_client.renewal import GuestClock
+from microguest.host_client.shortage import cannot_start, is_short_of_threads, no_thread
+from microguest.host_client.values import check_seconds
 
 __all__ = ["Machine", "NamedMachine", "boot", "find", "list_machines"]
 
@@ -47,7 +47,7 @@ async def boot(
     progress: OnProgress | None = None,
     **options: Unpack[MachineOptions],
 ) -> "Machine":
-    """As `host_client.boot`. Cancelled, it ends the machine before it returns.
+    """As `microguest.boot`. Cancelled, it ends the machine before it returns.
 
     `progress` is called in a worker thread.
     """
@@ -136,7 +136,7 @@ class Held(Rooted, Generic[M]):
         return await sliced(self._machine.wait, timeout)
 
     async def stop(self, grace: float = limits.STOP_GRACE) -> MachineState:
-        """End it as `host_client.Machine.stop` does; once begun, also where it is cancelled."""
+        """End it as `microguest.Machine.stop` does; once begun, also where it is cancelled."""
         return await in_thread(self._machine.stop, grace)
 
     async def kill(self) -> MachineState:
@@ -145,7 +145,7 @@ class Held(Rooted, Generic[M]):
 
 
 class Machine(Held[blocking_machine.Machine]):
-    """As `host_client.Machine`; an async context manager. Its waits can be cancelled."""
+    """As `microguest.Machine`; an async context manager. Its waits can be cancelled."""
 
     def __init__(self, machine: blocking_machine.Machine) -> None:
         self._machine = machine
@@ -173,11 +173,11 @@ class Machine(Held[blocking_machine.Machine]):
         return self._machine.url
 
     def timeline(self) -> list[Step]:
-        """As `host_client.Machine.timeline`."""
+        """As `microguest.Machine.timeline`."""
         return self._machine.timeline()
 
     def console(self) -> str:
-        """As `host_client.Machine.console`."""
+        """As `microguest.Machine.console`."""
         return self._machine.console()
 
     def detach(self) -> None:
@@ -186,17 +186,17 @@ class Machine(Held[blocking_machine.Machine]):
 
 
 async def list_machines(*, all: bool = False) -> list[MachineInfo]:  # noqa: A002
-    """As `host_client.list_machines`."""
+    """As `microguest.list_machines`."""
     return await in_thread(partial(named.list_machines, all=all))
 
 
 async def find(name: str) -> "NamedMachine":
-    """As `host_client.find`."""
+    """As `microguest.find`."""
     return NamedMachine(await in_thread(named.find, name))
 
 
 class NamedMachine(Held[named.NamedMachine]):
-    """As `host_client.NamedMachine`; an async context manager."""
+    """As `microguest.NamedMachine`; an async context manager."""
 
     def __init__(self, machine: named.NamedMachine) -> None:
         self._machine = machine
@@ -228,7 +228,7 @@ class NamedMachine(Held[named.NamedMachine]):
         until: Moment | None = None,
         timestamps: bool = False,
     ) -> AsyncIterator[bytes]:
-        """As `host_client.NamedMachine.logs`: `async for line in machine.logs(follow=True)`."""
+        """As `microguest.NamedMachine.logs`: `async for line in machine.logs(follow=True)`."""
         looks = console_looks(
             self.name, follow=follow, tail=tail, since=since, until=until, timestamps=timestamps
         )

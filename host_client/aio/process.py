@@ -8,17 +8,17 @@ import anyio
 from anyio.abc import ByteReceiveStream, ByteSendStream
 from anyio.lowlevel import checkpoint
 
-from guest.messages import Resize, Signal
-from host_client.aio.waiting import wait_for
-from host_client.backlog import Taking
-from host_client.errors import DeadlineExceeded
-from host_client.exchange import Exchange
-from host_client.forking import Rooted
-from host_client.request import signal_number
-from host_client.result import Result
-from host_client.session import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
-from host_client.steps import Steps
-from host_client.values import Buffer
+from microguest.guest.messages import Resize, Signal
+from microguest.host_client.aio.waiting import wait_for
+from microguest.host_client.backlog import Taking
+from microguest.host_client.errors import DeadlineExceeded
+from microguest.host_client.exchange import Exchange
+from microguest.host_client.forking import Rooted
+from microguest.host_client.request import signal_number
+from microguest.host_client.result import Result
+from microguest.host_client.session import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
+from microguest.host_client.steps import Steps
+from microguest.host_client.values import Buffer
 
 __all__ = ["Process", "ProcessInput", "ProcessOutput"]
 
@@ -35,7 +35,7 @@ class Runner(Protocol):
 
 
 class Process(Rooted):
-    """As `host_client.Process`. Any number of tasks may use it; an async context manager.
+    """As `microguest.Process`. Any number of tasks may use it; an async context manager.
 
     A cancelled call loses nothing: what it would have given is given to the next one. Leaving the
     context drops the connection.

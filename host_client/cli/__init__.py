@@ -9,7 +9,7 @@ import signal
 import sys
 from typing import Any, Final
 
-from host_client.cli.killed import Killed
+from microguest.host_client.cli.killed import Killed
 
 __all__ = ["main"]
 
@@ -78,17 +78,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def execute(argv: list[str]) -> int:
     """The same, but KeyboardInterrupt, and Killed where another signal shall end this program."""
-    from host_client.descriptors import take_standard
+    from microguest.host_client.descriptors import take_standard
 
     take_standard()
     # Who started us may ignore it; then the kernel would reap our children, and their exit codes
     # with them.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
-    from guest.errors import MicroguestError, StartError
-    from host_client.cli.arguments import parse
-    from host_client.cli.tell import complain
-    from host_client.shortage import explain
+    from microguest.guest.errors import MicroguestError, StartError
+    from microguest.host_client.cli.arguments import parse
+    from microguest.host_client.cli.tell import complain
+    from microguest.host_client.shortage import explain
 
     try:
         options = parse(argv)

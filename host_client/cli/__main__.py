@@ -1,7 +1,7 @@
-"""`python -m host_client.cli`, the same as `microguest`."""
+"""`python -m microguest`, the same as `microguest`."""
 
 import sys
 
-from host_client.cli import main
+from microguest.host_client.cli import main
 
 sys.exit(main())

@@ -2,12 +2,12 @@
 
 import argparse
 
-from guest import __version__
-from guest.errors import MicroguestError
-from host_client.cli.tell import complain, say
-from host_client.cli.template import Row, formatted
-from host_client.machines.bundle import find_bundle
-from host_client.machines.folder import is_alive, machines_root, names, read_state
+from microguest.guest import __version__
+from microguest.guest.errors import MicroguestError
+from microguest.host_client.cli.tell import complain, say
+from microguest.host_client.cli.template import Row, formatted
+from microguest.host_client.machines.bundle import find_bundle
+from microguest.host_client.machines.folder import is_alive, machines_root, names, read_state
 
 __all__ = ["info", "version"]
 

@@ -5,10 +5,10 @@ import importlib
 from collections.abc import Callable
 from typing import Any, Final
 
-from guest import __version__, limits
-from host_client.cli.parser import Parser, add_list, add_switch, seconds, whole
-from host_client.cli.runoptions import add_options
-from host_client.cli.tell import say
+from microguest.guest import __version__, limits
+from microguest.host_client.cli.parser import Parser, add_list, add_switch, seconds, whole
+from microguest.host_client.cli.runoptions import add_options
+from microguest.host_client.cli.tell import say
 
 __all__ = ["make_parser", "parse"]
 
@@ -250,7 +250,7 @@ def _command(module: str, function: str = "main") -> Callable[[argparse.Namespac
     """The function of a command's module, imported when it is called."""
 
     def run(options: argparse.Namespace) -> int:
-        command = getattr(importlib.import_module(f"host_client.cli.{module}"), function)
+        command = getattr(importlib.import_module(f"microguest.host_client.cli.{module}"), function)
         code: int = command(options)
         return code
 

@@ -5,12 +5,12 @@ import contextlib
 import json
 import os
 
-from host_client.chart import boot_chart
-from host_client.cli.output import write_all
-from host_client.errors import MachineError
-from host_client.machines.folder import check_name, read_state
-from host_client.machines.plan import MachineState
-from host_client.shortage import explain
+from microguest.host_client.chart import boot_chart
+from microguest.host_client.cli.output import write_all
+from microguest.host_client.errors import MachineError
+from microguest.host_client.machines.folder import check_name, read_state
+from microguest.host_client.machines.plan import MachineState
+from microguest.host_client.shortage import explain
 
 __all__ = ["main"]
 

@@ -2,9 +2,9 @@
 
 import argparse
 
-from host_client.cli.arguments import make_parser
-from host_client.cli.tell import say
-from host_client.errors import MachineError
+from microguest.host_client.cli.arguments import make_parser
+from microguest.host_client.cli.tell import say
+from microguest.host_client.errors import MachineError
 
 __all__ = ["main"]
 

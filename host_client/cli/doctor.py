@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from guest.errors import MicroguestError
-from host_client.cli.tell import say
-from host_client.images.cache import default_directory
-from host_client.images.command import PACKAGES, find_command
-from host_client.machines import host
-from host_client.machines.bundle import find_bundle
-from host_client.machines.folder import machines_root
-from host_client.machines.virtiofsd import is_successor, share_command, virtiofsd
-from host_client.ownership import own_folder_problem
+from microguest.guest.errors import MicroguestError
+from microguest.host_client.cli.tell import say
+from microguest.host_client.images.cache import default_directory
+from microguest.host_client.images.command import PACKAGES, find_command
+from microguest.host_client.machines import host
+from microguest.host_client.machines.bundle import find_bundle
+from microguest.host_client.machines.folder import machines_root
+from microguest.host_client.machines.virtiofsd import is_successor, share_command, virtiofsd
+from microguest.host_client.ownership import own_folder_problem
 
 __all__ = ["main"]
 

@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterable
 from typing import Final
 
-from host_client.cli.files import read_named
-from host_client.errors import MachineError
+from microguest.host_client.cli.files import read_named
+from microguest.host_client.errors import MachineError
 
 __all__ = ["environment"]
 

@@ -5,17 +5,17 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from guest.errors import OperationError
-from guest.messages import Keep, Start
-from host_client.cli import INTERRUPTED
-from host_client.cli.detachkeys import parse as parse_keys
-from host_client.cli.environment import environment
-from host_client.cli.foreground import Detached, Interrupted, in_foreground
-from host_client.cli.tell import complain, say
-from host_client.cli.terminal import Terminal, size_of
-from host_client.errors import MachineError
-from host_client.machines.find import agent_of
-from host_client.request import Options, start_record, words
+from microguest.guest.errors import OperationError
+from microguest.guest.messages import Keep, Start
+from microguest.host_client.cli import INTERRUPTED
+from microguest.host_client.cli.detachkeys import parse as parse_keys
+from microguest.host_client.cli.environment import environment
+from microguest.host_client.cli.foreground import Detached, Interrupted, in_foreground
+from microguest.host_client.cli.tell import complain, say
+from microguest.host_client.cli.terminal import Terminal, size_of
+from microguest.host_client.errors import MachineError
+from microguest.host_client.machines.find import agent_of
+from microguest.host_client.request import Options, start_record, words
 
 __all__ = ["main", "shell"]
 

@@ -1,7 +1,7 @@
 """Files that a person names on the command line."""
 
-from host_client.errors import MachineError
-from host_client.shortage import explain
+from microguest.host_client.errors import MachineError
+from microguest.host_client.shortage import explain
 
 __all__ = ["read_named"]
 

@@ -6,11 +6,11 @@ import socket
 from contextlib import ExitStack
 from typing import Final
 
-from guest.errors import MicroguestError
-from guest.messages import Attach, Exited, Start
-from host_client.agent import Agent
-from host_client.cli.killed import Killed
-from host_client.cli.stream import (
+from microguest.guest.errors import MicroguestError
+from microguest.guest.messages import Attach, Exited, Start
+from microguest.host_client.agent import Agent
+from microguest.host_client.cli.killed import Killed
+from microguest.host_client.cli.stream import (
     FORWARDED,
     Detached,
     Insisted,
@@ -18,11 +18,11 @@ from host_client.cli.stream import (
     join,
     passed_signals,
 )
-from host_client.cli.tell import complain
-from host_client.cli.terminal import Terminal, write_undo
-from host_client.deadline import Deadline
-from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
-from host_client.process import ProcessStream
+from microguest.host_client.cli.tell import complain
+from microguest.host_client.cli.terminal import Terminal, write_undo
+from microguest.host_client.deadline import Deadline
+from microguest.host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
+from microguest.host_client.process import ProcessStream
 
 __all__ = ["Detached", "Interrupted", "in_foreground"]
 

@@ -7,22 +7,22 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from guest.errors import MicroguestError
-from host_client.cli.output import write_all
-from host_client.cli.table import duration, show
-from host_client.cli.tell import complain, say
-from host_client.cli.template import Row, filtered, formatted
-from host_client.errors import MachineError
-from host_client.machines import named
-from host_client.machines.find import find
-from host_client.machines.folder import (
+from microguest.guest.errors import MicroguestError
+from microguest.host_client.cli.output import write_all
+from microguest.host_client.cli.table import duration, show
+from microguest.host_client.cli.tell import complain, say
+from microguest.host_client.cli.template import Row, filtered, formatted
+from microguest.host_client.errors import MachineError
+from microguest.host_client.machines import named
+from microguest.host_client.machines.find import find
+from microguest.host_client.machines.folder import (
     check_name,
     is_alive,
     machines_root,
     read_state,
     remove_dead,
 )
-from host_client.machines.named import MachineInfo
+from microguest.host_client.machines.named import MachineInfo
 
 __all__ = ["list_machines", "logs", "pause", "remove", "stop", "unpause", "with_each"]
 

@@ -14,9 +14,9 @@ import time
 from collections import deque
 from typing import Final
 
-from host_client.cli.killed import Killed
-from host_client.errors import MachineError
-from host_client.shortage import reason
+from microguest.host_client.cli.killed import Killed
+from microguest.host_client.errors import MachineError
+from microguest.host_client.shortage import reason
 
 __all__ = ["Outputs", "write_all"]
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, Final, NoReturn
 
-from host_client.cli.dockerwords import (
+from microguest.host_client.cli.dockerwords import (
     COMMANDS,
     about_command,
     about_missing,
     about_option,
     about_value,
 )
-from host_client.cli.tell import complain, say
+from microguest.host_client.cli.tell import complain, say
 
 __all__ = ["Parser", "add_list", "add_switch", "hint", "seconds", "whole"]
 

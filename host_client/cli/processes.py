@@ -6,23 +6,23 @@ import signal
 import time
 from typing import Final
 
-from guest.errors import MicroguestError, OperationError
-from guest.messages import ProcessInfo
-from host_client.agent import Agent
-from host_client.cli import INTERRUPTED
-from host_client.cli.detachkeys import parse as parse_keys
-from host_client.cli.foreground import Detached, Interrupted, in_foreground
-from host_client.cli.machines import list_machines, print_rows, with_each
-from host_client.cli.table import duration
-from host_client.cli.tell import complain
-from host_client.cli.template import Row, filtered
-from host_client.cli.terminal import Terminal
-from host_client.errors import ConnectionLost, MachineError
-from host_client.machines.find import agent_of
-from host_client.machines.folder import is_alive
-from host_client.machines.named import find as find_machine
-from host_client.machines.named import is_another
-from host_client.request import attach_record, signal_number
+from microguest.guest.errors import MicroguestError, OperationError
+from microguest.guest.messages import ProcessInfo
+from microguest.host_client.agent import Agent
+from microguest.host_client.cli import INTERRUPTED
+from microguest.host_client.cli.detachkeys import parse as parse_keys
+from microguest.host_client.cli.foreground import Detached, Interrupted, in_foreground
+from microguest.host_client.cli.machines import list_machines, print_rows, with_each
+from microguest.host_client.cli.table import duration
+from microguest.host_client.cli.tell import complain
+from microguest.host_client.cli.template import Row, filtered
+from microguest.host_client.cli.terminal import Terminal
+from microguest.host_client.errors import ConnectionLost, MachineError
+from microguest.host_client.machines.find import agent_of
+from microguest.host_client.machines.folder import is_alive
+from microguest.host_client.machines.named import find as find_machine
+from microguest.host_client.machines.named import is_another
+from microguest.host_client.request import attach_record, signal_number
 
 __all__ = ["attach", "kill", "list_processes", "wait"]
 

@@ -8,7 +8,7 @@ import os
 import time
 from typing import Final, Self
 
-from host_client.images import Progress
+from microguest.host_client.images import Progress
 
 __all__ = ["Display"]
 

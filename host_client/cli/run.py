@@ -10,24 +10,29 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from guest import limits
-from guest.errors import MicroguestError, StartError
-from guest.messages import Attach
-from guest.report import WorkloadFailed
-from guest.status import ExitStatus
-from host_client.cli import INTERRUPTED
-from host_client.cli.detachkeys import parse as parse_keys
-from host_client.cli.foreground import Detached, Interrupted, in_foreground
-from host_client.cli.progress import Display
-from host_client.cli.runoptions import machine_options
-from host_client.cli.stream import ended_in_order, passed_signals
-from host_client.cli.tell import complain, say
-from host_client.cli.terminal import Terminal, size_of
-from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded, MachineError
-from host_client.machines.boot import start
-from host_client.machines.machine import Machine
-from host_client.machines.settings import Settings
-from host_client.shortage import explain
+from microguest.guest import limits
+from microguest.guest.errors import MicroguestError, StartError
+from microguest.guest.messages import Attach
+from microguest.guest.report import WorkloadFailed
+from microguest.guest.status import ExitStatus
+from microguest.host_client.cli import INTERRUPTED
+from microguest.host_client.cli.detachkeys import parse as parse_keys
+from microguest.host_client.cli.foreground import Detached, Interrupted, in_foreground
+from microguest.host_client.cli.progress import Display
+from microguest.host_client.cli.runoptions import machine_options
+from microguest.host_client.cli.stream import ended_in_order, passed_signals
+from microguest.host_client.cli.tell import complain, say
+from microguest.host_client.cli.terminal import Terminal, size_of
+from microguest.host_client.errors import (
+    ConnectError,
+    ConnectionLost,
+    DeadlineExceeded,
+    MachineError,
+)
+from microguest.host_client.machines.boot import start
+from microguest.host_client.machines.machine import Machine
+from microguest.host_client.machines.settings import Settings
+from microguest.host_client.shortage import explain
 
 __all__ = ["main"]
 

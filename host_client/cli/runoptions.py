@@ -8,11 +8,11 @@ import argparse
 import json
 from typing import Any, Final
 
-from host_client.cli.environment import environment
-from host_client.cli.files import read_named
-from host_client.cli.parser import add_list, add_switch, whole
-from host_client.errors import MachineError
-from host_client.machines.settings import MachineOptions
+from microguest.host_client.cli.environment import environment
+from microguest.host_client.cli.files import read_named
+from microguest.host_client.cli.parser import add_list, add_switch, whole
+from microguest.host_client.errors import MachineError
+from microguest.host_client.machines.settings import MachineOptions
 
 __all__ = ["add_options", "machine_options"]
 
@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def machine_options(options: argparse.Namespace) -> MachineOptions:
     """MachineError for what cannot be understood; `Settings` checks what makes no sense."""
-    from host_client.machines.mounts import parse_mount, parse_tmpfs, parse_volume
+    from microguest.host_client.machines.mounts import parse_mount, parse_tmpfs, parse_volume
 
     mounts = [
         *map(parse_volume, options.volume),

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, NoReturn
 
-from guest.connection import Data
-from guest.messages import Exited
-from host_client.cli.detachkeys import HELD_FOR, DetachKeys
-from host_client.cli.killed import Killed
-from host_client.cli.output import Outputs
-from host_client.cli.terminal import Terminal
-from host_client.process import ProcessStream
+from microguest.guest.connection import Data
+from microguest.guest.messages import Exited
+from microguest.host_client.cli.detachkeys import HELD_FOR, DetachKeys
+from microguest.host_client.cli.killed import Killed
+from microguest.host_client.cli.output import Outputs
+from microguest.host_client.cli.terminal import Terminal
+from microguest.host_client.process import ProcessStream
 
 __all__ = [
     "FORWARDED",

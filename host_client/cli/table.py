@@ -4,8 +4,8 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
-from guest.errors import printable
-from host_client.cli.tell import say
+from microguest.guest.errors import printable
+from microguest.host_client.cli.tell import say
 
 __all__ = ["duration", "show"]
 

@@ -6,9 +6,9 @@ escape, whoever said it. What commands write is data and does not pass here: `ou
 
 from typing import Final
 
-from guest.errors import printable
-from host_client.cli.output import write_all
-from host_client.errors import MachineError
+from microguest.guest.errors import printable
+from microguest.host_client.cli.output import write_all
+from microguest.host_client.errors import MachineError
 
 __all__ = ["complain", "say"]
 

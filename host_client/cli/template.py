@@ -5,11 +5,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from guest.errors import printable
-from host_client.cli.parser import hint
-from host_client.cli.table import show
-from host_client.cli.tell import say
-from host_client.errors import MachineError
+from microguest.guest.errors import printable
+from microguest.host_client.cli.parser import hint
+from microguest.host_client.cli.table import show
+from microguest.host_client.cli.tell import say
+from microguest.host_client.errors import MachineError
 
 __all__ = ["Row", "filtered", "formatted"]
 

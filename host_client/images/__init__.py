@@ -4,18 +4,18 @@
         disk = images.as_disk(image, work_dir)
         argv = images.process_for(image.config, ["sh", "-c", "exit 7"])
 
-Every failure is a `host_client.errors.ImageError`. May import `host_client.errors`, a few modules
+Every failure is a `microguest.errors.ImageError`. May import `host_client.errors`, a few modules
 beside it that import nothing of the project, and the standard library only. See docs/images.md.
 """
 
-from host_client.images.cache import Cache
-from host_client.images.descriptors import Descriptor
-from host_client.images.image import Disk, Image, as_directory, as_disk, open_image
-from host_client.images.limits import Limits
-from host_client.images.manifest import Layer
-from host_client.images.process import ImageConfig, process_for
-from host_client.images.progress import OnProgress, Progress
-from host_client.images.reference import ImageReference, parse_reference
+from microguest.host_client.images.cache import Cache
+from microguest.host_client.images.descriptors import Descriptor
+from microguest.host_client.images.image import Disk, Image, as_directory, as_disk, open_image
+from microguest.host_client.images.limits import Limits
+from microguest.host_client.images.manifest import Layer
+from microguest.host_client.images.process import ImageConfig, process_for
+from microguest.host_client.images.progress import OnProgress, Progress
+from microguest.host_client.images.reference import ImageReference, parse_reference
 
 __all__ = [
     "Cache",

@@ -6,8 +6,8 @@ stranger repeats it.
 
 import time
 
-from host_client.errors import ImageError
-from host_client.images.limits import DEFAULT_LIMITS, Limits
+from microguest.host_client.errors import ImageError
+from microguest.host_client.images.limits import DEFAULT_LIMITS, Limits
 
 _LOOKS_AT_CLOCK_EVERY = 10_000  # steps
 

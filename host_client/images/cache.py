@@ -20,9 +20,9 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 
-from host_client.errors import ImageError
-from host_client.ownership import Untrusted, open_own_folder
-from host_client.shortage import SHORT, reason
+from microguest.host_client.errors import ImageError
+from microguest.host_client.ownership import Untrusted, open_own_folder
+from microguest.host_client.shortage import SHORT, reason
 
 DEFAULT_MAX_BYTES = 10 << 30
 BUILD_WAIT_SECONDS = 1800.0

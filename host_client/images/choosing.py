@@ -6,11 +6,17 @@ names are docker's: "busybox" is "docker.io/library/busybox:latest".
 
 from collections.abc import Callable, Sequence
 
-from host_client.errors import ImageError
-from host_client.images import limits
-from host_client.images.descriptors import Descriptor, Platform, read_index, read_verified, some
-from host_client.images.layout import Layout
-from host_client.images.reference import ImageReference
+from microguest.host_client.errors import ImageError
+from microguest.host_client.images import limits
+from microguest.host_client.images.descriptors import (
+    Descriptor,
+    Platform,
+    read_index,
+    read_verified,
+    some,
+)
+from microguest.host_client.images.layout import Layout
+from microguest.host_client.images.reference import ImageReference
 
 INDEXES = frozenset(
     {

@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
-from host_client.errors import ImageError
-from host_client.images import limits
-from host_client.probe import kill_group
-from host_client.shortage import cannot_start, start_thread
+from microguest.host_client.errors import ImageError
+from microguest.host_client.images import limits
+from microguest.host_client.probe import kill_group
+from microguest.host_client.shortage import cannot_start, start_thread
 
 _TOLD_EVERY = 0.2  # seconds
 _WORDS_SECONDS = 1.0  # from its end, for what it said last

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from host_client.errors import ImageError
-from host_client.images import limits
-from host_client.images.layout import Layout, blob_path, read_json, read_small
+from microguest.host_client.errors import ImageError
+from microguest.host_client.images import limits
+from microguest.host_client.images.layout import Layout, blob_path, read_json, read_small
 
 _NAMES = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
 

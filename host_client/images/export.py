@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, BinaryIO
 
-from host_client.errors import ImageError
-from host_client.images import limits
-from host_client.images.budget import Budget, Exhausted
-from host_client.images.sparse import stored_bytes
-from host_client.images.tarformat import Entry, Kind
-from host_client.images.tarwriter import END_OF_ARCHIVE, header_bytes, padding
-from host_client.images.tree import Inode, Tree, show
+from microguest.host_client.errors import ImageError
+from microguest.host_client.images import limits
+from microguest.host_client.images.budget import Budget, Exhausted
+from microguest.host_client.images.sparse import stored_bytes
+from microguest.host_client.images.tarformat import Entry, Kind
+from microguest.host_client.images.tarwriter import END_OF_ARCHIVE, header_bytes, padding
+from microguest.host_client.images.tree import Inode, Tree, show
 
 _MAX_SQUASHFS_TIME = 0xFFFFFFFF
 

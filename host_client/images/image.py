@@ -12,24 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from host_client.errors import ImageError
-from host_client.images import recipes
-from host_client.images.budget import Budget
-from host_client.images.cache import Cache, Lease, default_directory
-from host_client.images.command import no_space
-from host_client.images.descriptors import parse_platform
-from host_client.images.export import Merged
-from host_client.images.layers import spool_layer
-from host_client.images.layout import Layout, open_layout
-from host_client.images.limits import DEFAULT_LIMITS, Limits
-from host_client.images.manifest import Layer, resolve
-from host_client.images.process import ImageConfig
-from host_client.images.progress import OnProgress, Progress, Step
-from host_client.images.reference import ImageReference, parse_reference
-from host_client.images.tarformat import read_entries
-from host_client.images.tree import Tree
-from host_client.shortage import explain
-from host_client.values import absolute_path
+from microguest.host_client.errors import ImageError
+from microguest.host_client.images import recipes
+from microguest.host_client.images.budget import Budget
+from microguest.host_client.images.cache import Cache, Lease, default_directory
+from microguest.host_client.images.command import no_space
+from microguest.host_client.images.descriptors import parse_platform
+from microguest.host_client.images.export import Merged
+from microguest.host_client.images.layers import spool_layer
+from microguest.host_client.images.layout import Layout, open_layout
+from microguest.host_client.images.limits import DEFAULT_LIMITS, Limits
+from microguest.host_client.images.manifest import Layer, resolve
+from microguest.host_client.images.process import ImageConfig
+from microguest.host_client.images.progress import OnProgress, Progress, Step
+from microguest.host_client.images.reference import ImageReference, parse_reference
+from microguest.host_client.images.tarformat import read_entries
+from microguest.host_client.images.tree import Tree
+from microguest.host_client.shortage import explain
+from microguest.host_client.values import absolute_path
 
 _Recipe = Callable[[Merged, str], None]
 _CONTENT = "root"  # the disk or directory in its cache entry

@@ -11,12 +11,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, BinaryIO, Protocol
 
-from host_client.errors import ImageError
-from host_client.images import limits
-from host_client.images.budget import Budget
-from host_client.images.command import filtered, require_command, run_command
-from host_client.images.layout import Extent, Layout
-from host_client.images.manifest import Layer
+from microguest.host_client.errors import ImageError
+from microguest.host_client.images import limits
+from microguest.host_client.images.budget import Budget
+from microguest.host_client.images.command import filtered, require_command, run_command
+from microguest.host_client.images.layout import Extent, Layout
+from microguest.host_client.images.manifest import Layer
 
 Told = Callable[[int], None]
 """Is told of so many bytes more that were read of a layer as it is stored."""

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from host_client.errors import ImageError
-from host_client.images import limits
-from host_client.images.budget import Budget
-from host_client.images.sparse import Pieces, stored_bytes
-from host_client.images.tarformat import BLOCK, Entry, Kind, begins_archive, read_entries
-from host_client.shortage import reason
+from microguest.host_client.errors import ImageError
+from microguest.host_client.images import limits
+from microguest.host_client.images.budget import Budget
+from microguest.host_client.images.sparse import Pieces, stored_bytes
+from microguest.host_client.images.tarformat import BLOCK, Entry, Kind, begins_archive, read_entries
+from microguest.host_client.shortage import reason
 
 _MAX_DIGITS = 20  # of a number: more than 64 bits hold
 _DIGEST = re.compile(r"sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128}")

@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from host_client.errors import ImageError
-from host_client.images import limits
-from host_client.images.choosing import MANIFESTS, choose
-from host_client.images.descriptors import (
+from microguest.host_client.errors import ImageError
+from microguest.host_client.images import limits
+from microguest.host_client.images.choosing import MANIFESTS, choose
+from microguest.host_client.images.descriptors import (
     Descriptor,
     Platform,
     listed,
@@ -23,9 +23,9 @@ from host_client.images.descriptors import (
     read_verified,
     some,
 )
-from host_client.images.layout import Layout, blob_path, read_json, read_small
-from host_client.images.process import ImageConfig
-from host_client.images.reference import ImageReference
+from microguest.host_client.images.layout import Layout, blob_path, read_json, read_small
+from microguest.host_client.images.process import ImageConfig
+from microguest.host_client.images.reference import ImageReference
 
 _CONFIGS = frozenset(
     {

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from host_client.errors import ImageError
+from microguest.host_client.errors import ImageError
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ import subprocess
 from collections.abc import Callable, Sequence
 from typing import IO, Literal
 
-from host_client.errors import ImageError
-from host_client.images import export, limits, squashfs
-from host_client.images.command import find_command, require_command, run_command
-from host_client.images.export import Merged
-from host_client.probe import probe
+from microguest.host_client.errors import ImageError
+from microguest.host_client.images import export, limits, squashfs
+from microguest.host_client.images.command import find_command, require_command, run_command
+from microguest.host_client.images.export import Merged
+from microguest.host_client.probe import probe
 
 VERSION = 2
 """Part of every cache key: raise it when a change here or in `tree` changes what is made."""

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from host_client.errors import ImageError
+from microguest.host_client.errors import ImageError
 
 Transport = Literal["oci", "oci-archive", "docker-archive", "dir"]
 FORMS = (

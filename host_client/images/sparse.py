@@ -8,7 +8,7 @@ import array
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-from host_client.images import limits
+from microguest.host_client.images import limits
 
 _ZEROS = bytes(limits.CHUNK_BYTES)
 _MAX_DIGITS = 18  # of a number in a map: less than 2**63

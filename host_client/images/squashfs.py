@@ -9,7 +9,7 @@ fs/squashfs/squashfs_fs.h.
 import os
 import struct
 
-from host_client.errors import ImageError
+from microguest.host_client.errors import ImageError
 
 _SUPERBLOCK = struct.Struct("<IIIIIHHHHHHQQQQQQQQ")
 _MAGIC = 0x73717368

@@ -13,10 +13,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from host_client.errors import ImageError
-from host_client.images import limits
-from host_client.images.budget import Budget
-from host_client.images.sparse import BadMap, Pieces, map_before_data, numbers, pieces_of
+from microguest.host_client.errors import ImageError
+from microguest.host_client.images import limits
+from microguest.host_client.images.budget import Budget
+from microguest.host_client.images.sparse import BadMap, Pieces, map_before_data, numbers, pieces_of
 
 BLOCK = 512
 _ZERO_BLOCK = bytes(BLOCK)

@@ -1,6 +1,6 @@
 """The tar format, written: one merged root as a stream for the makers of disks and directories."""
 
-from host_client.images.tarformat import BLOCK, XATTR_RECORD, Entry, Kind
+from microguest.host_client.images.tarformat import BLOCK, XATTR_RECORD, Entry, Kind
 
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 

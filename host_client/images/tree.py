@@ -8,11 +8,11 @@ docs/images.md.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from host_client.errors import ImageError
-from host_client.images import limits
-from host_client.images.budget import Budget, Exhausted
-from host_client.images.sparse import Pieces
-from host_client.images.tarformat import Entry, Kind
+from microguest.host_client.errors import ImageError
+from microguest.host_client.images import limits
+from microguest.host_client.images.budget import Budget, Exhausted
+from microguest.host_client.images.sparse import Pieces
+from microguest.host_client.images.tarformat import Entry, Kind
 
 _WHITEOUT = b".wh."
 _WHITEOUT_META = b".wh..wh."

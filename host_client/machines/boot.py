@@ -5,24 +5,24 @@ import threading
 import time
 from typing import Final, Protocol, Unpack
 
-from guest.report import line_mark
-from host_client import images
-from host_client.errors import BootFailed, DeadlineExceeded, MachineError
-from host_client.interrupts import interrupts_later
-from host_client.log import DEBUG, INFO, note
-from host_client.machines.bundle import Bundle, find_bundle
-from host_client.machines.console import MARK_FILE
-from host_client.machines.folder import STATE_VARIABLE, Folder, claim, sweep
-from host_client.machines.link import Link
-from host_client.machines.machine import Machine
-from host_client.machines.namespaces import NamespacesBackend
-from host_client.machines.plan import CONSOLE_SHOWN, MachineState, Plan, cut
-from host_client.machines.prepare import Preparation
-from host_client.machines.qemu import QemuBackend
-from host_client.machines.settings import MachineOptions, Settings
-from host_client.machines.workload import check_process, check_workload
-from host_client.shortage import explain
-from host_client.values import kind_of, path
+from microguest.guest.report import line_mark
+from microguest.host_client import images
+from microguest.host_client.errors import BootFailed, DeadlineExceeded, MachineError
+from microguest.host_client.interrupts import interrupts_later
+from microguest.host_client.log import DEBUG, INFO, note
+from microguest.host_client.machines.bundle import Bundle, find_bundle
+from microguest.host_client.machines.console import MARK_FILE
+from microguest.host_client.machines.folder import STATE_VARIABLE, Folder, claim, sweep
+from microguest.host_client.machines.link import Link
+from microguest.host_client.machines.machine import Machine
+from microguest.host_client.machines.namespaces import NamespacesBackend
+from microguest.host_client.machines.plan import CONSOLE_SHOWN, MachineState, Plan, cut
+from microguest.host_client.machines.prepare import Preparation
+from microguest.host_client.machines.qemu import QemuBackend
+from microguest.host_client.machines.settings import MachineOptions, Settings
+from microguest.host_client.machines.workload import check_process, check_workload
+from microguest.host_client.shortage import explain
+from microguest.host_client.values import kind_of, path
 
 __all__ = ["BACKENDS", "Backend", "boot", "start"]
 

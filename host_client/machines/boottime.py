@@ -8,8 +8,8 @@ the one that was quickest is the best bound.
 import time
 from typing import Final
 
-from guest.report import FirstExec, HandedOff, Ready, Step, WorkloadStarted
-from host_client.machines.plan import STEPS_MAX
+from microguest.guest.report import FirstExec, HandedOff, Ready, Step, WorkloadStarted
+from microguest.host_client.machines.plan import STEPS_MAX
 
 __all__ = ["BootTimeline"]
 

@@ -3,11 +3,11 @@
 import os
 from dataclasses import dataclass
 
-from guest.errors import ManifestError
-from guest.manifest import INITRAMFS, KERNEL, MANIFEST, PROGRAM, Manifest
-from host_client.errors import MachineError
-from host_client.ownership import trusted_folder_problem
-from host_client.shortage import explain
+from microguest.guest.errors import ManifestError
+from microguest.guest.manifest import INITRAMFS, KERNEL, MANIFEST, PROGRAM, Manifest
+from microguest.host_client.errors import MachineError
+from microguest.host_client.ownership import trusted_folder_problem
+from microguest.host_client.shortage import explain
 
 __all__ = ["Bundle", "candidates", "find_bundle"]
 
@@ -70,8 +70,11 @@ def data_folder(arch: str) -> str:
 
 
 def checkout() -> str | None:
-    """The project's folder, if this package is used from there; None in an installed wheel."""
-    project = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    """The project's folder, if this package is used from there; None in an installed wheel.
+
+    There the package that is imported has links to it.
+    """
+    project = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     return project if os.path.exists(os.path.join(project, "build", "make.py")) else None
 
 

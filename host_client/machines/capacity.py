@@ -7,8 +7,8 @@ processors for its host comes up after every deadline; neither says why.
 import os
 from typing import Final
 
-from host_client.errors import MachineError
-from host_client.machines.settings import Settings, mebibytes
+from microguest.host_client.errors import MachineError
+from microguest.host_client.machines.settings import Settings, mebibytes
 
 __all__ = ["check_enough", "check_host", "least_memory"]
 

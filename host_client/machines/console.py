@@ -8,8 +8,8 @@ import re
 import time
 from typing import BinaryIO, Final, NamedTuple
 
-from guest.errors import printable
-from host_client.machines.moments import Moments, MomentsWriter
+from microguest.guest.errors import printable
+from microguest.host_client.machines.moments import Moments, MomentsWriter
 
 __all__ = [
     "HALF_MAX",

@@ -7,10 +7,15 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from guest.errors import MicroguestError
-from guest.record import Record
-from host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded, MachineError
-from host_client.machines.plan import MachineState, Pause, PowerOff, Resume
+from microguest.guest.errors import MicroguestError
+from microguest.guest.record import Record
+from microguest.host_client.errors import (
+    ConnectError,
+    ConnectionLost,
+    DeadlineExceeded,
+    MachineError,
+)
+from microguest.host_client.machines.plan import MachineState, Pause, PowerOff, Resume
 
 __all__ = [
     "KILL_WAIT",

@@ -12,7 +12,7 @@ import base64
 import os
 from typing import Any, Final
 
-from host_client import seccomp
+from microguest.host_client import seccomp
 
 __all__ = ["ATTRIBUTE_RULES", "capability_changes", "share_filter"]
 

@@ -5,10 +5,10 @@ import stat
 from dataclasses import dataclass
 from typing import Final
 
-from host_client.errors import MachineError
-from host_client.machines.mounts import byte_size
-from host_client.shortage import explain
-from host_client.values import absolute_path
+from microguest.host_client.errors import MachineError
+from microguest.host_client.machines.mounts import byte_size
+from microguest.host_client.shortage import explain
+from microguest.host_client.values import absolute_path
 
 __all__ = ["GuestDisk", "image_disk"]
 

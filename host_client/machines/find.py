@@ -8,23 +8,23 @@ import time
 from functools import partial
 from typing import Final, Self
 
-from guest import limits
-from guest.record import Record
-from host_client.address import parse
-from host_client.agent import Agent
-from host_client.errors import MachineError
-from host_client.machines import control
-from host_client.machines.folder import (
+from microguest.guest import limits
+from microguest.guest.record import Record
+from microguest.host_client.address import parse
+from microguest.host_client.agent import Agent
+from microguest.host_client.errors import MachineError
+from microguest.host_client.machines import control
+from microguest.host_client.machines.folder import (
     bury,
     check_name,
     is_alive,
     machines_root,
     read_state,
 )
-from host_client.machines.holder import monitor_of
-from host_client.machines.kin import end_descendants, pid_of
-from host_client.machines.plan import SIGNALLED, End, MachineState
-from host_client.renewal import STEP_BEYOND, GuestClock
+from microguest.host_client.machines.holder import monitor_of
+from microguest.host_client.machines.kin import end_descendants, pid_of
+from microguest.host_client.machines.plan import SIGNALLED, End, MachineState
+from microguest.host_client.renewal import STEP_BEYOND, GuestClock
 
 __all__ = ["FoundMachine", "agent_of", "find"]
 

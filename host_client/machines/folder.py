@@ -16,14 +16,19 @@ import stat
 import time
 from typing import Final
 
-from guest.record import RecordError
-from host_client.errors import MachineError
-from host_client.forking import tell_children
-from host_client.log import INFO, note
-from host_client.machines.console import TAIL_MAX, printable_lines, read_log
-from host_client.machines.plan import CONSOLE_SHOWN, STATE_MAX, MachineState, cut
-from host_client.ownership import Untrusted, not_ours, open_own_folder, own_folder_problem
-from host_client.shortage import SHORT, explain, reason
+from microguest.guest.record import RecordError
+from microguest.host_client.errors import MachineError
+from microguest.host_client.forking import tell_children
+from microguest.host_client.log import INFO, note
+from microguest.host_client.machines.console import TAIL_MAX, printable_lines, read_log
+from microguest.host_client.machines.plan import CONSOLE_SHOWN, STATE_MAX, MachineState, cut
+from microguest.host_client.ownership import (
+    Untrusted,
+    not_ours,
+    open_own_folder,
+    own_folder_problem,
+)
+from microguest.host_client.shortage import SHORT, explain, reason
 
 __all__ = [
     "STATE_VARIABLE",

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any, Final
 
-from guest.record import Record
-from guest.report import (
+from microguest.guest.record import Record
+from microguest.guest.report import (
     AgentExited,
     AgentServes,
     HandedOff,
@@ -14,7 +14,7 @@ from guest.report import (
     WorkloadFailed,
     WorkloadStarted,
 )
-from host_client.machines.plan import (
+from microguest.host_client.machines.plan import (
     AGENT_EXITS_MAX,
     EVENT_MAX,
     EVENTS_MAX,

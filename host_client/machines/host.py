@@ -11,8 +11,8 @@ import subprocess
 from dataclasses import dataclass
 from typing import Final
 
-from host_client.errors import MachineError
-from host_client.probe import probe
+from microguest.host_client.errors import MachineError
+from microguest.host_client.probe import probe
 
 __all__ = [
     "Accelerator",

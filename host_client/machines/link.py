@@ -11,18 +11,17 @@ import time
 import warnings
 from typing import Final
 
-import guest
-from guest.record import Record, RecordError
-from host_client.descriptors import above_standard
-from host_client.errors import MachineError
-from host_client.forking import close_in_children, tell_children
-from host_client.log import INFO, WARNING, note
-from host_client.machines.console import printable_lines, read_log
-from host_client.machines.control import VMM_WAIT, not_ended
-from host_client.machines.folder import Folder, is_alive, read_state
-from host_client.machines.kin import end_descendants
-from host_client.machines.plan import COMMANDS, STATE_MAX, End, MachineState
-from host_client.shortage import cannot_start
+from microguest.guest.record import Record, RecordError
+from microguest.host_client.descriptors import above_standard
+from microguest.host_client.errors import MachineError
+from microguest.host_client.forking import close_in_children, tell_children
+from microguest.host_client.log import INFO, WARNING, note
+from microguest.host_client.machines.console import printable_lines, read_log
+from microguest.host_client.machines.control import VMM_WAIT, not_ended
+from microguest.host_client.machines.folder import Folder, is_alive, read_state
+from microguest.host_client.machines.kin import end_descendants
+from microguest.host_client.machines.plan import COMMANDS, STATE_MAX, End, MachineState
+from microguest.host_client.shortage import cannot_start
 
 __all__ = ["Link"]
 
@@ -33,10 +32,12 @@ LOOK_EVERY: Final = 0.05  # seconds between looks at the state of a machine that
 MONITOR: Final = "a monitor process"
 
 # The monitor must run whatever the caller's environment, folder and site-packages are: isolated,
-# without `site`, with just the folders that hold our two packages.
+# without `site`, with just the folder that holds our package.
+# Not resolved: what is imported are links to where this file is.
+HOME: Final = os.path.abspath(__file__).rpartition("/microguest/")[0]
 PROGRAM: Final = (
-    "import sys; sys.path += {homes!r}; "
-    "from host_client.machines.monitor import main; sys.exit(main(sys.argv[1:]))"
+    "import sys; sys.path.append({home!r}); "
+    "from microguest.host_client.machines.monitor import main; sys.exit(main(sys.argv[1:]))"
 )
 
 
@@ -251,7 +252,6 @@ class Link:
 
 def start_monitor(folder: Folder, link: socket.socket) -> "subprocess.Popen[bytes]":
     """In a session of its own: what a person types at the terminal is not for it."""
-    homes = {ancestor(__file__, 3), ancestor(guest.__file__ or "", 2)}
     opened: list[int] = []
     try:
         opened.append(
@@ -268,7 +268,7 @@ def start_monitor(folder: Folder, link: socket.socket) -> "subprocess.Popen[byte
         log, *descriptors = opened
         return subprocess.Popen(
             [
-                *(sys.executable, "-I", "-S", "-c", PROGRAM.format(homes=sorted(homes))),
+                *(sys.executable, "-I", "-S", "-c", PROGRAM.format(home=HOME)),
                 *(folder.path, *map(str, descriptors)),
             ],
             stdin=subprocess.DEVNULL,
@@ -280,11 +280,3 @@ def start_monitor(folder: Folder, link: socket.socket) -> "subprocess.Popen[byte
     finally:
         for fd in opened:
             os.close(fd)
-
-
-def ancestor(path: str, levels: int) -> str:
-    """The folder so many levels above a file."""
-    path = os.path.abspath(path)
-    for _ in range(levels):
-        path = os.path.dirname(path)
-    return path

@@ -9,11 +9,11 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Final, NamedTuple
 
-from host_client.errors import MachineError
-from host_client.machines.console import LogReader, Piece, read_mark
-from host_client.machines.folder import check_name, is_alive, machines_root, read_state
-from host_client.machines.when import Moment, moment, stamp
-from host_client.values import check_count, check_flag
+from microguest.host_client.errors import MachineError
+from microguest.host_client.machines.console import LogReader, Piece, read_mark
+from microguest.host_client.machines.folder import check_name, is_alive, machines_root, read_state
+from microguest.host_client.machines.when import Moment, moment, stamp
+from microguest.host_client.values import check_count, check_flag
 
 __all__ = ["LINE_MAX", "console_looks"]
 

@@ -5,16 +5,16 @@ import threading
 from types import TracebackType
 from typing import Self
 
-from guest import limits
-from guest.report import Step
-from host_client.address import parse
-from host_client.agent import Agent
-from host_client.forking import Rooted, tell_children
-from host_client.machines import control
-from host_client.machines.link import Link
-from host_client.machines.plan import Detach, End, MachineState
-from host_client.renewal import STEP_BEYOND, GuestClock
-from host_client.values import check_seconds
+from microguest.guest import limits
+from microguest.guest.report import Step
+from microguest.host_client.address import parse
+from microguest.host_client.agent import Agent
+from microguest.host_client.forking import Rooted, tell_children
+from microguest.host_client.machines import control
+from microguest.host_client.machines.link import Link
+from microguest.host_client.machines.plan import Detach, End, MachineState
+from microguest.host_client.renewal import STEP_BEYOND, GuestClock
+from microguest.host_client.values import check_seconds
 
 __all__ = ["Machine"]
 

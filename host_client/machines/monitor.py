@@ -19,14 +19,19 @@ import time
 from select import EPOLLIN
 from typing import Final
 
-from guest.errors import printable
-from guest.record import Record, RecordError
-from guest.report import BootFailed, Ready, Stopping
-from host_client.machines.boottime import BootTimeline
-from host_client.machines.console import RotatingLog, printable_lines
-from host_client.machines.folder import STATE_VARIABLE, remove_all, remove_running, write_file
-from host_client.machines.history import changes, left_out
-from host_client.machines.plan import (
+from microguest.guest.errors import printable
+from microguest.guest.record import Record, RecordError
+from microguest.guest.report import BootFailed, Ready, Stopping
+from microguest.host_client.machines.boottime import BootTimeline
+from microguest.host_client.machines.console import RotatingLog, printable_lines
+from microguest.host_client.machines.folder import (
+    STATE_VARIABLE,
+    remove_all,
+    remove_running,
+    write_file,
+)
+from microguest.host_client.machines.history import changes, left_out
+from microguest.host_client.machines.plan import (
     COMMANDS,
     CONSOLE_SHOWN,
     PACKET_MAX,
@@ -41,13 +46,13 @@ from host_client.machines.plan import (
     clipped,
     cut,
 )
-from host_client.machines.qmp import Qmp
-from host_client.machines.reports import ReportReader
-from host_client.machines.shares import Shares
-from host_client.machines.verdict import failure_on_console, has_restarted, unexplained
-from host_client.machines.vmm import Device, Vmm
-from host_client.shortage import cannot_start, explain
-from host_client.vhost_vsock.loop import EventLoop
+from microguest.host_client.machines.qmp import Qmp
+from microguest.host_client.machines.reports import ReportReader
+from microguest.host_client.machines.shares import Shares
+from microguest.host_client.machines.verdict import failure_on_console, has_restarted, unexplained
+from microguest.host_client.machines.vmm import Device, Vmm
+from microguest.host_client.shortage import cannot_start, explain
+from microguest.host_client.vhost_vsock.loop import EventLoop
 
 __all__ = ["Monitor", "main"]
 

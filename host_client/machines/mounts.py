@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from guest.record import misfit
-from host_client.errors import MachineError
-from host_client.values import absolute_path
+from microguest.guest.record import misfit
+from microguest.host_client.errors import MachineError
+from microguest.host_client.values import absolute_path
 
 __all__ = ["SIZE", "Mount", "byte_count", "byte_size", "parse_mount", "parse_tmpfs", "parse_volume"]
 

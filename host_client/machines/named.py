@@ -9,26 +9,26 @@ from itertools import chain
 from types import TracebackType
 from typing import Final, Self
 
-from guest import limits
-from guest.record import Record
-from host_client.agent import Agent
-from host_client.errors import MachineError
-from host_client.forking import Rooted
-from host_client.machines.control import still_runs
-from host_client.machines.find import FoundMachine, Watch
-from host_client.machines.find import find as find_running
-from host_client.machines.folder import (
+from microguest.guest import limits
+from microguest.guest.record import Record
+from microguest.host_client.agent import Agent
+from microguest.host_client.errors import MachineError
+from microguest.host_client.forking import Rooted
+from microguest.host_client.machines.control import still_runs
+from microguest.host_client.machines.find import FoundMachine, Watch
+from microguest.host_client.machines.find import find as find_running
+from microguest.host_client.machines.folder import (
     check_name,
     is_alive,
     names,
     read_state,
     sweep,
 )
-from host_client.machines.logs import console_looks
-from host_client.machines.plan import MachineState
-from host_client.machines.when import Moment
-from host_client.renewal import GuestClock
-from host_client.values import check_flag, check_seconds, text
+from microguest.host_client.machines.logs import console_looks
+from microguest.host_client.machines.plan import MachineState
+from microguest.host_client.machines.when import Moment
+from microguest.host_client.renewal import GuestClock
+from microguest.host_client.values import check_flag, check_seconds, text
 
 __all__ = ["MachineInfo", "NamedMachine", "find", "is_another", "list_machines"]
 

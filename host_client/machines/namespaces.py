@@ -6,15 +6,15 @@ The launcher is the bundle's own program; agent and reports go over Unix sockets
 import os
 from typing import Final
 
-from guest.bootconfig import Endpoint
-from guest.rootplan import Lower, Volume
-from host_client import images
-from host_client.address import SUN_PATH_MAX, UnixAddress
-from host_client.errors import MachineError
-from host_client.machines.mounts import Mount
-from host_client.machines.plan import Plan, blank
-from host_client.machines.prepare import Preparation, directory, lease_of
-from host_client.machines.settings import MEMORY, Settings
+from microguest.guest.bootconfig import Endpoint
+from microguest.guest.rootplan import Lower, Volume
+from microguest.host_client import images
+from microguest.host_client.address import SUN_PATH_MAX, UnixAddress
+from microguest.host_client.errors import MachineError
+from microguest.host_client.machines.mounts import Mount
+from microguest.host_client.machines.plan import Plan, blank
+from microguest.host_client.machines.prepare import Preparation, directory, lease_of
+from microguest.host_client.machines.settings import MEMORY, Settings
 
 __all__ = ["NamespacesBackend"]
 

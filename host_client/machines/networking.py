@@ -8,9 +8,9 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
-from guest.netplan import Interface, Network, Route
-from guest.record import RecordError
-from host_client.errors import MachineError
+from microguest.guest.netplan import Interface, Network, Route
+from microguest.guest.record import RecordError
+from microguest.host_client.errors import MachineError
 
 __all__ = ["MAC", "check_network", "network_of"]
 

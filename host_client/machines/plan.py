@@ -8,8 +8,8 @@ import json
 import signal
 from typing import Final
 
-from guest.record import Catalogue, Record
-from guest.report import AgentExited, BootFailed, Step, WorkloadExited, WorkloadFailed
+from microguest.guest.record import Catalogue, Record
+from microguest.guest.report import AgentExited, BootFailed, Step, WorkloadExited, WorkloadFailed
 
 __all__ = [
     "COMMANDS",

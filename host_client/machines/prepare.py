@@ -6,21 +6,21 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guest.bootconfig import AgentSettings, BootConfig, Endpoint, Hardening, parse
-from guest.errors import BootConfigError
-from guest.limits import VOLUMES
-from guest.record import RecordError
-from guest.rootplan import Lower, Root, Upper, Volume
-from guest.workload import ImageDefaults, Workload
-from host_client.errors import MachineError
-from host_client.images import Image, OnProgress
-from host_client.machines.bundle import Bundle
-from host_client.machines.folder import Folder
-from host_client.machines.mounts import Mount, byte_size
-from host_client.machines.networking import network_of
-from host_client.machines.settings import TMPFS_SIZE, Settings
-from host_client.machines.workload import defaults_of, workload_of
-from host_client.values import absolute_path
+from microguest.guest.bootconfig import AgentSettings, BootConfig, Endpoint, Hardening, parse
+from microguest.guest.errors import BootConfigError
+from microguest.guest.limits import VOLUMES
+from microguest.guest.record import RecordError
+from microguest.guest.rootplan import Lower, Root, Upper, Volume
+from microguest.guest.workload import ImageDefaults, Workload
+from microguest.host_client.errors import MachineError
+from microguest.host_client.images import Image, OnProgress
+from microguest.host_client.machines.bundle import Bundle
+from microguest.host_client.machines.folder import Folder
+from microguest.host_client.machines.mounts import Mount, byte_size
+from microguest.host_client.machines.networking import network_of
+from microguest.host_client.machines.settings import TMPFS_SIZE, Settings
+from microguest.host_client.machines.workload import defaults_of, workload_of
+from microguest.host_client.values import absolute_path
 
 __all__ = ["Preparation", "directory", "lease_of"]
 

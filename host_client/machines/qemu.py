@@ -10,24 +10,29 @@ import shutil
 from dataclasses import dataclass
 from typing import Final
 
-from guest import cpio
-from guest.bootconfig import AGENT_PORT, PATH, REPORT_PORT, Endpoint
-from guest.rootplan import Lower, Upper, Volume
-from host_client import images
-from host_client.address import HybridAddress, VsockAddress
-from host_client.errors import MachineError
-from host_client.machines.capacity import check_enough, check_host
-from host_client.machines.deputy import share_filter
-from host_client.machines.disks import GuestDisk, image_disk
-from host_client.machines.host import VsockChoice, accelerator, qemu_command, vsock_choice
-from host_client.machines.mounts import Mount
-from host_client.machines.networking import MAC
-from host_client.machines.plan import HYBRID_SOCKET, Plan, Share, blank
-from host_client.machines.prepare import Preparation, directory, lease_of
-from host_client.machines.settings import UPPER_SIZE, Settings, mebibytes
-from host_client.machines.virtiofsd import share_command, virtiofsd
-from host_client.shortage import explain
-from host_client.values import absolute_path
+from microguest.guest import cpio
+from microguest.guest.bootconfig import AGENT_PORT, PATH, REPORT_PORT, Endpoint
+from microguest.guest.rootplan import Lower, Upper, Volume
+from microguest.host_client import images
+from microguest.host_client.address import HybridAddress, VsockAddress
+from microguest.host_client.errors import MachineError
+from microguest.host_client.machines.capacity import check_enough, check_host
+from microguest.host_client.machines.deputy import share_filter
+from microguest.host_client.machines.disks import GuestDisk, image_disk
+from microguest.host_client.machines.host import (
+    VsockChoice,
+    accelerator,
+    qemu_command,
+    vsock_choice,
+)
+from microguest.host_client.machines.mounts import Mount
+from microguest.host_client.machines.networking import MAC
+from microguest.host_client.machines.plan import HYBRID_SOCKET, Plan, Share, blank
+from microguest.host_client.machines.prepare import Preparation, directory, lease_of
+from microguest.host_client.machines.settings import UPPER_SIZE, Settings, mebibytes
+from microguest.host_client.machines.virtiofsd import share_command, virtiofsd
+from microguest.host_client.shortage import explain
+from microguest.host_client.values import absolute_path
 
 __all__ = ["QemuBackend"]
 

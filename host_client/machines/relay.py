@@ -10,7 +10,7 @@ import signal
 import threading
 from typing import Final
 
-from host_client.shortage import start_thread
+from microguest.host_client.shortage import start_thread
 
 __all__ = ["relayed"]
 

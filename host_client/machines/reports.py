@@ -8,10 +8,10 @@ from collections.abc import Callable
 from select import EPOLLIN
 from typing import Final
 
-from guest import limits
-from guest.record import Record, RecordError
-from guest.report import REPORTS
-from host_client.vhost_vsock.loop import EventLoop
+from microguest.guest import limits
+from microguest.guest.record import Record, RecordError
+from microguest.guest.report import REPORTS
+from microguest.host_client.vhost_vsock.loop import EventLoop
 
 __all__ = ["ReportReader"]
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Self, TypedDict
 
-from guest import limits
-from guest.record import RecordError, misfit
-from guest.rootplan import Upper
-from guest.workload import Restart
-from host_client.errors import MachineError
-from host_client.machines.mounts import SIZE, Mount, byte_count, byte_size
-from host_client.machines.networking import check_network
-from host_client.values import Argument, identity, listed, nearest, path, word_of
+from microguest.guest import limits
+from microguest.guest.record import RecordError, misfit
+from microguest.guest.rootplan import Upper
+from microguest.guest.workload import Restart
+from microguest.host_client.errors import MachineError
+from microguest.host_client.machines.mounts import SIZE, Mount, byte_count, byte_size
+from microguest.host_client.machines.networking import check_network
+from microguest.host_client.values import Argument, identity, listed, nearest, path, word_of
 
 __all__ = ["MEMORY", "MachineOptions", "Settings", "mebibytes", "restart_of"]
 
@@ -67,7 +67,7 @@ class MachineOptions(TypedDict, total=False):
     cap_add, cap_drop   names or "ALL"; it has all of the virtual machine's to begin with
     privileged    all capabilities, nothing masked, no filter, no hardening
     no_new_privileges   setuid bits and file capabilities give it nothing
-    seccomp       a filter as host_client.seccomp makes it, or the text of a profile (JSON, as
+    seccomp       a filter as microguest.seccomp makes it, or the text of a profile (JSON, as
                   docker has it), which is compiled for the capabilities that it has
     masked, read_only_paths   paths that nobody can look into, or write to
     stop_signal   what asks it to end; None: the image's, else TERM

@@ -1,9 +1,9 @@
 """How a machine ended, where its VMM's exit and its console have to tell. Pure."""
 
-from guest import limits
-from guest.record import RecordError
-from guest.report import CONSOLE_MARK, REPORTS, BootFailed
-from host_client.machines.plan import MachineState
+from microguest.guest import limits
+from microguest.guest.record import RecordError
+from microguest.guest.report import CONSOLE_MARK, REPORTS, BootFailed
+from microguest.host_client.machines.plan import MachineState
 
 __all__ = ["failure_on_console", "has_restarted", "unexplained"]
 

@@ -9,10 +9,10 @@ import shutil
 import subprocess
 from typing import Final
 
-from host_client.errors import MachineError
-from host_client.machines.deputy import ATTRIBUTE_RULES, capability_changes
-from host_client.machines.plan import blank
-from host_client.probe import probe
+from microguest.host_client.errors import MachineError
+from microguest.host_client.machines.deputy import ATTRIBUTE_RULES, capability_changes
+from microguest.host_client.machines.plan import blank
+from microguest.host_client.probe import probe
 
 __all__ = ["is_successor", "share_command", "virtiofsd"]
 

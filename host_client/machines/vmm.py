@@ -13,12 +13,12 @@ from collections.abc import Callable
 from select import EPOLLIN
 from typing import Final
 
-from guest import limits
-from host_client.machines.kin import end_descendants, running_descendants
-from host_client.machines.plan import HYBRID_SOCKET, Plan, blank, filled
-from host_client.machines.relay import relayed
-from host_client.machines.reports import ReportReader
-from host_client.vhost_vsock.loop import EventLoop
+from microguest.guest import limits
+from microguest.host_client.machines.kin import end_descendants, running_descendants
+from microguest.host_client.machines.plan import HYBRID_SOCKET, Plan, blank, filled
+from microguest.host_client.machines.relay import relayed
+from microguest.host_client.machines.reports import ReportReader
+from microguest.host_client.vhost_vsock.loop import EventLoop
 
 __all__ = ["Device", "Vmm", "has_ended", "spawn"]
 
@@ -160,7 +160,7 @@ class Device:
         return []
 
     def _make_built_in(self) -> "VsockDevice":
-        from host_client.vhost_vsock import VsockDevice
+        from microguest.host_client.vhost_vsock import VsockDevice
 
         ours, self.vmm_end = socket.socketpair()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -361,4 +361,4 @@ class Vmm:
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from host_client.vhost_vsock import VsockDevice
+    from microguest.host_client.vhost_vsock import VsockDevice

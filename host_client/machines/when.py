@@ -8,7 +8,7 @@ import re
 import time
 from typing import Final
 
-from host_client.values import check_seconds, kind_of
+from microguest.host_client.values import check_seconds, kind_of
 
 __all__ = ["Moment", "moment", "stamp"]
 

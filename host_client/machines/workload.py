@@ -5,20 +5,25 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
-from guest.errors import OperationError
-from guest.privileges import CAPABILITIES, capability_mask, resource_limits, seccomp_program
-from guest.record import RecordError
-from guest.workload import (
+from microguest.guest.errors import OperationError
+from microguest.guest.privileges import (
+    CAPABILITIES,
+    capability_mask,
+    resource_limits,
+    seccomp_program,
+)
+from microguest.guest.record import RecordError
+from microguest.guest.workload import (
     Capabilities,
     ImageDefaults,
     Workload,
     check_init,
     signal_number,
 )
-from host_client import seccomp
-from host_client.errors import MachineError
-from host_client.images import ImageConfig, process_for
-from host_client.machines.settings import Settings, restart_of
+from microguest.host_client import seccomp
+from microguest.host_client.errors import MachineError
+from microguest.host_client.images import ImageConfig, process_for
+from microguest.host_client.machines.settings import Settings, restart_of
 
 __all__ = ["capabilities_of", "check_process", "check_workload", "defaults_of", "workload_of"]
 

@@ -1,4 +1,4 @@
-"""`python -m host_client.vhost_vsock`: the device by itself, for trying it with a QEMU by hand.
+"""The device by itself: `python -m microguest.host_client.vhost_vsock`, for a QEMU by hand.
 
 Listens on a path for QEMU (`-chardev socket,id=vs,path=...`), serves one machine, and ends with it.
 """
@@ -10,14 +10,16 @@ import signal
 import socket
 import sys
 
-from host_client.vhost_vsock import EventLoop, VsockDevice, unix_dialer
+from microguest.host_client.vhost_vsock import EventLoop, VsockDevice, unix_dialer
 
 _DRAIN = 5.0
 
 
 def main() -> int:
     """Serve one machine; 0 when QEMU left, 1 when the device had to give up."""
-    parser = argparse.ArgumentParser(prog="python -m host_client.vhost_vsock", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m microguest.host_client.vhost_vsock", description=__doc__
+    )
     parser.add_argument("--control", required=True, help="Unix socket that QEMU connects to")
     parser.add_argument("--hybrid", required=True, help="Unix socket for CONNECT; guests reach _P")
     parser.add_argument("--cid", type=int, default=3, help="the guest's CID (default 3)")

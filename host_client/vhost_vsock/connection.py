@@ -13,8 +13,8 @@ import socket
 from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from typing import Final, Protocol
 
-from host_client.vhost_vsock.loop import EventLoop, Timer
-from host_client.vhost_vsock.packet import (
+from microguest.host_client.vhost_vsock.loop import EventLoop, Timer
+from microguest.host_client.vhost_vsock.packet import (
     CREDIT_UPDATE,
     MASK32,
     RESPONSE,

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from select import EPOLLIN
 from typing import Final, Protocol
 
-from host_client.vhost_vsock.loop import EventLoop
-from host_client.vhost_vsock.memory import MAX_REGIONS, GuestMemory, GuestMemoryError
-from host_client.vhost_vsock.virtqueue import MAX_SIZE, Virtqueue, VirtqueueError
+from microguest.host_client.vhost_vsock.loop import EventLoop
+from microguest.host_client.vhost_vsock.memory import MAX_REGIONS, GuestMemory, GuestMemoryError
+from microguest.host_client.vhost_vsock.virtqueue import MAX_SIZE, Virtqueue, VirtqueueError
 
 MAX_PAYLOAD: Final = 4096
 """Bytes of payload accepted; the largest message here, a memory table, has 264."""

@@ -16,12 +16,12 @@ from collections.abc import Callable
 from select import EPOLLET, EPOLLIN
 from typing import Final
 
-from host_client.vhost_vsock.connection import Connection
-from host_client.vhost_vsock.control import ControlChannel
-from host_client.vhost_vsock.hybrid import HybridListener
-from host_client.vhost_vsock.loop import EventLoop, Timer
-from host_client.vhost_vsock.memory import GuestMemoryError
-from host_client.vhost_vsock.packet import (
+from microguest.host_client.vhost_vsock.connection import Connection
+from microguest.host_client.vhost_vsock.control import ControlChannel
+from microguest.host_client.vhost_vsock.hybrid import HybridListener
+from microguest.host_client.vhost_vsock.loop import EventLoop, Timer
+from microguest.host_client.vhost_vsock.memory import GuestMemoryError
+from microguest.host_client.vhost_vsock.packet import (
     CREDIT_REQUEST,
     CREDIT_UPDATE,
     HEADER,
@@ -37,7 +37,7 @@ from host_client.vhost_vsock.packet import (
     SHUTDOWN,
     STREAM,
 )
-from host_client.vhost_vsock.virtqueue import Virtqueue, VirtqueueError
+from microguest.host_client.vhost_vsock.virtqueue import Virtqueue, VirtqueueError
 
 WINDOW: Final = 256 * 1024
 """Bytes per connection that the guest may send ahead of the host program (our buf_alloc)."""

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from select import EPOLLET, EPOLLIN, EPOLLRDHUP
 from typing import Final
 
-from host_client.vhost_vsock.loop import EventLoop, Timer
-from host_client.vhost_vsock.packet import PORT_MAX
+from microguest.host_client.vhost_vsock.loop import EventLoop, Timer
+from microguest.host_client.vhost_vsock.packet import PORT_MAX
 
 MAX_LINE: Final = 64
 """Bytes a CONNECT line may have, newline included."""

@@ -16,7 +16,7 @@ import struct
 import threading
 from typing import Final
 
-from host_client.vhost_vsock.memory import GuestMemory
+from microguest.host_client.vhost_vsock.memory import GuestMemory
 
 MAX_SIZE: Final = 1024
 """Largest ring accepted: one chain may be as long as the ring, and IOV_MAX is 1024. QEMU's vsock

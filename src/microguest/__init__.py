@@ -1,0 +1,183 @@
+"""microguest: boot machines and run programs in them.
+
+    from microguest import boot
+
+    with boot("oci:dist/demo:busybox") as machine:
+        print(machine.agent.exec(["uname", "-a"]).stdout.decode())
+
+Names are imported when they are first used: this package costs next to nothing, and PID 1 of a
+guest, which has no host's side, imports it too.
+"""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from microguest import aio, errors, seccomp
+    from microguest.guest import __version__
+    from microguest.guest.messages import (
+        Attach,
+        Exited,
+        InfoResult,
+        Keep,
+        Limits,
+        PingResult,
+        ProcessInfo,
+        StagedFile,
+        Start,
+        Winsize,
+    )
+    from microguest.guest.netplan import Interface, Route
+    from microguest.guest.renewal import Renewed
+    from microguest.guest.report import AgentExited, Step, WorkloadExited, WorkloadFailed
+    from microguest.guest.report import BootFailed as BootFailure
+    from microguest.host_client.address import HybridAddress, UnixAddress, VsockAddress
+    from microguest.host_client.agent import Agent
+    from microguest.host_client.connecting import connect
+    from microguest.host_client.errors import (
+        BootConfigError,
+        BootFailed,
+        ConnectError,
+        ConnectionLost,
+        DeadlineExceeded,
+        ImageError,
+        LocalProtocolError,
+        MachineError,
+        ManifestError,
+        MicroguestError,
+        OperationError,
+        OutputStalled,
+        OutputTooLarge,
+        ProtocolError,
+        RemoteProtocolError,
+        StartError,
+    )
+    from microguest.host_client.images import Progress
+    from microguest.host_client.machines.boot import boot
+    from microguest.host_client.machines.machine import Machine
+    from microguest.host_client.machines.mounts import Mount
+    from microguest.host_client.machines.named import MachineInfo, NamedMachine, find, list_machines
+    from microguest.host_client.machines.plan import Event, MachineState
+    from microguest.host_client.machines.settings import MachineOptions
+    from microguest.host_client.process import Process, ProcessStream
+    from microguest.host_client.renewal import GuestClock
+    from microguest.host_client.request import Options
+    from microguest.host_client.result import CommandFailed, Result
+
+__all__ = [
+    "Agent",
+    "AgentExited",
+    "Attach",
+    "BootConfigError",
+    "BootFailed",
+    "BootFailure",
+    "CommandFailed",
+    "ConnectError",
+    "ConnectionLost",
+    "DeadlineExceeded",
+    "Event",
+    "Exited",
+    "GuestClock",
+    "HybridAddress",
+    "ImageError",
+    "InfoResult",
+    "Interface",
+    "Keep",
+    "Limits",
+    "LocalProtocolError",
+    "Machine",
+    "MachineError",
+    "MachineInfo",
+    "MachineOptions",
+    "MachineState",
+    "ManifestError",
+    "MicroguestError",
+    "Mount",
+    "NamedMachine",
+    "OperationError",
+    "Options",
+    "OutputStalled",
+    "OutputTooLarge",
+    "PingResult",
+    "Process",
+    "ProcessInfo",
+    "ProcessStream",
+    "Progress",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "Renewed",
+    "Result",
+    "Route",
+    "StagedFile",
+    "Start",
+    "StartError",
+    "Step",
+    "UnixAddress",
+    "VsockAddress",
+    "Winsize",
+    "WorkloadExited",
+    "WorkloadFailed",
+    "__version__",
+    "aio",
+    "boot",
+    "connect",
+    "errors",
+    "find",
+    "list_machines",
+    "seccomp",
+]
+
+_MODULES = ("aio", "errors", "seccomp")
+_HOMES = {
+    "microguest.guest": ("__version__",),
+    "microguest.guest.messages": (
+        *("Attach", "Exited", "InfoResult", "Keep", "Limits", "PingResult", "ProcessInfo"),
+        *("StagedFile", "Start", "Winsize"),
+    ),
+    "microguest.guest.netplan": ("Interface", "Route"),
+    "microguest.guest.renewal": ("Renewed",),
+    "microguest.guest.report": ("AgentExited", "Step", "WorkloadExited", "WorkloadFailed"),
+    "microguest.host_client.address": ("HybridAddress", "UnixAddress", "VsockAddress"),
+    "microguest.host_client.agent": ("Agent",),
+    "microguest.host_client.connecting": ("connect",),
+    "microguest.host_client.errors": (
+        *("BootConfigError", "BootFailed", "ConnectError", "ConnectionLost"),
+        *("DeadlineExceeded", "ImageError", "LocalProtocolError", "MachineError", "ManifestError"),
+        *("MicroguestError", "OperationError", "OutputStalled", "OutputTooLarge", "ProtocolError"),
+        *("RemoteProtocolError", "StartError"),
+    ),
+    "microguest.host_client.images": ("Progress",),
+    "microguest.host_client.machines.boot": ("boot",),
+    "microguest.host_client.machines.machine": ("Machine",),
+    "microguest.host_client.machines.mounts": ("Mount",),
+    "microguest.host_client.machines.named": (
+        "MachineInfo",
+        "NamedMachine",
+        "find",
+        "list_machines",
+    ),
+    "microguest.host_client.machines.plan": ("Event", "MachineState"),
+    "microguest.host_client.machines.settings": ("MachineOptions",),
+    "microguest.host_client.process": ("Process", "ProcessStream"),
+    "microguest.host_client.renewal": ("GuestClock",),
+    "microguest.host_client.request": ("Options",),
+    "microguest.host_client.result": ("CommandFailed", "Result"),
+}
+# What the guest says of a failed boot, beside the error of that name.
+_RENAMED = {"BootFailure": ("microguest.guest.report", "BootFailed")}
+
+if not TYPE_CHECKING:  # who reads the types shall not take any name for one of ours
+
+    def __getattr__(name):
+        import importlib
+
+        if name in _MODULES:
+            return importlib.import_module(f"{__name__}.{name}")
+        home, known = _RENAMED.get(name, ("", name))
+        for module, names in _HOMES.items():
+            home = module if name in names else home
+        if not home:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(home), known)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
