@@ -8,7 +8,7 @@ import stat
 
 import _guestsys
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.users import GROUPS_FILE, USERS_FILE, Identity, resolve
 
 __all__ = ["Accounts"]
@@ -28,7 +28,7 @@ class Accounts:
     def identity(self, spec: str, more_groups: tuple[str, ...] = ()) -> Identity:
         """As `guest.users.resolve` with the files as they are now. Raises its errors."""
         stamp = (_stamp(USERS_FILE), _stamp(GROUPS_FILE))
-        if stamp != self._stamp or len(self._identities) > limits.REMEMBERED_IDENTITIES:
+        if stamp != self._stamp or len(self._identities) > bounds.REMEMBERED_IDENTITIES:
             self._identities.clear()
             self._stamp = stamp
         asked = (spec, *more_groups)
@@ -67,7 +67,7 @@ def _read(path: str) -> bytes | None:
         return None
     try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > limits.ACCOUNT_FILE:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > bounds.ACCOUNT_FILE:
             return None
         return os.read(fd, status.st_size)
     except OSError:

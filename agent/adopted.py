@@ -14,10 +14,10 @@ from microguest.agent.child import REAPING, ChildProcess, Ends
 from microguest.agent.leaf import Leaf
 from microguest.agent.state import log
 from microguest.agent.tree import UNMARKED
-from microguest.guest import limits
-from microguest.guest.messages import Exited
+from microguest.guest import bounds
 from microguest.guest.status import exit_fields
 from microguest.guest.supervision import KeptStatus, MainExited
+from microguest.guest.wire.messages import Exited
 
 __all__ = ["Adopted"]
 
@@ -62,13 +62,13 @@ class Adopted(ChildProcess):
         """See `Process.settled`. Until PID 1 has its end, which a tracer keeps from it as well."""
         began = time.monotonic()
         while not self.reaped.is_set():
-            with trio.move_on_after(limits.TRACER_WAIT):
+            with trio.move_on_after(bounds.TRACER_WAIT):
                 await self.reaped.wait()
                 return
             with contextlib.suppress(OSError):  # it had ended before there was a pidfd of it
                 if not self._is_reaped():
                     await tracers.kill_tracers(self.pid)
-                    if time.monotonic() - began >= limits.TRACED_END:
+                    if time.monotonic() - began >= bounds.TRACED_END:
                         self._give_up()
 
     def _give_up(self) -> None:

@@ -14,10 +14,12 @@ from microguest.agent.kept import MAIN_ID, KeptProcess, claimed, forgotten, keep
 from microguest.agent.main_process import find_main
 from microguest.agent.processes import Starter
 from microguest.agent.state import Agent
-from microguest.guest import limits
-from microguest.guest.connection import Data, End, Event, Response
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError, RemoteProtocolError
-from microguest.guest.messages import (
+from microguest.guest.record import Record
+from microguest.guest.supervision import MainCollected, MainReader
+from microguest.guest.wire.connection import Data, End, Event, Response
+from microguest.guest.wire.messages import (
     STREAMS,
     Acknowledge,
     Attach,
@@ -28,8 +30,6 @@ from microguest.guest.messages import (
     Start,
     Started,
 )
-from microguest.guest.record import Record
-from microguest.guest.supervision import MainCollected, MainReader
 
 __all__ = ["Attachment", "attach", "start"]
 
@@ -148,7 +148,7 @@ async def wait_for_close(channel: Channel) -> None:
     """Until the host has read everything, which it shows by closing. How long a host may take that
     is there, PID 1 knows, and ends the machine."""
     try:
-        with trio.move_on_after(limits.OUTPUT_WAIT_MAX):
+        with trio.move_on_after(bounds.OUTPUT_WAIT_MAX):
             while True:
                 await channel.receive()
     except (ConnectionLost, RemoteProtocolError):

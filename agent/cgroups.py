@@ -21,10 +21,10 @@ import os
 import time
 
 from microguest.agent.leaf import Leaf, read_number, read_words, write, write_if_possible
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError, operation_error
-from microguest.guest.messages import Limits
-from microguest.guest.process import share_of_processes
+from microguest.guest.launch import share_of_processes
+from microguest.guest.wire.messages import Limits
 
 __all__ = ["REFUSALS", "Cgroups", "open_cgroups", "workload_memory"]
 
@@ -111,7 +111,7 @@ class Cgroups:
         asked = bool(needed_controllers(wanted))
         late = self._nearly_full()
         if late:
-            wanted = limited_to(limits.LATE_PROCESSES // LATE_LEAVES, wanted)
+            wanted = limited_to(bounds.LATE_PROCESSES // LATE_LEAVES, wanted)
         limited = asked or late
         if not limited and self._warm is not None:
             warm, self._warm = self._warm, None
@@ -145,7 +145,7 @@ class Cgroups:
         if not empty:
             self._lingering.append(leaf.name)
             mark_ended(leaf.path)
-        elif again and len(self._idle) < limits.IDLE_CGROUPS:
+        elif again and len(self._idle) < bounds.IDLE_CGROUPS:
             self._idle.append(leaf.name)
         elif not remove(leaf.path):
             self._lingering.append(leaf.name)
@@ -161,7 +161,7 @@ class Cgroups:
         except OSError:
             return  # it stays where it is
         for folder in (os.path.dirname(self.path), self.path, f"{self.path}/agent"):
-            write_if_possible(f"{folder}/memory.min", str(limits.AGENT_MEMORY))
+            write_if_possible(f"{folder}/memory.min", str(bounds.AGENT_MEMORY))
         write_if_possible(f"{self.path}/agent/cpu.weight", "10000")
 
     def adopt(self, name: str) -> Leaf:
@@ -210,7 +210,7 @@ class Cgroups:
             return
         try:
             write(f"{self._leaves}/pids.max", str(most))
-            write(f"{self._reserve}/pids.max", str(limits.LATE_PROCESSES))
+            write(f"{self._reserve}/pids.max", str(bounds.LATE_PROCESSES))
             self._counter = os.open(f"{self._leaves}/pids.current", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return
@@ -338,7 +338,7 @@ def halve_for(path: str, most: int | None) -> int | None:
         write(f"{path}/processes/pids.max", str(theirs))
     except (OSError, ValueError):
         return most
-    return max(most - theirs, limits.LATE_PROCESSES)
+    return max(most - theirs, bounds.LATE_PROCESSES)
 
 
 def limited_to(processes: int, wanted: Limits | None) -> Limits:

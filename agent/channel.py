@@ -14,15 +14,15 @@ import termios
 
 import trio
 
-from microguest.guest import limits
-from microguest.guest.connection import Connection, Event, Role
-from microguest.guest.messages import Credit
+from microguest.guest import bounds
+from microguest.guest.wire.connection import Connection, Event, Role
+from microguest.guest.wire.messages import Credit
 
 __all__ = ["BUFFER", "Channel", "ConnectionLost", "readable_bytes"]
 
 # Where every read goes, from sockets and pipes alike. One is enough, as nobody waits while it holds
 # anything, and a fresh one for each read would be mapped and unmapped each time.
-BUFFER = memoryview(bytearray(limits.BULK_READ))
+BUFFER = memoryview(bytearray(bounds.BULK_READ))
 
 SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python has no name for it
 
@@ -46,20 +46,20 @@ class Channel:
         self.splices = sock.family == socket.AF_UNIX
         self.urgent = False  # something queued has to be followed by `flush_now` at once
         self._held = 0
-        self._window = limits.INPUT_WINDOW
+        self._window = bounds.INPUT_WINDOW
         self._pipe = -1
         self._pipe_bytes = 0  # of the last data frame, after all of `outgoing`; still in the pipe
 
     @classmethod
     def bulk_read(cls) -> int:
         """How much may be read for `queue_buffer`, so that little is held where nobody reads."""
-        return len(BUFFER) if cls.held + len(BUFFER) <= limits.HELD_BULK else limits.OUTPUT_READ
+        return len(BUFFER) if cls.held + len(BUFFER) <= bounds.HELD_BULK else bounds.OUTPUT_READ
 
     def enlarge(self) -> None:
         """Let the socket take more at a time, for a stream that has much to send: socket(7)."""
         for option in (SO_SNDBUFFORCE, socket.SO_SNDBUF):
             try:
-                self.sock.setsockopt(socket.SOL_SOCKET, option, limits.DATA_PAYLOAD)
+                self.sock.setsockopt(socket.SOL_SOCKET, option, bounds.DATA_PAYLOAD)
             except OSError:
                 continue  # beyond net.core.wmem_max only with CAP_NET_ADMIN
             return
@@ -101,8 +101,8 @@ class Channel:
         Always something, unless the host is one that knows of no window.
         """
         if self.connection.windowed:
-            return limits.STREAM_READ
-        return max(0, limits.INPUT_WINDOW - held)
+            return bounds.STREAM_READ
+        return max(0, bounds.INPUT_WINDOW - held)
 
     def grant_input(self, held: int) -> None:
         """Queue credit for what the window has room for beside `held` bytes of input.
@@ -121,8 +121,8 @@ class Channel:
 
     def _widen(self) -> None:
         """The process takes its input as fast as it comes: twice as much, as far as there is."""
-        more = min(self._window, limits.BULK_INPUT_WINDOW - self._window)
-        if Channel.widened + more <= limits.BULK_INPUT:
+        more = min(self._window, bounds.BULK_INPUT_WINDOW - self._window)
+        if Channel.widened + more <= bounds.BULK_INPUT:
             Channel.widened += more
             self._window += more
 
@@ -163,8 +163,8 @@ class Channel:
         """Forget what was not written: the connection is over."""
         self.outgoing.clear()
         self._pipe_bytes = 0
-        Channel.widened -= self._window - limits.INPUT_WINDOW
-        self._window = limits.INPUT_WINDOW
+        Channel.widened -= self._window - bounds.INPUT_WINDOW
+        self._window = bounds.INPUT_WINDOW
         self._hold()
 
     def _splice(self) -> None:
@@ -190,14 +190,14 @@ class Channel:
         while not self.flush_now():
             await trio.lowlevel.wait_writable(self.sock)
 
-    def receive_now(self, most: int = limits.STREAM_READ) -> list[Event] | None:
+    def receive_now(self, most: int = bounds.STREAM_READ) -> list[Event] | None:
         """The events in what has arrived, perhaps none yet; None where nothing has arrived.
 
         `most`: bytes to read, at least 1. Raises ConnectionLost at the end of the connection, and
         RemoteProtocolError.
         """
         try:
-            count = self.sock.recv_into(BUFFER, min(most, limits.STREAM_READ))
+            count = self.sock.recv_into(BUFFER, min(most, bounds.STREAM_READ))
         except BlockingIOError:
             return None
         except OSError:

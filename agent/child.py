@@ -15,8 +15,8 @@ from microguest.agent import terminals, tracers, tree
 from microguest.agent.hunting import Hunters, Quarry
 from microguest.agent.leaf import Leaf
 from microguest.agent.registry import Process
-from microguest.guest import limits
-from microguest.guest.messages import Exited
+from microguest.guest import bounds
+from microguest.guest.wire.messages import Exited
 
 __all__ = ["REAPING", "ChildProcess", "Ends"]
 
@@ -181,7 +181,7 @@ class ChildProcess(Process):
     async def dead(self) -> None:
         """Until it has ended, or SIGKILL has ended it: what traces one of its threads is killed."""
         while True:
-            with trio.move_on_after(limits.TRACER_WAIT):
+            with trio.move_on_after(bounds.TRACER_WAIT):
                 await trio.lowlevel.wait_readable(self.exit_fd)
                 return
             await tracers.kill_tracers(self.pid)

@@ -20,10 +20,10 @@ from microguest.agent.channel import Channel
 from microguest.agent.entropy import reseed, seed_from_hardware
 from microguest.agent.state import Agent, log
 from microguest.agent.threads import in_thread
-from microguest.guest.connection import Event
 from microguest.guest.errors import OperationError
 from microguest.guest.record import Record
-from microguest.guest.renewal import Clock, ClockResult
+from microguest.guest.wire.connection import Event
+from microguest.guest.wire.renewal import Clock, ClockResult
 
 __all__ = ["Pauses", "clock", "clocks", "has_own_kernel", "step", "watch"]
 

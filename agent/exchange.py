@@ -20,10 +20,18 @@ from microguest.agent.processes import Starter
 from microguest.agent.pumps import InputPump, OutputPump
 from microguest.agent.registry import Process
 from microguest.agent.state import Agent
-from microguest.guest import limits
-from microguest.guest.connection import Data, End, Event, Response
-from microguest.guest.messages import STREAMS, Acknowledge, Detach, Resize, Signal, Start, Started
+from microguest.guest import bounds
 from microguest.guest.record import Record
+from microguest.guest.wire.connection import Data, End, Event, Response
+from microguest.guest.wire.messages import (
+    STREAMS,
+    Acknowledge,
+    Detach,
+    Resize,
+    Signal,
+    Start,
+    Started,
+)
 
 __all__ = ["Exchange", "start"]
 
@@ -78,9 +86,9 @@ class Exchange:
         process: Process,
         timeout: float | None = None,
         *,
-        grace: float = limits.TIMEOUT_GRACE,
-        drain_idle: float = limits.STREAM_IDLE_AFTER_EXIT,
-        drain_cap: float = limits.STREAM_CAP_AFTER_EXIT,
+        grace: float = bounds.TIMEOUT_GRACE,
+        drain_idle: float = bounds.STREAM_IDLE_AFTER_EXIT,
+        drain_cap: float = bounds.STREAM_CAP_AFTER_EXIT,
     ) -> None:
         self._channel = channel
         self._process = process

@@ -11,9 +11,9 @@ from microguest.agent.cgroups import (
 )
 from microguest.agent.leaf import Leaf
 from microguest.agent.state import Agent
-from microguest.guest import limits
-from microguest.guest.messages import Limits
+from microguest.guest import bounds
 from microguest.guest.supervision import AGENT_ID, Deposit
+from microguest.guest.wire.messages import Limits
 
 __all__ = ["Groups"]
 
@@ -74,5 +74,5 @@ def free_memory() -> int | None:
     """Bytes for processes, asked before there are any but the workload, whose memory counts as
     free; None where there is not enough to divide."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + workload_memory()
-    free -= limits.MEMORY_RESERVE
-    return free if free > limits.MEMORY_RESERVE else None
+    free -= bounds.MEMORY_RESERVE
+    return free if free > bounds.MEMORY_RESERVE else None

@@ -24,7 +24,7 @@ from microguest.agent.holders import Candidate, Found, Look, open_in
 from microguest.agent.registry import Process
 from microguest.agent.state import Agent, log
 from microguest.agent.threads import run_beside
-from microguest.guest import limits
+from microguest.guest import bounds
 
 __all__ = ["Guard"]
 
@@ -91,12 +91,12 @@ class Guard:
         if now >= self._forget_at:
             self._stood.clear()
             self._measured.clear()
-            self._forget_at = now + limits.LOCK_MINUTE
+            self._forget_at = now + bounds.LOCK_MINUTE
         stood = self._stood[stream.st_uid] = self._stood.get(stream.st_uid, 0.0) + seconds
-        taken, due = self._measured.get(process, (0, limits.LOCK_HELD))
+        taken, due = self._measured.get(process, (0, bounds.LOCK_HELD))
         if stood >= due:
             taken = self._act(process, stream, taken)
-            self._measured[process] = taken, stood + limits.LOCK_KILL_WAIT
+            self._measured[process] = taken, stood + bounds.LOCK_KILL_WAIT
 
     def _is_held(self, state: bytes, stream: os.stat_result) -> bool:
         """Whether it waits a little longer, and somebody in splice(2) on the same stream."""
@@ -154,7 +154,7 @@ class Guard:
         def end_tree() -> bool:
             log(
                 f"process {process.id} is killed with all that it started: for"
-                f" {limits.LOCK_HELD:.0f} s the lock of one of its streams was held"
+                f" {bounds.LOCK_HELD:.0f} s the lock of one of its streams was held"
             )
             process.put_down()
             return True
@@ -172,7 +172,7 @@ class Guard:
 
         def end_hosts() -> bool:
             log("all processes of hosts are killed: the lock of a stream is still held")
-            until = time.monotonic() + limits.LOCK_SEARCH
+            until = time.monotonic() + bounds.LOCK_SEARCH
             for each in tuple(self._agent.processes.values()):
                 if time.monotonic() < until:
                     each.put_down()
@@ -205,7 +205,7 @@ class Guard:
             done.set()
 
         if not self._hangs.locked() and run_beside(search, "search"):
-            done.wait(limits.LOCK_SEARCH)
+            done.wait(bounds.LOCK_SEARCH)
         return found
 
     def _search(self, look: Look, deed: Callable[[Candidate], bool], found: Found) -> None:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 
 from microguest.agent import tree
-from microguest.guest import limits
+from microguest.guest import bounds
 
 __all__ = [
     "Candidate", "Found", "belongs_to", "has_open", "holds", "is_a_program", "open_in", "search",
@@ -84,7 +84,7 @@ def search(proc: int, spared: set[int], look: Look, deed: Deed, found: Found) ->
 
     Those of whom `deed` says that it was done are in `found`, already while a search hangs.
     """
-    until = time.monotonic() + limits.LOCK_SEARCH
+    until = time.monotonic() + bounds.LOCK_SEARCH
     waiting: deque[Candidate] = deque()
     try:
         for pid in listed(proc):

@@ -5,8 +5,8 @@ import socket
 import stat
 
 from microguest.agent.staging import Written
-from microguest.guest.messages import StagedFile
 from microguest.guest.users import Identity
+from microguest.guest.wire.messages import StagedFile
 
 __all__ = ["set_hostname", "set_machine_id"]
 

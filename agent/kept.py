@@ -25,12 +25,12 @@ from microguest.agent.pumps import InputPump, enlarge
 from microguest.agent.registry import Process
 from microguest.agent.ring import CUT, ENDED, Ring
 from microguest.agent.state import Agent, log
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError
-from microguest.guest.messages import STREAMS, Exited, Keep, Start
 from microguest.guest.record import Record
 from microguest.guest.status import exit_fields
 from microguest.guest.supervision import Deposit, KeptExited, KeptStatus, MainExited, Withdraw
+from microguest.guest.wire.messages import STREAMS, Exited, Keep, Start
 
 __all__ = [
     "MAIN_ID",
@@ -62,9 +62,9 @@ class Notes(Record):
     deadline: float | None = None  # of the timeout
     grace: float = 0.0
     timed_out: bool = False
-    drain_idle: float = limits.STREAM_IDLE_AFTER_EXIT
-    drain_cap: float = limits.STREAM_CAP_AFTER_EXIT
-    reader_wait: float = limits.OUTPUT_GRACE  # of the workload's terminal, for its first
+    drain_idle: float = bounds.STREAM_IDLE_AFTER_EXIT
+    drain_cap: float = bounds.STREAM_CAP_AFTER_EXIT
+    reader_wait: float = bounds.OUTPUT_GRACE  # of the workload's terminal, for its first
     ended: float = 0.0
     exited: Exited | None = None
 
@@ -78,12 +78,12 @@ async def place(agent: Agent) -> AsyncIterator[None]:
     """
     agent.processes.places += 1  # so that two who come at once do not count on the same room
     try:
-        while kept_by(agent) > limits.KEPT_PROCESSES:
+        while kept_by(agent) > bounds.KEPT_PROCESSES:
             ended = [each for each in agent.processes.values() if is_spare(each)]
             if not ended:
                 raise OperationError(
                     "cannot_keep",
-                    f"{limits.KEPT_PROCESSES} processes are kept, and every one of them runs or is "
+                    f"{bounds.KEPT_PROCESSES} processes are kept, and every one of them runs or is "
                     "being read: end one first",
                 )
             await min(ended, key=ended_at).forget()
@@ -471,7 +471,7 @@ class KeptProcess(Process):
         if not count:
             self._end_output(stream, ENDED)
             return
-        if count >= limits.STREAM_READ and stream not in self._enlarged:
+        if count >= bounds.STREAM_READ and stream not in self._enlarged:
             self._enlarged.add(stream)
             enlarge(self.outputs[stream])
         if self._exit_seen < math.inf:

@@ -9,7 +9,7 @@ import signal
 from typing import Protocol
 
 from microguest.agent.tree import pidfd_of, send
-from microguest.guest.messages import Limits
+from microguest.guest.wire.messages import Limits
 
 __all__ = ["Leaf", "Owner", "read_number", "read_words", "write", "write_if_possible"]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from microguest.agent.registry import Process
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.supervision import AGENT_FD, MESSAGES, Deposit, ExecStarted, Message, Withdraw
 
 __all__ = ["Link", "Packet"]
@@ -52,8 +52,8 @@ class Link:
         try:
             data, descriptors, flags, _ = socket.recv_fds(
                 self.sock,
-                limits.SUPERVISION_MESSAGE,
-                limits.SUPERVISION_DESCRIPTORS,
+                bounds.SUPERVISION_MESSAGE,
+                bounds.SUPERVISION_DESCRIPTORS,
                 socket.MSG_CMSG_CLOEXEC,
             )
         except ConnectionResetError:  # closed with something of ours unread

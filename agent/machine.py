@@ -5,10 +5,10 @@ import time
 
 from microguest.agent.channel import Channel, ConnectionLost
 from microguest.agent.state import Agent
-from microguest.guest.connection import Event, Response
-from microguest.guest.messages import InfoResult, PingResult, Shutdown, ShutdownResult
 from microguest.guest.record import Record
 from microguest.guest.supervision import ShutdownRequest
+from microguest.guest.wire.connection import Event, Response
+from microguest.guest.wire.messages import InfoResult, PingResult, Shutdown, ShutdownResult
 
 __all__ = ["info", "ping", "shutdown"]
 

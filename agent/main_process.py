@@ -18,18 +18,18 @@ from microguest.agent.child import Ends
 from microguest.agent.kept import MAIN_ID, KeptProcess, Notes
 from microguest.agent.registry import Process
 from microguest.agent.state import Agent, log
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError
-from microguest.guest.messages import Keep
-from microguest.guest.process import limit_advice
+from microguest.guest.launch import limit_advice
 from microguest.guest.supervision import MainExited, MainStarted
+from microguest.guest.wire.messages import Keep
 
 __all__ = ["ConsoleMain", "find_main", "take_main"]
 
 
 async def find_main(agent: Agent) -> KeptProcess:
     """The workload, which PID 1 starts right after the root is in place. OperationError."""
-    with trio.move_on_after(limits.MAIN_WAIT):
+    with trio.move_on_after(bounds.MAIN_WAIT):
         await agent.main_started.wait()
     main = agent.processes.get(MAIN_ID)
     if isinstance(main, ConsoleMain):
@@ -74,7 +74,7 @@ def unserved(error: OSError | ValueError) -> str:
     if isinstance(error, OSError):
         number = error.errno or 0
     reason = limit_advice(number) or os.strerror(number)
-    return f"the workload runs, but nobody can attach to it: {reason}"[: limits.ERROR_MESSAGE]
+    return f"the workload runs, but nobody can attach to it: {reason}"[: bounds.ERROR_MESSAGE]
 
 
 async def attachable(

@@ -16,7 +16,7 @@ import trio
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-from microguest.guest.netplan import Interface, Route
+from microguest.guest.boot.network import Interface, Route
 
 __all__ = ["readdress"]
 

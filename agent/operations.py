@@ -8,9 +8,9 @@ from microguest.agent.channel import Channel
 from microguest.agent.clock import Pauses
 from microguest.agent.processes import Starter
 from microguest.agent.state import Agent
-from microguest.guest.connection import Event
-from microguest.guest.messages import OPERATIONS as NAMED
 from microguest.guest.record import Record
+from microguest.guest.wire.connection import Event
+from microguest.guest.wire.messages import OPERATIONS as NAMED
 
 __all__ = ["Handler", "table"]
 

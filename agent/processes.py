@@ -18,9 +18,9 @@ from microguest.agent.leaf import Leaf
 from microguest.agent.staging import stage
 from microguest.agent.state import Agent
 from microguest.guest.errors import OperationError, operation_error
-from microguest.guest.messages import Start
+from microguest.guest.launch import Plan, plan, shell_argv, start_failure
 from microguest.guest.privileges import capability_mask, resource_limits
-from microguest.guest.process import Plan, plan, shell_argv, start_failure
+from microguest.guest.wire.messages import Start
 
 __all__ = ["Starter"]
 

@@ -14,7 +14,7 @@ import select
 from microguest.agent import terminals
 from microguest.agent.channel import BUFFER, Channel, readable_bytes
 from microguest.agent.registry import Process
-from microguest.guest import limits
+from microguest.guest import bounds
 
 __all__ = ["InputPump", "OutputPump"]
 
@@ -59,17 +59,17 @@ class OutputPump:
     def move(self, channel: Channel) -> int | None:
         """Queue what is there, at most one frame: how many bytes. 0: nothing. None: the end."""
         if self._large and channel.splices:
-            count = min(readable_bytes(self.fd), limits.DATA_PAYLOAD)
+            count = min(readable_bytes(self.fd), bounds.DATA_PAYLOAD)
             if count >= SPLICED:
                 channel.queue_pipe(self.stream, self.fd, count)
                 return self._moved(count, channel)
-        room = channel.bulk_read() if self._large else limits.OUTPUT_READ
+        room = channel.bulk_read() if self._large else bounds.OUTPUT_READ
         count = self._read(BUFFER[:room])
         if count == 0:
             return None
         if count < 0:
             return 0
-        if count > limits.OUTPUT_READ:
+        if count > bounds.OUTPUT_READ:
             channel.queue_buffer(self.stream, count)
         else:
             channel.queue_data(self.stream, bytes(BUFFER[:count]))
@@ -202,4 +202,4 @@ class InputPump:
 def enlarge(pipe: int) -> None:
     """Let a pipe hold one whole data frame, as far as the user's share goes: pipe(7)."""
     with contextlib.suppress(OSError):
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, limits.DATA_PAYLOAD)
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, bounds.DATA_PAYLOAD)

@@ -6,8 +6,8 @@ import time
 import trio
 
 from microguest.guest.errors import OperationError
-from microguest.guest.messages import Exited, ProcessInfo
-from microguest.guest.process import listed_argv
+from microguest.guest.launch import listed_argv
+from microguest.guest.wire.messages import Exited, ProcessInfo
 
 __all__ = ["Process", "Registry"]
 

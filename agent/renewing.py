@@ -12,10 +12,10 @@ from microguest.agent.channel import Channel
 from microguest.agent.clock import has_own_kernel, step
 from microguest.agent.state import Agent
 from microguest.agent.threads import in_thread
-from microguest.guest.connection import Event
 from microguest.guest.errors import OperationError
 from microguest.guest.record import Record
-from microguest.guest.renewal import Renew, Renewed
+from microguest.guest.wire.connection import Event
+from microguest.guest.wire.renewal import Renew, Renewed
 
 __all__ = ["renew"]
 

@@ -4,10 +4,11 @@ import trio
 
 from microguest.agent.channel import Channel, ConnectionLost
 from microguest.agent.state import Agent
-from microguest.guest import limits
-from microguest.guest.connection import Event
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError, RemoteProtocolError
-from microguest.guest.messages import (
+from microguest.guest.record import Record
+from microguest.guest.wire.connection import Event
+from microguest.guest.wire.messages import (
     Forget,
     ForgetResult,
     ProcessList,
@@ -16,7 +17,6 @@ from microguest.guest.messages import (
     Wait,
     pack,
 )
-from microguest.guest.record import Record
 
 __all__ = ["forget", "processes", "signal", "wait"]
 
@@ -28,7 +28,7 @@ async def processes(agent: Agent, _channel: Channel, _args: Record, _early: list
     await agent.wait_known()
     infos = [process.info() for process in agent.processes.values()]
     result = ProcessList(processes=tuple(infos))
-    if len(pack(result.to_map())) <= limits.RESPONSE_PAYLOAD:
+    if len(pack(result.to_map())) <= bounds.RESPONSE_PAYLOAD:
         return result
     return ProcessList(
         processes=tuple(

@@ -11,9 +11,9 @@ from microguest.agent.kept import KeptProcess, Notes
 from microguest.agent.leaf import Leaf
 from microguest.agent.ring import OPEN, Ring
 from microguest.agent.state import Agent, log
-from microguest.guest.messages import STREAMS
 from microguest.guest.record import RecordError
 from microguest.guest.supervision import AGENT_ID, Restored
+from microguest.guest.wire.messages import STREAMS
 
 __all__ = ["restore_all"]
 

@@ -9,7 +9,7 @@ instant between the two. The first page of the file has the other counters.
 import os
 import struct
 
-from microguest.guest import limits
+from microguest.guest import bounds
 
 __all__ = ["CUT", "ENDED", "OPEN", "Ring"]
 
@@ -91,7 +91,7 @@ class Ring:
         free = self.capacity
         if not self.drops:
             free -= self.written - max(self.acknowledged, self.oldest)
-        return min(free, self._base + self.capacity - self.written, limits.DATA_PAYLOAD)
+        return min(free, self._base + self.capacity - self.written, bounds.DATA_PAYLOAD)
 
     def fill(self, pipe: int) -> int:
         """Move what is in a pipe, at most `room`, which must not be 0; 0 at the pipe's end.

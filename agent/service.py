@@ -14,10 +14,10 @@ from microguest.agent import clock
 from microguest.agent.channel import Channel, ConnectionLost
 from microguest.agent.operations import Handler
 from microguest.agent.state import Agent, log
-from microguest.guest import __version__, limits
-from microguest.guest.connection import Event, Request, Response, State
+from microguest.guest import __version__, bounds
 from microguest.guest.errors import OperationError, RemoteProtocolError, raised_at
-from microguest.guest.messages import FEATURES, Failure, Hello, Welcome
+from microguest.guest.wire.connection import Event, Request, Response, State
+from microguest.guest.wire.messages import FEATURES, Failure, Hello, Welcome
 
 __all__ = ["serve"]
 
@@ -97,9 +97,9 @@ class WaitingRoom:
 
         Raises OperationError hello_timeout, ConnectionLost, RemoteProtocolError.
         """
-        if len(self._scopes) >= limits.UNAUTHENTICATED:
+        if len(self._scopes) >= bounds.UNAUTHENTICATED:
             self._scopes.pop(next(iter(self._scopes))).cancel()
-        scope = trio.CancelScope(deadline=trio.current_time() + limits.HELLO_TIMEOUT)
+        scope = trio.CancelScope(deadline=trio.current_time() + bounds.HELLO_TIMEOUT)
         self._scopes[id(scope)] = scope
         try:
             with scope:
@@ -108,7 +108,7 @@ class WaitingRoom:
             self._scopes.pop(id(scope), None)
         if trio.current_time() < scope.deadline:
             return []
-        raise OperationError("hello_timeout", f"no hello within {limits.HELLO_TIMEOUT} s")
+        raise OperationError("hello_timeout", f"no hello within {bounds.HELLO_TIMEOUT} s")
 
 
 async def serve_connection(
@@ -146,8 +146,8 @@ def admit(agent: Agent, channel: Channel, hello: Event) -> None:
     token = hello.token.encode("utf-8", "surrogatepass")
     if not hmac.compare_digest(token, agent.token):
         raise OperationError("unauthorized", "the token is not this machine's")
-    if agent.connections >= limits.CONNECTIONS:
-        raise OperationError("too_busy", f"{limits.CONNECTIONS} connections are open already")
+    if agent.connections >= bounds.CONNECTIONS:
+        raise OperationError("too_busy", f"{bounds.CONNECTIONS} connections are open already")
     asks = hello.clock and clock.has_own_kernel(agent)
     channel.queue(WELCOME.replace(clock=clock.clocks()) if asks else WELCOME)
 

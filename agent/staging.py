@@ -18,10 +18,10 @@ import trio
 from microguest.agent.rights import acting_as
 from microguest.agent.state import log
 from microguest.agent.threads import in_thread
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError, operation_error
-from microguest.guest.messages import StagedFile
 from microguest.guest.users import Identity
+from microguest.guest.wire.messages import StagedFile
 
 __all__ = ["Staged", "stage"]
 
@@ -194,4 +194,4 @@ def bad_rights(owner: Identity, error: OSError) -> OperationError:
 
 
 def cut(path: str) -> str:
-    return path[: limits.ERROR_MESSAGE]
+    return path[: bounds.ERROR_MESSAGE]

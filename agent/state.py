@@ -7,7 +7,7 @@ import trio
 
 from microguest.agent.link import Link
 from microguest.agent.registry import Process, Registry
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError
 from microguest.guest.supervision import Configure
 
@@ -41,7 +41,7 @@ class Agent:
         """Until processes can be started. Raises OperationError not_ready after ROOT_WAIT."""
         if self.root_ready.is_set():
             return
-        with trio.move_on_after(limits.ROOT_WAIT):
+        with trio.move_on_after(bounds.ROOT_WAIT):
             await self.root_ready.wait()
             return
         raise OperationError("not_ready", "the guest's root is not in place yet; try again later")

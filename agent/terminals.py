@@ -15,7 +15,7 @@ import termios
 
 import _guestsys
 
-from microguest.guest.messages import Winsize
+from microguest.guest.wire.messages import Winsize
 
 __all__ = ["NoTerminal", "advice", "end_of_file", "open_terminal", "resize"]
 

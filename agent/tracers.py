@@ -16,7 +16,7 @@ import trio
 from microguest.agent import tree
 from microguest.agent.hunting import in_slices
 from microguest.agent.state import log
-from microguest.guest import limits
+from microguest.guest import bounds
 
 __all__ = ["has_ended", "kill_tracers", "reap_later", "until_reapable", "wait_status"]
 
@@ -39,10 +39,10 @@ async def until_reapable(pid: int) -> None:
     began = time.monotonic()
     while not has_ended(pid):
         since = time.monotonic() - began
-        if since >= limits.TRACED_END:
+        if since >= bounds.TRACED_END:
             log(f"process {pid} has ended, and what traces it cannot be killed from here")
             return
-        if since >= limits.TRACER_WAIT:
+        if since >= bounds.TRACER_WAIT:
             await kill_tracers(pid)
         await trio.sleep(LOOK_EVERY)
 

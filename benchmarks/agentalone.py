@@ -12,8 +12,8 @@ from typing import Self
 
 from startup import ELF
 
+from microguest.guest.boot.workload import ImageDefaults
 from microguest.guest.supervision import AGENT_FD, MESSAGES, Configure, RootReady
-from microguest.guest.workload import ImageDefaults
 
 __all__ = ["TOKEN", "AgentAlone"]
 

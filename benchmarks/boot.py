@@ -24,10 +24,10 @@ from pathlib import Path
 
 from peers import ONE_HIERARCHY
 
-from microguest.guest import cpio
-from microguest.guest.bootconfig import PATH, AgentSettings, BootConfig, Endpoint
-from microguest.guest.rootplan import Lower, Root
-from microguest.guest.workload import Workload
+from microguest.guest.boot.config import PATH, AgentSettings, BootConfig, Endpoint
+from microguest.guest.boot.root import Lower, Root
+from microguest.guest.boot.workload import Workload
+from microguest.guest.bundle import cpio
 from microguest.host_client.machines.host import accelerator, qemu_command
 
 PROJECT = Path(__file__).parent.parent

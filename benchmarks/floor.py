@@ -6,8 +6,8 @@ Imports the protocol from `guest` only to encode requests.
 import subprocess
 from pathlib import Path
 
-from microguest.guest.connection import Connection, Request, Role
-from microguest.guest.messages import Hello, Keep, Start
+from microguest.guest.wire.connection import Connection, Request, Role
+from microguest.guest.wire.messages import Hello, Keep, Start
 
 __all__ = ["Floor", "FloorFailed"]
 

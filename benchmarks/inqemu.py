@@ -13,7 +13,7 @@ from report import Latency
 
 import microguest
 from microguest.errors import MachineError
-from microguest.guest.messages import Start
+from microguest.guest.wire.messages import Start
 from microguest.host_client.address import HybridAddress, parse
 from microguest.host_client.deadline import Deadline
 from microguest.host_client.machines.folder import machines_root

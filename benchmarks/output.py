@@ -14,7 +14,7 @@ from pathlib import Path
 from agentalone import TOKEN, AgentAlone
 from floor import Floor
 
-from microguest.guest.messages import Keep
+from microguest.guest.wire.messages import Keep
 
 __all__ = [
     "BEFORE_STALLED",

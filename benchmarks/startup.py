@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 
 import microguest
-from microguest.guest.bootconfig import AgentSettings, BootConfig, Endpoint
-from microguest.guest.rootplan import Lower, Root
+from microguest.guest.boot.config import AgentSettings, BootConfig, Endpoint
+from microguest.guest.boot.root import Lower, Root
+from microguest.guest.boot.workload import ImageDefaults, Workload
 from microguest.guest.supervision import AGENT_FD, MESSAGES, Configure
-from microguest.guest.workload import ImageDefaults, Workload
 
 PROJECT = Path(__file__).parent.parent
 BUNDLE = PROJECT / "dist" / "guest" / platform.machine()

@@ -10,7 +10,7 @@ from kernel import Kernel
 from link import Program
 from stages import read_bytes, remove_partial, write_atomically
 
-from microguest.guest.manifest import (
+from microguest.guest.bundle.manifest import (
     INITRAMFS,
     KERNEL,
     MANIFEST,

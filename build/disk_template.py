@@ -10,7 +10,7 @@ import tempfile
 
 from stages import BuildError, read_bytes, run
 
-from microguest.guest import disk_template
+from microguest.guest.bundle import disk_template
 
 SIZE = "64M"
 JOURNAL = "16"  # MiB

@@ -6,8 +6,8 @@ from disk_template import make_template
 from kernel import Kernel
 from stages import read_bytes
 
-from microguest.guest import cpio, disk_template
-from microguest.guest.manifest import MODULES_FOLDER, MODULES_ORDER
+from microguest.guest.bundle import cpio, disk_template
+from microguest.guest.bundle.manifest import MODULES_FOLDER, MODULES_ORDER
 
 
 def initramfs(program: str, kernel: Kernel) -> bytes:

@@ -4,9 +4,9 @@ Pure tables and checks; PID 1 and the agent both use them, so it imports nothing
 cheap parts. The numbers are the kernel's and the same on every architecture that is supported.
 """
 
-from microguest.guest import limits
+from microguest.guest import bounds
+from microguest.guest.boot.workload import Capabilities
 from microguest.guest.errors import operation_error
-from microguest.guest.workload import Capabilities
 
 __all__ = [
     "CAPABILITIES",
@@ -74,11 +74,11 @@ def seccomp_program(text: str) -> bytes:
         program = binascii.a2b_base64(text, strict_mode=True)
     except ValueError:
         program = b""
-    if not 0 < len(program) <= limits.SECCOMP_FILTER or len(program) % 8:
+    if not 0 < len(program) <= bounds.SECCOMP_FILTER or len(program) % 8:
         raise operation_error(
             "bad_request",
             "seccomp: must be an array of struct sock_filter as base64, "
-            f"at most {limits.SECCOMP_FILTER} bytes",
+            f"at most {bounds.SECCOMP_FILTER} bytes",
             {"field": "seccomp"},
         )
     return program

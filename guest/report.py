@@ -5,7 +5,7 @@ machine whose vsock never came up still says why. Hosts treat all of it as untru
 else PID 1 says on the console begins with `line_mark`.
 """
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.record import Catalogue, Record, RecordError
 from microguest.guest.status import ExitStatus
 
@@ -61,11 +61,11 @@ class Ready(Record):
     left_out: tuple[str, ...] = ()
 
     def check(self) -> None:
-        if len(self.left_out) > limits.LEFT_OUT or any(
-            len(sentence) > limits.LEFT_OUT_TEXT for sentence in self.left_out
+        if len(self.left_out) > bounds.LEFT_OUT or any(
+            len(sentence) > bounds.LEFT_OUT_TEXT for sentence in self.left_out
         ):
             raise RecordError(
-                f"left_out: at most {limits.LEFT_OUT} texts of {limits.LEFT_OUT_TEXT} characters"
+                f"left_out: at most {bounds.LEFT_OUT} texts of {bounds.LEFT_OUT_TEXT} characters"
             )
 
 
@@ -186,5 +186,5 @@ REPORTS = Catalogue(
         "oom_killed": OomKilled,
         "stopping": Stopping,
     },
-    maximum=limits.REPORT_LINE,
+    maximum=bounds.REPORT_LINE,
 )

@@ -9,10 +9,10 @@ forgotten. To a new agent PID 1 hands every deposit as a `Restored`, after `Conf
 `RootReady`. By then the process is PID 1's own child, so PID 1 reaps it and says `KeptExited`.
 """
 
-from microguest.guest import limits
+from microguest.guest import bounds
+from microguest.guest.boot.workload import ImageDefaults
 from microguest.guest.record import Catalogue, Record, RecordError
 from microguest.guest.status import ExitStatus
-from microguest.guest.workload import ImageDefaults
 
 __all__ = [
     "AGENT_FD",
@@ -75,7 +75,7 @@ class MainStarted(Record):
     argv: tuple[str, ...]
     terminal: bool = False
     console: bool = False
-    output_wait: float = limits.OUTPUT_GRACE
+    output_wait: float = bounds.OUTPUT_GRACE
 
 
 class MainExited(ExitStatus):
@@ -139,19 +139,19 @@ class Deposit(Record):
     names: tuple[str, ...] = ()  # of the descriptors behind the pidfd: "stdin", "stdout"…
 
     def check(self) -> None:
-        if not (len(self.meta) <= limits.KEPT_META and _plain(self.meta)):
+        if not (len(self.meta) <= bounds.KEPT_META and _plain(self.meta)):
             raise RecordError(
-                f"meta: must be at most {limits.KEPT_META} printable ASCII characters"
+                f"meta: must be at most {bounds.KEPT_META} printable ASCII characters"
             )
-        if not (0 < len(self.id) <= limits.KEPT_NAME and _plain(self.id)):
-            raise RecordError(f"id: must be 1 to {limits.KEPT_NAME} printable ASCII characters")
+        if not (0 < len(self.id) <= bounds.KEPT_NAME and _plain(self.id)):
+            raise RecordError(f"id: must be 1 to {bounds.KEPT_NAME} printable ASCII characters")
         if not (
-            len(self.names) < limits.SUPERVISION_DESCRIPTORS
-            and all(0 < len(name) <= limits.KEPT_NAME and _plain(name) for name in self.names)
+            len(self.names) < bounds.SUPERVISION_DESCRIPTORS
+            and all(0 < len(name) <= bounds.KEPT_NAME and _plain(name) for name in self.names)
         ):
             raise RecordError(
-                f"names: must be at most {limits.SUPERVISION_DESCRIPTORS - 1}, "
-                f"each of 1 to {limits.KEPT_NAME} printable ASCII characters"
+                f"names: must be at most {bounds.SUPERVISION_DESCRIPTORS - 1}, "
+                f"each of 1 to {bounds.KEPT_NAME} printable ASCII characters"
             )
 
 
@@ -235,7 +235,7 @@ MESSAGES = Catalogue(
         "kept_exited": KeptExited,
         "restored": Restored,
     },
-    maximum=limits.SUPERVISION_MESSAGE,
+    maximum=bounds.SUPERVISION_MESSAGE,
 )
 
 

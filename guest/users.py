@@ -5,7 +5,7 @@ it imports nothing but the contract's cheap parts. The rules are those of docker
 described at https://docs.docker.com/reference/dockerfile/#user.
 """
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError, operation_error
 from microguest.guest.record import Record
 
@@ -151,12 +151,12 @@ def _lines(text: bytes | None, part: str) -> "Iterator[list[str]]":
 
 
 def _is_usable(text: bytes | None) -> bool:
-    return text is not None and len(text) <= limits.ACCOUNT_FILE
+    return text is not None and len(text) <= bounds.ACCOUNT_FILE
 
 
 def _unusable(path: str) -> str:
     return (
-        f"the image's {path} cannot be read: it is no file, or larger than {limits.ACCOUNT_FILE} "
+        f"the image's {path} cannot be read: it is no file, or larger than {bounds.ACCOUNT_FILE} "
         "bytes; give numeric ids, as 1000:1000"
     )
 
@@ -172,5 +172,5 @@ def _bad_user(spec: str, reason: str, group: str = "") -> OperationError:
     """group: what is wrong where there is no user in it."""
     named = f"user {spec!r:.200}" if spec or not group else f"group {group!r:.200}"
     return operation_error(
-        "bad_user", f"{named}: {reason}", {"user": (spec or group)[: limits.ERROR_MESSAGE]}
+        "bad_user", f"{named}: {reason}", {"user": (spec or group)[: bounds.ERROR_MESSAGE]}
     )

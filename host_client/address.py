@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from microguest.guest.bootconfig import AGENT_PORT
+from microguest.guest.boot.config import AGENT_PORT
 from microguest.host_client.deadline import Deadline
 from microguest.host_client.errors import ConnectError
 from microguest.host_client.forking import close_in_children

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Self, Unpack
 
-from microguest.guest import limits
-from microguest.guest.messages import Attach, InfoResult, PingResult, ProcessInfo, Start
-from microguest.guest.netplan import Interface
-from microguest.guest.renewal import Renewed
+from microguest.guest import bounds
+from microguest.guest.boot.network import Interface
+from microguest.guest.wire.messages import Attach, InfoResult, PingResult, ProcessInfo, Start
+from microguest.guest.wire.renewal import Renewed
 from microguest.host_client import renewal
 from microguest.host_client.address import Address, parse
 from microguest.host_client.channel import Obituary
@@ -234,7 +234,7 @@ class Agent(Rooted):
         )
         return renewal.checked(renewed) if check else renewed
 
-    def shutdown(self, *, grace: float = limits.STOP_GRACE, reboot: bool = False) -> None:
+    def shutdown(self, *, grace: float = bounds.STOP_GRACE, reboot: bool = False) -> None:
         """Ask for the machine's end: TERM, `grace` seconds, KILL, power off. It is not awaited.
 
         `reboot`: restart instead. A machine of `boot` ends with that too, its status is "reboot".

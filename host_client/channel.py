@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from microguest.guest import limits
-from microguest.guest.connection import Connection, Event, Role, State
+from microguest.guest import bounds
 from microguest.guest.errors import MicroguestError, OperationError, RemoteProtocolError
+from microguest.guest.wire.connection import Connection, Event, Role, State
 from microguest.host_client.deadline import Deadline
 from microguest.host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
 from microguest.host_client.log import WARNING, note
@@ -139,8 +139,8 @@ class Channel:
         """Bytes of stdin that there is credit for, at most one frame."""
         credit = self._connection.input_credit
         if credit is None:
-            return limits.DATA_PAYLOAD
-        return min(credit - self._connection.input_bytes, limits.DATA_PAYLOAD)
+            return bounds.DATA_PAYLOAD
+        return min(credit - self._connection.input_bytes, bounds.DATA_PAYLOAD)
 
     def step(self, deadline: Deadline) -> Steps[list[Event]]:
         """Send what can be sent and return what has arrived, waiting for the first of either.

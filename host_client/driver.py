@@ -3,10 +3,11 @@
 import time
 from typing import Final, TypeVar
 
-from microguest.guest import limits
-from microguest.guest.connection import Data
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError
-from microguest.guest.messages import (
+from microguest.guest.record import RecordError
+from microguest.guest.wire.connection import Data
+from microguest.guest.wire.messages import (
     FEATURES,
     Acknowledge,
     Attach,
@@ -27,7 +28,6 @@ from microguest.guest.messages import (
     Start,
     Wait,
 )
-from microguest.guest.record import RecordError
 from microguest.host_client import renewal
 from microguest.host_client.deadline import LAST_LOOK, Deadline
 from microguest.host_client.errors import DeadlineExceeded
@@ -114,7 +114,7 @@ class Driver(Pool):
                 channel.queue(_first_acknowledgement(args))
             with self._ending(channel, ends):
                 yield from exchange.answer(
-                    Deadline(self.timeout), Deadline(self.timeout + limits.ROOT_WAIT)
+                    Deadline(self.timeout), Deadline(self.timeout + bounds.ROOT_WAIT)
                 )
             if exchange.welcome is not None:
                 self._welcomed(exchange.welcome, began)

@@ -7,14 +7,14 @@ from collections import deque
 from signal import SIGKILL
 from typing import Final
 
-from microguest.guest.connection import Data, End, Event, Request, Response
 from microguest.guest.errors import (
     LocalProtocolError,
     MicroguestError,
     RemoteProtocolError,
     operation_error,
 )
-from microguest.guest.messages import (
+from microguest.guest.wire.connection import Data, End, Event, Request, Response
+from microguest.guest.wire.messages import (
     STREAMS,
     Acknowledge,
     Attach,

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from microguest.guest.connection import Request, Response
 from microguest.guest.errors import (
     MicroguestError,
     OperationError,
     RemoteProtocolError,
     operation_error,
 )
-from microguest.guest.messages import (
+from microguest.guest.record import Record
+from microguest.guest.wire.connection import Request, Response
+from microguest.guest.wire.messages import (
     FEATURES,
     HOST_FEATURES,
     Attach,
@@ -29,7 +30,6 @@ from microguest.guest.messages import (
     Start,
     Welcome,
 )
-from microguest.guest.record import Record
 from microguest.host_client import renewal
 from microguest.host_client.address import Address, NotListening
 from microguest.host_client.channel import EXPLAIN_WITHIN, Channel, Obituary, ended

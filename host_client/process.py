@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Final, Protocol, Self, TypeVar
 
-from microguest.guest.connection import Event
-from microguest.guest.messages import Resize, Signal
+from microguest.guest.wire.connection import Event
+from microguest.guest.wire.messages import Resize, Signal
 from microguest.host_client.backlog import Taking
 from microguest.host_client.channel import Broken
 from microguest.host_client.deadline import Deadline

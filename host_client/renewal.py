@@ -2,7 +2,7 @@
 
 The offset is found as NTP does it: the guest's clock is taken to have been read in the middle
 between question and answer, so it is known to half the time between them; the quickest of a few
-questions counts. The step does not depend on how long its request takes: see `guest.renewal`.
+questions counts. The step does not depend on how long its request takes: see `guest.wire.renewal`.
 """
 
 import os
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
+from microguest.guest.boot.network import Interface
 from microguest.guest.errors import OperationError
-from microguest.guest.messages import Welcome
-from microguest.guest.netplan import Interface
 from microguest.guest.record import Record
-from microguest.guest.renewal import Clock, ClockResult, Renew, Renewed
+from microguest.guest.wire.messages import Welcome
+from microguest.guest.wire.renewal import Clock, ClockResult, Renew, Renewed
 from microguest.host_client.steps import Steps
 
 __all__ = ["STEP_BEYOND", "Asker", "GuestClock", "is_out", "measure", "renew", "step"]

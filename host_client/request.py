@@ -5,9 +5,10 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypedDict
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError
-from microguest.guest.messages import (
+from microguest.guest.record import RecordError
+from microguest.guest.wire.messages import (
     Attach,
     Keep,
     Limits,
@@ -17,7 +18,6 @@ from microguest.guest.messages import (
     exactly_typed,
     pack,
 )
-from microguest.guest.record import RecordError
 from microguest.host_client.values import (
     Argument,
     Buffer,
@@ -180,16 +180,16 @@ def _check_size(start: Start) -> None:
     staged = sum(len(file.data) for file in start.files)
     texts = (*start.argv, *start.env, *start.env.values(), start.shell or "")
     size = staged + sum(map(len, texts))  # most often far from the limit: then this is enough
-    if size < limits.CONTROL_PAYLOAD // 4:
+    if size < bounds.CONTROL_PAYLOAD // 4:
         return
     size = len(pack({"op": "start", "args": start.to_map()}))
-    if size <= limits.CONTROL_PAYLOAD:
+    if size <= bounds.CONTROL_PAYLOAD:
         return
     what, advice = "argv and env", "a command finds the rest in a file or on its stdin"
     if staged > size // 2:
         what, advice = "files", 'send more as stdin: exec(["tar", "-x"], input=…), or share it'
     raise ValueError(
-        f"{what}: the request has {size} bytes, at most {limits.CONTROL_PAYLOAD} are taken: "
+        f"{what}: the request has {size} bytes, at most {bounds.CONTROL_PAYLOAD} are taken: "
         f"{advice}"
     )
 

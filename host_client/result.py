@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from microguest.guest.errors import MicroguestError, printable
-from microguest.guest.messages import Exited
+from microguest.guest.wire.messages import Exited
 
 __all__ = ["CommandFailed", "Result"]
 

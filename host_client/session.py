@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Callable
 from typing import Final
 
-from microguest.guest import limits
-from microguest.guest.messages import (
+from microguest.guest import bounds
+from microguest.guest.wire.messages import (
     FEATURES,
     STREAMS,
     Acknowledge,
@@ -175,8 +175,8 @@ class Session:
             while not exchange.over and (view or exchange.pending):
                 if view and not exchange.pending:
                     self._check_feeds()  # another caller may have closed it meanwhile
-                    exchange.write(view[: limits.DATA_PAYLOAD])
-                    view = view[limits.DATA_PAYLOAD :]
+                    exchange.write(view[: bounds.DATA_PAYLOAD])
+                    view = view[bounds.DATA_PAYLOAD :]
                     exchange.channel.flush()
                 else:
                     yield from self._turn()
@@ -291,8 +291,8 @@ class Session:
         """Queue the next piece of stdin; what is left of it, None after its end."""
         self._check_feeds()
         if rest:
-            self.exchange.write(rest[: limits.DATA_PAYLOAD])
-            return rest[limits.DATA_PAYLOAD :]
+            self.exchange.write(rest[: bounds.DATA_PAYLOAD])
+            return rest[bounds.DATA_PAYLOAD :]
         self._input_ended = True
         self.exchange.end_input()
         return None

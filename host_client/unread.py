@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from microguest.guest.connection import Data, End, Event
+from microguest.guest.wire.connection import Data, End, Event
 from microguest.host_client.backlog import Backlog, Taking
 from microguest.host_client.exchange import too_large
 

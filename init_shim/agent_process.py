@@ -10,8 +10,8 @@ import fcntl
 import os
 import time
 
-from microguest.guest import limits, supervision
-from microguest.guest.bootconfig import BootConfig
+from microguest.guest import bounds, supervision
+from microguest.guest.boot.config import BootConfig
 from microguest.guest.record import RecordError
 from microguest.guest.report import AgentExited
 from microguest.guest.status import exit_fields
@@ -49,7 +49,7 @@ __all__ = ["AgentProcess"]
 
 NAME = "agent"  # argv[0]: how the program knows what it is to be
 FD_SIZE = 4  # bytes of a descriptor's number beside a message
-UNSAID = 2 * limits.KEPT_PROCESSES  # messages that wait for the agent to read
+UNSAID = 2 * bounds.KEPT_PROCESSES  # messages that wait for the agent to read
 NICEST = 19  # the lowest priority that is not idle: setpriority(2)
 HIGH_FD = 10  # the program's descriptor must not be where the child's socket goes
 
@@ -132,7 +132,7 @@ class AgentProcess:
             self.start()
         except Failure as failure:
             say(f"the agent cannot be started: {failure}")
-            self.restart_at = time.monotonic() + limits.AGENT_RESTART_DELAYS[-1]
+            self.restart_at = time.monotonic() + bounds.AGENT_RESTART_DELAYS[-1]
 
     def ended(self, status: int) -> AgentExited:
         """With this wait status.
@@ -144,12 +144,12 @@ class AgentProcess:
         self.pid, self.ready = 0, False
         self._close()
         self.watchdog.stop()
-        if self._served_since is not None and now - self._served_since >= limits.AGENT_HEALTHY:
+        if self._served_since is not None and now - self._served_since >= bounds.AGENT_HEALTHY:
             self.crashes = 0
         self.crashes += 1
         delay = None
-        if self.crashes < limits.AGENT_CRASH_LIMIT:
-            delays = limits.AGENT_RESTART_DELAYS
+        if self.crashes < bounds.AGENT_CRASH_LIMIT:
+            delays = bounds.AGENT_RESTART_DELAYS
             delay = delays[min(self.crashes, len(delays)) - 1]
             self.restart_at = now + delay
         else:
@@ -188,14 +188,14 @@ class AgentProcess:
         from microguest.init_shim.dying import kill_who_keeps
 
         self.ending.begin()
-        self.watchdog.look_within(limits.LOCK_KILL_WAIT)
+        self.watchdog.look_within(bounds.LOCK_KILL_WAIT)
         if self._measures and time.monotonic() < self._measure_at:
             return
         mine = self.deposits.agents_meta(), self.deposits.pids()
         killed = kill_who_keeps(self.pid, *mine, self._measures)
         say(f"agent {self.pid} cannot end; {killed} are killed first")
         self._measures += 1
-        self._measure_at = time.monotonic() + limits.LOCK_KILL_WAIT
+        self._measure_at = time.monotonic() + bounds.LOCK_KILL_WAIT
 
     def _kill(self) -> None:
         os.kill(self.pid, KILL)
@@ -307,10 +307,10 @@ class AgentProcess:
     def _say(self, pair: _socket.socket, message: "Record", fds: list[int]) -> bool:
         """One packet; False where there is no room for it."""
         data = supervision.MESSAGES.encode(message)
-        if len(data) > limits.SUPERVISION_MESSAGE:
+        if len(data) > bounds.SUPERVISION_MESSAGE:
             raise Failure(
                 f"{type(message).__name__} for the agent has {len(data)} bytes, at most"
-                f" {limits.SUPERVISION_MESSAGE} fit; make the image's environment smaller"
+                f" {bounds.SUPERVISION_MESSAGE} fit; make the image's environment smaller"
             )
         packed = b"".join(fd.to_bytes(4, "little") for fd in fds)
         rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, packed)] if packed else []
@@ -428,9 +428,9 @@ def set_nice(pid: int, nice: int) -> None:
 
 def receive_packet(pair: _socket.socket) -> tuple[bytes, list[int]]:
     """One packet and its descriptors, close-on-exec; those without room are not there. OSError."""
-    size = limits.SUPERVISION_DESCRIPTORS * FD_SIZE
+    size = bounds.SUPERVISION_DESCRIPTORS * FD_SIZE
     data, rights, _, _ = pair.recvmsg(
-        limits.SUPERVISION_MESSAGE + 1, _socket.CMSG_SPACE(size), _socket.MSG_CMSG_CLOEXEC
+        bounds.SUPERVISION_MESSAGE + 1, _socket.CMSG_SPACE(size), _socket.MSG_CMSG_CLOEXEC
     )
     fds: list[int] = []
     for level, kind, packed in rights:

@@ -1,15 +1,15 @@
 """An ext4 on a disk that has nothing on it, without a mkfs in the guest.
 
-The initramfs brings an empty file system (guest/disk_template.py), which is written to the disk and
-grows to its size once it is mounted. Imported only where a disk may be formatted.
+The initramfs brings an empty file system (guest/bundle/disk_template.py), which is written to the
+disk and grows to its size once it is mounted. Imported only where a disk may be formatted.
 """
 
 import errno
 import fcntl
 import os
 
-from microguest.guest import disk_template
-from microguest.guest.disk_template import BLOCK
+from microguest.guest.bundle import disk_template
+from microguest.guest.bundle.disk_template import BLOCK
 from microguest.init_shim.failure import Failure, call
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1

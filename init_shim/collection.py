@@ -5,7 +5,7 @@ there that only is slow, and, for one that has not come yet, as long as the conf
 All of it together is bounded by the config's `output_wait`.
 """
 
-from microguest.guest import limits
+from microguest.guest import bounds
 
 __all__ = ["Collection"]
 
@@ -67,4 +67,4 @@ class Collection:
         if self._serves_since is None or self.reader_there or self._reader_left is None:
             return most
         alone_since = max(self._ended, self._serves_since, self._reader_left)
-        return min(most, alone_since + limits.OUTPUT_GRACE)
+        return min(most, alone_since + bounds.OUTPUT_GRACE)

@@ -8,7 +8,7 @@ SUPERVISION_DESCRIPTORS descriptors; what is more is not taken, and that is said
 import os
 import resource
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.status import exit_fields
 from microguest.guest.supervision import AGENT_ID, Deposit, KeptExited, KeptStatus, Restored
 from microguest.init_shim.reporter import say
@@ -41,7 +41,7 @@ class Deposits:
     def take(self, message: Deposit, descriptors: list[int]) -> bool:
         """Take over the descriptors, also where the deposit is refused. Whether it was taken."""
         earlier = self._entries.get(message.id)
-        if earlier is None and len(self._entries) > limits.KEPT_PROCESSES:
+        if earlier is None and len(self._entries) > bounds.KEPT_PROCESSES:
             close_all(descriptors)
             say(f"deposit {message.id} is refused: there are {len(self._entries)}")
             return False

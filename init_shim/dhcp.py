@@ -9,8 +9,8 @@ import time
 
 import _guestsys
 
-from microguest.guest import limits
-from microguest.guest.netplan import Network
+from microguest.guest import bounds
+from microguest.guest.boot.network import Network
 from microguest.guest.privileges import capability_mask
 from microguest.guest.record import Record
 from microguest.init_shim.failure import Failure, call
@@ -61,7 +61,7 @@ def start_clients(plan: Network, hostname: str, signals: Signals, *, read_only: 
                 )
                 waiting[interface.name] = start_client(order, capabilities)
                 write = False
-        deadline = time.monotonic() + limits.DHCP_WAIT
+        deadline = time.monotonic() + bounds.DHCP_WAIT
         for name, pipe in waiting.items():
             await_lease(name, pipe, deadline, signals)
     finally:
@@ -120,5 +120,5 @@ def await_lease(interface: str, pipe: int, deadline: float, signals: Signals) ->
         elif left > 0:
             continue  # a signal, or a millisecond too soon
         else:
-            why = f"no DHCP server gave a lease within {limits.DHCP_WAIT:g} s"
+            why = f"no DHCP server gave a lease within {bounds.DHCP_WAIT:g} s"
         raise Failure(f"network interface {interface}: {why}", syscall="dhcp", path=interface)

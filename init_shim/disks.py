@@ -7,7 +7,7 @@ import errno
 import os
 import time
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.init_shim import mounts
 from microguest.init_shim.failure import Failure, call
 from microguest.init_shim.mounts import mount
@@ -66,7 +66,7 @@ def find_disk(serial: str) -> str:
     Raises Failure where there is none, or more than one: nobody can tell them apart.
     """
     wanted = serial[:SERIAL_SIZE]
-    deadline = time.monotonic() + limits.DISK_WAIT
+    deadline = time.monotonic() + bounds.DISK_WAIT
     while wanted not in _found:
         disks = disk_serials()
         _found.clear()
@@ -77,7 +77,7 @@ def find_disk(serial: str) -> str:
         if time.monotonic() > deadline:
             there = ", ".join(f"{name} ({found!r})" for name, found in disks.items()) or "none"
             raise Failure(
-                f"no disk with serial {serial!r} after {limits.DISK_WAIT:g} s; disks: {there}",
+                f"no disk with serial {serial!r} after {bounds.DISK_WAIT:g} s; disks: {there}",
                 syscall="open",
                 path="/sys/block",
                 errno=errno.ENODEV,

@@ -6,7 +6,7 @@ back, who does is killed; one that is out of reach delays what PID 1 makes of th
 
 import time
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.init_shim.reporter import say
 
 __all__ = ["Ending"]
@@ -28,8 +28,8 @@ class Ending:
         """It has ended, or it was killed. Again and again is as good as once."""
         if self.look_at is None:
             now = time.monotonic()
-            self.look_at = now + limits.TRACER_WAIT
-            self._untold_until = now + limits.TRACED_END
+            self.look_at = now + bounds.TRACER_WAIT
+            self._untold_until = now + bounds.TRACED_END
 
     def look(self, agent: int) -> int | None:
         """When it is time to: kill who keeps it from PID 1, but the agent.
@@ -40,7 +40,7 @@ class Ending:
         from microguest.init_shim.tracers import kill_tracers, wait_status
 
         now = time.monotonic()
-        self.look_at = now + limits.TRACER_WAIT
+        self.look_at = now + bounds.TRACER_WAIT
         if now >= self._untold_until:
             status = wait_status(self.pid)
             if status is not None:

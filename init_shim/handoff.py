@@ -7,9 +7,9 @@ import os
 
 import _guestsys
 
-from microguest.guest import process
-from microguest.guest.bootconfig import BootConfig
-from microguest.guest.workload import Workload
+from microguest.guest import launch
+from microguest.guest.boot.config import BootConfig
+from microguest.guest.boot.workload import Workload
 from microguest.init_shim import keeper, workload
 from microguest.init_shim.agent_process import AgentProcess
 from microguest.init_shim.reporter import Reporter, announcement
@@ -105,10 +105,10 @@ def keep_only_console() -> None:
                 pass  # the one that listed them
 
 
-def not_executed(plan: process.Plan, error: OSError | None) -> WorkloadNotStarted:
+def not_executed(plan: launch.Plan, error: OSError | None) -> WorkloadNotStarted:
     """Why none of the candidates runs."""
     number = (error.errno if error is not None else None) or 2
-    code, message, _ = process.start_failure(
+    code, message, _ = launch.start_failure(
         "exec",
         number,
         os.fsdecode(plan.argv[0]),

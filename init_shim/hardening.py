@@ -11,7 +11,7 @@ import resource
 
 import _guestsys
 
-from microguest.guest.bootconfig import BootConfig
+from microguest.guest.boot.config import BootConfig
 from microguest.init_shim import kind
 from microguest.init_shim.failure import Failure, call
 from microguest.init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, REMOUNT, mount

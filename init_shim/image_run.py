@@ -8,7 +8,7 @@ where the image has something in /run.
 import os
 import stat
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.init_shim.confined import Opened
 from microguest.init_shim.failure import call
 from microguest.init_shim.reporter import leave_out
@@ -32,7 +32,7 @@ def copy(source: str, target: str) -> None:
         Opened(os.open(target, FOLDER)) as here,
     ):
         room = Room()
-        copy_entries(there.fd, here.fd, room, limits.RUN_DEPTH)
+        copy_entries(there.fd, here.fd, room, bounds.RUN_DEPTH)
         give(here.fd, os.fstat(there.fd))
     if room.left_out:
         leave_out(
@@ -44,8 +44,8 @@ class Room:
     """What may still be copied, and what was not."""
 
     def __init__(self) -> None:
-        self.entries = limits.RUN_ENTRIES
-        self.bytes = limits.RUN_BYTES
+        self.entries = bounds.RUN_ENTRIES
+        self.bytes = bounds.RUN_BYTES
         self.left_out = 0
         self.first = ""
 

@@ -7,8 +7,8 @@ import _socket
 import errno
 import time
 
-from microguest.guest import limits
-from microguest.guest.netplan import Interface, Network, Route
+from microguest.guest import bounds
+from microguest.guest.boot.network import Interface, Network, Route
 from microguest.init_shim.addresses import Prefix, check, packed_address, parse_prefix
 from microguest.init_shim.failure import Failure
 from microguest.init_shim.netlink import Link, Netlink
@@ -54,7 +54,7 @@ def check_addresses(plan: Network) -> None:
 
 def find_links(netlink: Netlink, interfaces: tuple[Interface, ...]) -> list[Link]:
     """The link of each interface, waiting LINK_WAIT for those that are not there yet."""
-    deadline = time.monotonic() + limits.LINK_WAIT
+    deadline = time.monotonic() + bounds.LINK_WAIT
     while True:
         there = netlink.links()
         found = [match(interface, there) for interface in interfaces]
@@ -66,7 +66,7 @@ def find_links(netlink: Netlink, interfaces: tuple[Interface, ...]) -> list[Link
             known = ", ".join(f"{link.name} ({link.mac})" for link in there if not link.is_loopback)
             raise Failure(
                 f"no network interface {missing.mac or missing.name} after "
-                f"{limits.LINK_WAIT:g} s; interfaces: {known or 'none'}",
+                f"{bounds.LINK_WAIT:g} s; interfaces: {known or 'none'}",
                 syscall="netlink RTM_GETLINK",
                 path=missing.mac or missing.name,
                 errno=errno.ENODEV,
@@ -116,7 +116,7 @@ def await_carrier(netlink: Netlink, links: list[Link]) -> None:
     The kernel drops what is sent before, and repeats its questions for a neighbour after 1 s only.
     """
     wanted = {link.index for link in links}
-    deadline = time.monotonic() + limits.CARRIER_WAIT
+    deadline = time.monotonic() + bounds.CARRIER_WAIT
     while time.monotonic() < deadline:
         ready = {link.index for link in netlink.links() if link.has_carrier}
         if wanted <= ready:

@@ -12,11 +12,11 @@ import time
 
 import _guestsys
 
-from microguest.guest import limits
-from microguest.guest.bootconfig import BootConfig
+from microguest.guest import bounds
+from microguest.guest.boot.config import BootConfig
+from microguest.guest.boot.workload import signal_number
 from microguest.guest.errors import raised_at
 from microguest.guest.report import HandedOff, Stopping
-from microguest.guest.workload import signal_number
 from microguest.init_shim import power, protection, write_out
 from microguest.init_shim.agent_process import AgentProcess
 from microguest.init_shim.failure import Failure, call
@@ -60,7 +60,7 @@ class Keeper:
 
     def await_agent(self, signals: Signals) -> bool:
         """Until the agent serves; False where PID 1 was told to end meanwhile. Raises Failure."""
-        patience = limits.AGENT_READY_TIMEOUT + KEEPER_ALLOWANCE
+        patience = bounds.AGENT_READY_TIMEOUT + KEEPER_ALLOWANCE
         deadline = time.monotonic() + patience
         while not signals.stop_requested:
             left = deadline - time.monotonic()
@@ -199,7 +199,7 @@ def end(supervisor: Supervisor, stop_signal: str) -> None:
     of. Returns where systemd does the rest: it waits for whom it has told.
     """
     signals = supervisor.signals
-    deadline = time.monotonic() + supervisor.grace + limits.INIT_ALLOWANCE
+    deadline = time.monotonic() + supervisor.grace + bounds.INIT_ALLOWANCE
     if not signals.stop_requested:
         supervisor.outlive(ANSWER_WAIT)
     wait_asking(supervisor, stop_signal, deadline, lambda: signals.stop_requested)
@@ -207,16 +207,16 @@ def end(supervisor: Supervisor, stop_signal: str) -> None:
         supervisor.reporter.send(Stopping(status=supervisor.status, boot_ms=boot_ms()))
         supervisor.reporter.farewell()
         end_children(supervisor)
-        wait_until_alone(supervisor, limits.KILL_WAIT if systemd_verb() else limits.FAILED_GRACE)
+        wait_until_alone(supervisor, bounds.KILL_WAIT if systemd_verb() else bounds.FAILED_GRACE)
         if not in_namespaces():
-            write_out.write_out(limits.SYNC_WAIT, root_only=True)
+            write_out.write_out(bounds.SYNC_WAIT, root_only=True)
         if systemd_verb():
             return
         wait_asking(supervisor, stop_signal, deadline, lambda: False)
     say("the init does not end the machine; it is ended without it")
     for number in (TERMINATE, CONTINUE):
         kill_all(number)
-    time.sleep(limits.FAILED_GRACE)
+    time.sleep(bounds.FAILED_GRACE)
     kill_all(KILL)
     supervisor.grace = 0.0
     power.end_machine(supervisor)
@@ -274,7 +274,7 @@ def systemd_verb() -> str:
 
 def end_children(supervisor: Supervisor) -> None:
     """The agent and what it has started; they were told already, if the init is one that tells."""
-    for number, patience in ((TERMINATE, limits.FAILED_GRACE), (KILL, limits.KILL_WAIT)):
+    for number, patience in ((TERMINATE, bounds.FAILED_GRACE), (KILL, bounds.KILL_WAIT)):
         deadline = time.monotonic() + patience
         told: set[int] = set()
         while not supervisor.outlive(LAST_LOOK) and time.monotonic() < deadline:

@@ -3,7 +3,7 @@
 ip=<client>:<server>:<gateway>:<netmask>:<hostname>:<device>:<autoconf>:<dns0>:<dns1>:<ntp>
 """
 
-from microguest.guest.netplan import Interface, Network, Route
+from microguest.guest.boot.network import Interface, Network, Route
 from microguest.guest.record import RecordError
 from microguest.init_shim.addresses import packed_address
 from microguest.init_shim.failure import Failure

@@ -7,7 +7,7 @@ anything, so every line is taken apart from the ends that the kernel wrote.
 
 import os
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.report import OomKilled
 from microguest.init_shim.reporter import say
 from microguest.init_shim.timeline import boot_ms
@@ -81,7 +81,7 @@ class OomWatch:
         self._log = log
         self._report = report
         self._is_own_limit = is_own_limit
-        self._left = limits.OOM_REPORTS
+        self._left = bounds.OOM_REPORTS
         self._summary = ""  # the last one, which stands before the kill that it is about
 
     def look(self) -> None:
@@ -99,7 +99,7 @@ class OomWatch:
             return
         self._left -= 1
         if self._left == 0:
-            say(f"{limits.OOM_REPORTS} processes were killed for memory; no more are reported")
+            say(f"{bounds.OOM_REPORTS} processes were killed for memory; no more are reported")
         self._report(
             OomKilled(
                 pid=kill.pid,

@@ -6,7 +6,7 @@ console has no room for is lost there, and not for the report.
 
 import os
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.init_shim.reporter import copy_to_console
 
 __all__ = ["LastWords"]
@@ -43,7 +43,7 @@ class LastWords:
             if not data:
                 self.close()
             copy_to_console(data)
-            self._tail = (self._tail + data)[-limits.LAST_WORDS :]
+            self._tail = (self._tail + data)[-bounds.LAST_WORDS :]
 
     def close(self) -> None:
         """Nobody listens any more."""
@@ -54,6 +54,6 @@ class LastWords:
     def text(self) -> str:
         """At most LAST_WORDS characters, from the beginning of a line where there is one."""
         tail = self._tail
-        if len(tail) == limits.LAST_WORDS:
+        if len(tail) == bounds.LAST_WORDS:
             tail = tail.partition(b"\n")[2] or tail
         return tail.decode("utf-8", "replace").strip()

@@ -7,8 +7,8 @@ process of the guest can take the port.
 import _socket
 import os
 
-from microguest.guest import limits
-from microguest.guest.bootconfig import Endpoint
+from microguest.guest import bounds
+from microguest.guest.boot.config import Endpoint
 from microguest.init_shim.failure import call
 
 __all__ = ["VMADDR_CID_HOST", "address_of", "open_listener", "socket_for"]
@@ -32,7 +32,7 @@ def open_listener(endpoint: Endpoint) -> _socket.socket:
             finally:
                 os.umask(former)
     with call("listen", where):
-        listener.listen(limits.LISTEN_BACKLOG)
+        listener.listen(bounds.LISTEN_BACKLOG)
     return listener
 
 

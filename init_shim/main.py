@@ -6,8 +6,8 @@ open, and it stays in memory for as long as the machine lives. A test pins the l
 
 import os
 
-from microguest.guest import bootconfig
-from microguest.guest.bootconfig import BootConfig
+from microguest.guest.boot import config as bootconfig
+from microguest.guest.boot.config import BootConfig
 from microguest.guest.errors import BootConfigError, raised_at
 from microguest.init_shim import (
     hardening,

@@ -6,9 +6,9 @@ What one life is made of is `init_shim.workload`'s; whose turn it is, the superv
 import os
 import time
 
-from microguest.guest import limits
+from microguest.guest import bounds
+from microguest.guest.boot.workload import Workload, signal_number
 from microguest.guest.report import WorkloadExited, WorkloadFailed, WorkloadStarted
-from microguest.guest.workload import Workload, signal_number
 from microguest.init_shim.collection import Collection
 from microguest.init_shim.failure import Failure
 from microguest.init_shim.timeline import boot_ms
@@ -59,7 +59,7 @@ class MainProcess:
         assert self.running is not None
         life, self.running = self.running, None
         fields = life.ended(status)
-        if life.duration >= limits.RESTART_RESET:
+        if life.duration >= bounds.RESTART_RESET:
             self._restarts = 0
         delay = None if for_good else self._plan_restart(failed=fields.get("code") != 0)
         about = {"boot_ms": boot_ms(), "restart_in": delay, "oom_killed": life.oom_killed()}

@@ -6,9 +6,9 @@ writer is killed.
 
 import os
 
-from microguest.guest import limits
-from microguest.guest.bootconfig import BootConfig
-from microguest.guest.rootplan import Upper
+from microguest.guest import bounds
+from microguest.guest.boot.config import BootConfig
+from microguest.guest.boot.root import Upper
 from microguest.init_shim.reporter import leave_out
 
 __all__ = ["Sizes", "measured", "sizes_of"]
@@ -43,7 +43,7 @@ def sizes_of(config: BootConfig, memory: int, free: int) -> Sizes:
     upper = config.root.upper
     root = in_bytes(upper.size, memory) if upper is not None and upper.kind == "tmpfs" else 0
     wanted = (root, in_bytes(config.shm_size, memory), memory // RUN_SHARE)
-    most = max(free - limits.AGENT_MEMORY - 2 * limits.MEMORY_RESERVE, memory // LEAST_SHARE)
+    most = max(free - bounds.AGENT_MEMORY - 2 * bounds.MEMORY_RESERVE, memory // LEAST_SHARE)
     if sum(wanted) <= most:
         return Sizes(*wanted)
     root, shm, run = (size and max(size * most // sum(wanted), LEAST) for size in wanted)

@@ -11,7 +11,7 @@ import stat
 
 import _guestsys
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.init_shim.failure import Failure, call
 
 __all__ = [
@@ -59,7 +59,7 @@ TOLD_RELATIME = 0x1000
 DETACH = 0x2  # umount2(2): MNT_DETACH
 
 # Without `max`, users could take every terminal that there is.
-DEVPTS_OPTIONS = f"mode=0620,ptmxmode=0666,max={limits.TERMINALS}"
+DEVPTS_OPTIONS = f"mode=0620,ptmxmode=0666,max={bounds.TERMINALS}"
 # target, type, flags, options, and whether a kernel may lack it
 API = (
     ("/proc", "proc", NOSUID | NODEV | NOEXEC, "", False),

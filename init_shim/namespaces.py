@@ -19,7 +19,7 @@ import sys
 
 import _guestsys
 
-from microguest.guest import bootconfig
+from microguest.guest.boot import config
 from microguest.init_shim import mounts, tracers
 from microguest.init_shim.failure import Failure, call
 from microguest.init_shim.mounts import (
@@ -127,7 +127,7 @@ def die_with(parent: int) -> None:
 def read_config(path: str) -> bytes:
     """The boot config as it is; PID 1 checks it."""
     with call("open", path), open(path, "rb", buffering=0) as file:
-        return file.read(bootconfig.CONFIG_SIZE + 1) or b""
+        return file.read(config.CONFIG_SIZE + 1) or b""
 
 
 def open_path(path: str, flags: int = 0) -> int:
@@ -230,7 +230,7 @@ def make_initial_root(plan: Plan) -> None:
             os.makedirs(f"{run}/{folder}")
     write_new(f"{run}/init", b"", 0o755)
     bind(program, f"{run}/init")
-    write_new(run + bootconfig.PATH, plan.config, 0o600)
+    write_new(run + config.PATH, plan.config, 0o600)
     bind(host, f"{run}/microguest/host")
     for target, fd in lowers.items():
         bind(fd, f"{run}/{target}")

@@ -8,8 +8,8 @@ import _socket
 import fcntl
 import sys
 
-from microguest.guest.bootconfig import BootConfig
-from microguest.guest.netplan import Network
+from microguest.guest.boot.config import BootConfig
+from microguest.guest.boot.network import Network
 from microguest.init_shim.failure import call
 from microguest.init_shim.signals import Signals
 

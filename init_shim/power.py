@@ -8,7 +8,7 @@ import time
 
 import _guestsys
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.errors import raised_at
 from microguest.guest.report import Stopping
 from microguest.init_shim import write_out
@@ -37,7 +37,7 @@ def end_machine(supervisor: Supervisor) -> "NoReturn":
     except Exception as error:  # noqa: BLE001  the disks matter more
         say(f"processes were not ended: {raised_at(error)}")
     if not in_namespaces():
-        write_out.write_out(limits.SYNC_WAIT)
+        write_out.write_out(bounds.SYNC_WAIT)
     supervisor.reporter.send(Stopping(status=supervisor.status, boot_ms=boot_ms()))
     supervisor.reporter.farewell()
     switch_off(restart=supervisor.status == "reboot")
@@ -52,8 +52,8 @@ def end_processes(supervisor: Supervisor) -> None:
     began = time.monotonic()
     supervisor.stop_workload()
     left = supervisor.grace - (time.monotonic() - began)
-    others = max(left, min(supervisor.grace, limits.OTHERS_GRACE))
-    for number, patience in ((TERMINATE, others), (KILL, limits.KILL_WAIT)):
+    others = max(left, min(supervisor.grace, bounds.OTHERS_GRACE))
+    for number, patience in ((TERMINATE, others), (KILL, bounds.KILL_WAIT)):
         try:
             os.kill(-1, number)
             os.kill(-1, CONTINUE)  # a stopped process cannot act on TERM
@@ -69,7 +69,7 @@ def switch_off(*, restart: bool = False) -> "NoReturn":
     off = POWER_OFF if in_namespaces() or has_power_switch() else RESTART
     try:
         _guestsys.reboot(RESTART if restart else off)
-        time.sleep(limits.KILL_WAIT)  # another CPU may still be on its way down
+        time.sleep(bounds.KILL_WAIT)  # another CPU may still be on its way down
     except OSError as error:
         say(f"reboot: {error}")
     os._exit(1)  # in a virtual machine the kernel panics, and does what panic= says

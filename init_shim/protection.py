@@ -7,9 +7,9 @@ program is in memory that is never written back, so that there is nothing to res
 
 import os
 
-from microguest.guest import limits
-from microguest.guest.bootconfig import BootConfig
-from microguest.guest.process import share_of_processes
+from microguest.guest import bounds
+from microguest.guest.boot.config import BootConfig
+from microguest.guest.launch import share_of_processes
 from microguest.init_shim import kind
 from microguest.init_shim.reporter import Reporter
 from microguest.init_shim.supervisor import Supervisor
@@ -39,9 +39,9 @@ def memory_for_workload(agent_pid: int) -> int | None:
     """
     page = os.sysconf("SC_PAGE_SIZE")
     free = os.sysconf("SC_AVPHYS_PAGES") * page
-    to_come = max(0, limits.AGENT_MEMORY - resident_pages(agent_pid) * page)
-    left = free - to_come - limits.MEMORY_RESERVE
-    return left if left > limits.MEMORY_RESERVE else None
+    to_come = max(0, bounds.AGENT_MEMORY - resident_pages(agent_pid) * page)
+    left = free - to_come - bounds.MEMORY_RESERVE
+    return left if left > bounds.MEMORY_RESERVE else None
 
 
 def processes_for_workload() -> int | None:

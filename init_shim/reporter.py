@@ -12,8 +12,8 @@ import select
 import stat
 import time
 
-from microguest.guest import limits
-from microguest.guest.bootconfig import BootConfig, Endpoint
+from microguest.guest import bounds
+from microguest.guest.boot.config import BootConfig, Endpoint
 from microguest.guest.errors import raised_at
 from microguest.guest.report import CONSOLE_MARK, REPORTS, BootFailed, Ready, Report, line_mark
 from microguest.init_shim.failure import SHORT, Failure, call, reason
@@ -93,7 +93,7 @@ class Reporter:
         try:
             self._connection.shutdown(_socket.SHUT_WR)
             if self.endpoint is not None and self.endpoint.transport == "vsock":
-                self._connection.settimeout(limits.FAREWELL_WAIT)
+                self._connection.settimeout(bounds.FAREWELL_WAIT)
                 self._connection.recv(1)
         except OSError:
             pass
@@ -168,7 +168,7 @@ def shortened(report: BootFailed, most: int) -> BootFailed:
 def dial(endpoint: Endpoint) -> _socket.socket:
     """Connect, trying again while the vsock device is not up. Raises OSError."""
     address = (VMADDR_CID_HOST, endpoint.port) if endpoint.transport == "vsock" else endpoint.path
-    deadline = time.monotonic() + limits.REPORT_CONNECT_TIMEOUT
+    deadline = time.monotonic() + bounds.REPORT_CONNECT_TIMEOUT
     while True:
         connection = socket_for(endpoint)
         try:
@@ -203,8 +203,8 @@ def say(line: str) -> None:
 def leave_out(line: str) -> None:
     """`say` what the boot does without, and tell the host when the machine is ready."""
     say(line)
-    sentence = line[: limits.LEFT_OUT_TEXT]
-    if sentence not in left_out and len(left_out) < limits.LEFT_OUT:
+    sentence = line[: bounds.LEFT_OUT_TEXT]
+    if sentence not in left_out and len(left_out) < bounds.LEFT_OUT:
         left_out.append(sentence)
 
 

@@ -11,8 +11,8 @@ import stat
 
 import _guestsys
 
-from microguest.guest.bootconfig import BootConfig
-from microguest.guest.rootplan import Lower, Root, Volume
+from microguest.guest.boot.config import BootConfig
+from microguest.guest.boot.root import Lower, Root, Volume
 from microguest.init_shim import disks, mounts, write_out
 from microguest.init_shim.confined import RootFolder
 from microguest.init_shim.failure import Failure, call

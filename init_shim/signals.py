@@ -10,7 +10,7 @@ import time
 
 import _guestsys
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.init_shim.failure import Failure, call
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
@@ -73,16 +73,16 @@ class Signals:
         It interrupts every wait that a signal can interrupt; a task stuck in uninterruptible sleep
         inside the kernel is beyond its reach.
         """
-        too_late_at = time.monotonic() + limits.BOOT_DEADLINE
+        too_late_at = time.monotonic() + bounds.BOOT_DEADLINE
 
         def too_late(number: int, frame: "FrameType | None") -> None:
             if time.monotonic() >= too_late_at:  # otherwise anybody's signal
                 raise Failure(
-                    f"the boot is not done after {limits.BOOT_DEADLINE:g} s", syscall="alarm"
+                    f"the boot is not done after {bounds.BOOT_DEADLINE:g} s", syscall="alarm"
                 )
 
         signal.signal(signal.SIGALRM, too_late)
-        signal.setitimer(signal.ITIMER_REAL, limits.BOOT_DEADLINE)
+        signal.setitimer(signal.ITIMER_REAL, bounds.BOOT_DEADLINE)
 
     def end_deadline(self) -> None:
         """The boot is over, well or badly."""

@@ -8,7 +8,7 @@ import os
 import time
 from resource import struct_rusage
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.report import AgentServes, FirstExec, WorkloadFailed
 from microguest.guest.supervision import (
     AgentReady,
@@ -47,7 +47,7 @@ class Supervisor:
         self, signals: Signals, reporter: Reporter, agent: AgentProcess | None = None
     ) -> None:
         self.status = ""
-        self.grace = limits.STOP_GRACE
+        self.grace = bounds.STOP_GRACE
         self.signals = signals
         self.reporter = reporter
         self.agent = agent
@@ -90,7 +90,7 @@ class Supervisor:
     def fail(self, status: str) -> None:
         """The machine ends because of a failure, whatever else was decided."""
         self.status = status
-        self.grace = limits.FAILED_GRACE
+        self.grace = bounds.FAILED_GRACE
 
     # ── going on ─────────────────────────────────────────────────────────────────────────────────
 
@@ -120,7 +120,7 @@ class Supervisor:
             waits = main.collection
             self._turns(
                 lambda: main.running is None and not (waits.pending and waits.reader_there),
-                limits.COLLECT_WAIT,
+                bounds.COLLECT_WAIT,
             )
 
     def outlive(self, timeout: float) -> bool:
@@ -215,7 +215,7 @@ class Supervisor:
 
     def _heard(self, message: "Record", starts: int) -> None:
         if isinstance(message, ShutdownRequest):
-            if 0.0 <= message.grace <= limits.STOP_GRACE_MAX:
+            if 0.0 <= message.grace <= bounds.STOP_GRACE_MAX:
                 self.grace = message.grace
             self._end("reboot" if message.reboot else "shutdown")
         elif isinstance(message, MainCollected | MainReader):
@@ -325,13 +325,13 @@ def await_agent(supervisor: Supervisor, agent: AgentProcess) -> None:
     A workload that is done sooner does not end the wait: its host has to hear of a whole boot.
     """
     in_time = supervisor.run(
-        lambda: agent.ready or agent.crashes >= limits.AGENT_BOOT_CRASHES,
-        timeout=limits.AGENT_READY_TIMEOUT,
+        lambda: agent.ready or agent.crashes >= bounds.AGENT_BOOT_CRASHES,
+        timeout=bounds.AGENT_READY_TIMEOUT,
         despite="done",
     )
     if agent.ready or supervisor.status not in ("", "done"):
         return
-    after = f"{agent.crashes} crashes" if in_time else f"{limits.AGENT_READY_TIMEOUT:g} s"
+    after = f"{agent.crashes} crashes" if in_time else f"{bounds.AGENT_READY_TIMEOUT:g} s"
     raise Failure(f"the agent does not serve after {after}; what it said is on the console")
 
 

@@ -6,7 +6,7 @@ A name is as sysctl(8) has it, `kernel.yama.ptrace_scope` or with slashes, and n
 
 import os
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.init_shim.failure import Failure, call
 
 __all__ = [
@@ -60,8 +60,8 @@ SERVERS = {
     "fs.inotify.max_user_watches": "65536",
     # Terminals: beside the kernel's 4096, of which 1024 are the first mount namespace's alone, the
     # machine's own. So what users take in namespaces and at /dev/pts leaves HOSTS_TERMINALS.
-    "kernel.pty.max": str(4096 + limits.TERMINALS),
-    "kernel.pty.reserve": str(limits.HOSTS_TERMINALS + limits.TERMINALS),
+    "kernel.pty.max": str(4096 + bounds.TERMINALS),
+    "kernel.pty.reserve": str(bounds.HOSTS_TERMINALS + bounds.TERMINALS),
     "net.ipv4.ip_unprivileged_port_start": "0",
     PING_GROUPS: "0 2147483647",
     "vm.max_map_count": "262144",

@@ -9,7 +9,7 @@ import os
 import select
 import time
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.init_shim.mounts import open_proc
 from microguest.init_shim.signals import KILL
 
@@ -68,7 +68,7 @@ def await_end(pid: int) -> "int | None":
         poll.poll()
     finally:
         os.close(pidfd)
-    deadline = time.monotonic() + limits.TRACED_END
+    deadline = time.monotonic() + bounds.TRACED_END
     while True:
         reaped, status = os.waitpid(pid, os.WNOHANG)
         if reaped:

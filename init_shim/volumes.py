@@ -7,7 +7,7 @@ mount may not allow is looked up afterwards, because more than one thing takes n
 import errno
 import os
 
-from microguest.guest.rootplan import Root, Volume
+from microguest.guest.boot.root import Root, Volume
 from microguest.init_shim import disks, mounts
 from microguest.init_shim.confined import Opened, RootFolder
 from microguest.init_shim.failure import Failure, call

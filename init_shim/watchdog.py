@@ -8,7 +8,7 @@ wait inside the kernel for a device. A machine that was paused counts one look, 
 import os
 import time
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.init_shim.mounts import open_proc
 from microguest.init_shim.signals import CONTINUE
 
@@ -76,7 +76,7 @@ class Watchdog:
         self._seen = did
         if state == STOPPED:  # somebody's mistake, which costs it no more than the pause
             os.kill(self._pid, CONTINUE)
-        return self._misses >= limits.WATCHDOG_MISSES
+        return self._misses >= bounds.WATCHDOG_MISSES
 
     def look_within(self, seconds: float) -> None:
         """The next look is no later than that."""

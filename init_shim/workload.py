@@ -12,10 +12,10 @@ import time
 
 import _guestsys
 
-from microguest.guest import limits, process, users
+from microguest.guest import bounds, launch, users
+from microguest.guest.boot.workload import ImageDefaults, Workload
 from microguest.guest.errors import OperationError
 from microguest.guest.status import exit_fields
-from microguest.guest.workload import ImageDefaults, Workload
 from microguest.init_shim.confined import RootFolder
 from microguest.init_shim.ending import Ending
 from microguest.init_shim.failure import SHORT, call, reason
@@ -62,7 +62,7 @@ def start_workload(workload: Workload, image: ImageDefaults, most: Most) -> "Run
         if cgroup is not None:
             cgroup.close()
         raise
-    argv = process.listed_argv(tuple(map(os.fsdecode, plan.argv)))
+    argv = launch.listed_argv(tuple(map(os.fsdecode, plan.argv)))
     return RunningWorkload(pid, pidfd, argv, streams, cgroup)
 
 
@@ -120,7 +120,7 @@ class RunningWorkload:
 # ── what it is to be, worked out before anything is made ─────────────────────────────────────────
 
 
-def make_plan(workload: Workload, image: ImageDefaults) -> process.Plan:
+def make_plan(workload: Workload, image: ImageDefaults) -> launch.Plan:
     """Who it runs as, where, with which environment: the image's rules and files."""
     try:
         identity = users.resolve(
@@ -129,7 +129,7 @@ def make_plan(workload: Workload, image: ImageDefaults) -> process.Plan:
             account_file(users.GROUPS_FILE),
             more_groups=workload.groups,
         )
-        return process.plan(
+        return launch.plan(
             workload.argv,
             identity,
             env=workload.env,
@@ -145,7 +145,7 @@ def account_file(path: str) -> bytes | None:
     """A file of the image; b"" where there is none, None where it cannot be read."""
     try:
         with RootFolder("/") as root:
-            return root.read(path, limits.ACCOUNT_FILE)
+            return root.read(path, bounds.ACCOUNT_FILE)
     except (FileNotFoundError, NotADirectoryError):
         return b""
     except OSError:
@@ -244,7 +244,7 @@ class Streams:
 
 
 def spawn_in_place(
-    plan: process.Plan,
+    plan: launch.Plan,
     workload: Workload,
     privileges: Privileges,
     streams: Streams,
@@ -263,7 +263,7 @@ def spawn_in_place(
     return spawn(plan, workload, privileges, streams, cgroup)
 
 
-def make_directory(plan: process.Plan) -> bool:
+def make_directory(plan: launch.Plan) -> bool:
     """A working directory that is missing, owned by root, as docker does. WorkloadNotStarted.
 
     False where something is there, which is no directory.
@@ -279,7 +279,7 @@ def make_directory(plan: process.Plan) -> bool:
 
 
 def spawn(
-    plan: process.Plan,
+    plan: launch.Plan,
     workload: Workload,
     privileges: Privileges,
     streams: Streams,
@@ -312,9 +312,9 @@ def spawn(
     return pid, pidfd
 
 
-def not_started(plan: process.Plan, step: str, errno: int) -> WorkloadNotStarted:
+def not_started(plan: launch.Plan, step: str, errno: int) -> WorkloadNotStarted:
     """For a step of its start that failed."""
-    code, message, _ = process.start_failure(
+    code, message, _ = launch.start_failure(
         step,
         errno,
         os.fsdecode(plan.argv[0]),

@@ -9,7 +9,7 @@ import fcntl
 import os
 import time
 
-from microguest.guest.workload import Workload
+from microguest.guest.boot.workload import Workload
 
 __all__ = ["LimitsUnavailable", "Most", "WorkloadCgroup", "open_cgroup"]
 

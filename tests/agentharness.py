@@ -20,8 +20,21 @@ from typing import Any, Self
 import pytest
 from patience import PATIENCE
 
-from microguest.guest.connection import Connection, Data, End, Event, Request, Response, Role
-from microguest.guest.messages import (
+from microguest.guest.boot.workload import ImageDefaults
+from microguest.guest.record import Record
+from microguest.guest.supervision import (
+    AGENT_FD,
+    MESSAGES,
+    AgentReady,
+    Configure,
+    Deposit,
+    ExecStarted,
+    RootReady,
+    Taken,
+    Withdraw,
+)
+from microguest.guest.wire.connection import Connection, Data, End, Event, Request, Response, Role
+from microguest.guest.wire.messages import (
     Attach,
     Exited,
     Failure,
@@ -36,19 +49,6 @@ from microguest.guest.messages import (
     Started,
     Welcome,
 )
-from microguest.guest.record import Record
-from microguest.guest.supervision import (
-    AGENT_FD,
-    MESSAGES,
-    AgentReady,
-    Configure,
-    Deposit,
-    ExecStarted,
-    RootReady,
-    Taken,
-    Withdraw,
-)
-from microguest.guest.workload import ImageDefaults
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOKEN = "correct horse battery staple"

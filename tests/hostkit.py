@@ -9,9 +9,17 @@ from typing import Any, TypeVar
 
 from patience import PATIENCE
 
-from microguest.guest import limits
-from microguest.guest.connection import Connection, End, Request, Response, Role, State
-from microguest.guest.messages import FEATURES, Credit, Exited, Hello, PingResult, Started, Welcome
+from microguest.guest import bounds
+from microguest.guest.wire.connection import Connection, End, Request, Response, Role, State
+from microguest.guest.wire.messages import (
+    FEATURES,
+    Credit,
+    Exited,
+    Hello,
+    PingResult,
+    Started,
+    Welcome,
+)
 from microguest.host_client.address import UnixAddress
 from microguest.host_client.agent import Agent
 
@@ -42,8 +50,8 @@ class Peer:
         connection = self.connection
         credit, used = connection.input_credit, connection.input_bytes
         running = connection.state is State.PROCESS and credit is not None
-        if self.takes_input and running and used + limits.INPUT_WINDOW // 2 >= credit:
-            self.send(Credit(stdin=used + limits.INPUT_WINDOW))
+        if self.takes_input and running and used + bounds.INPUT_WINDOW // 2 >= credit:
+            self.send(Credit(stdin=used + bounds.INPUT_WINDOW))
 
     def send(self, *events: object) -> None:
         self.sock.sendall(b"".join(self.connection.send(event) for event in events))  # type: ignore[arg-type]

@@ -23,8 +23,9 @@ from agentharness import (
 )
 from patience import PATIENCE, SLACK
 
-from microguest.guest import frames, limits, messages
-from microguest.guest.workload import ImageDefaults
+from microguest.guest import bounds
+from microguest.guest.boot.workload import ImageDefaults
+from microguest.guest.wire import frames, messages
 from microguest.host_client.cli.exec import SHELL_OF_USER
 
 MIB = 1024 * 1024
@@ -432,7 +433,7 @@ def test_grandchild_that_holds_stdout_does_not_hold_the_result(agent: AgentProce
     started = time.monotonic()
     result = shell(agent, "sleep 30 & echo $!; exit 4")
     os.kill(int(result.stdout), signal.SIGKILL)
-    assert time.monotonic() - started < limits.STREAM_CAP_AFTER_EXIT + SLACK
+    assert time.monotonic() - started < bounds.STREAM_CAP_AFTER_EXIT + SLACK
     assert result.exited.code == 4
     assert result.exited.open_streams == ("stdout", "stderr")
 
@@ -443,7 +444,7 @@ def test_grandchild_that_keeps_writing_is_cut_at_the_cap(agent: AgentProcess) ->
     result = shell(agent, script, drain_idle=60.0)  # a writer that is kept waiting is not idle
     os.kill(int(result.stderr), signal.SIGKILL)
     elapsed = time.monotonic() - started
-    assert limits.STREAM_CAP_AFTER_EXIT <= elapsed < limits.STREAM_CAP_AFTER_EXIT + SLACK
+    assert bounds.STREAM_CAP_AFTER_EXIT <= elapsed < bounds.STREAM_CAP_AFTER_EXIT + SLACK
     assert result.exited.open_streams == ("stdout",)
     assert result.stdout.count(b"tick") > 5
 
@@ -452,7 +453,7 @@ def test_slow_host_gets_what_was_written_before_the_exit(agent: AgentProcess) ->
     """The cut of a held stream counts only while somebody reads."""
     with Host(agent) as host:
         host.start("sh", "-c", "head -c 900000 /dev/zero; sleep 30 & echo $! >&2")
-        time.sleep(limits.STREAM_CAP_AFTER_EXIT + 0.5)
+        time.sleep(bounds.STREAM_CAP_AFTER_EXIT + 0.5)
         result = host.collect()
     os.kill(int(result.stderr), signal.SIGKILL)
     assert len(result.stdout) == 900000
@@ -525,7 +526,7 @@ def test_timeout_ends_what_ignores_it(agent: AgentProcess) -> None:
     result, timeout = run_into_timeout(agent, script)
     assert result.exited.timed_out
     assert result.exited.signal == signal.SIGKILL
-    assert result.exited.duration < timeout + limits.TIMEOUT_GRACE + SLACK
+    assert result.exited.duration < timeout + bounds.TIMEOUT_GRACE + SLACK
     wait_until_gone(int(result.stdout.split()[1]))
 
 

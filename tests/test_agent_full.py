@@ -17,8 +17,8 @@ import pytest
 from agentharness import AgentProcess, Host, Refused, execute
 from rights import open_to_all
 
-from microguest.guest.messages import Failure, StagedFile
-from microguest.guest.renewal import Renew, Renewed
+from microguest.guest.wire.messages import Failure, StagedFile
+from microguest.guest.wire.renewal import Renew, Renewed
 
 # linux/prctl.h, linux/capability.h
 PR_SET_KEEPCAPS = 8

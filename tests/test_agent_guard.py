@@ -15,7 +15,7 @@ LOOP = """
     import os, threading, time
     from microguest.agent.guard import Guard
     from microguest.agent.registry import Process
-    from microguest.guest import limits
+    from microguest.guest import bounds as limits
 
     class Watched(Process):
         killed = 0

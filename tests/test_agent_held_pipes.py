@@ -14,7 +14,7 @@ import pytest
 from agentharness import AgentProcess, Host
 from machinekit import wait_until
 
-from microguest.guest.messages import Keep
+from microguest.guest.wire.messages import Keep
 
 DRAIN = 5.0  # seconds, in which the test has to get that far
 SPLICE = {"x86_64": "275", "aarch64": "76"}[os.uname().machine]

@@ -9,7 +9,7 @@ import pytest
 from patience import PATIENCE
 
 from microguest.agent import holders
-from microguest.guest import limits
+from microguest.guest import bounds
 
 MANY = 15_000  # descriptors of each decoy
 DECOYS = 16
@@ -40,7 +40,7 @@ def stay(*unwanted: int, decoy: bool = True) -> int:
     resource.getrlimit(resource.RLIMIT_NOFILE)[0] < MANY + 1000, reason="ulimit -n is too low"
 )
 def test_many_descriptors_of_others_delay_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "LOCK_SEARCH", PATIENCE)
+    monkeypatch.setattr(bounds, "LOCK_SEARCH", PATIENCE)
     kept, other = os.pipe()
     proc = os.open("/proc", os.O_PATH)
     decoys = [stay(kept, other) for _ in range(DECOYS)]

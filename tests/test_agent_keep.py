@@ -15,9 +15,18 @@ import pytest
 from agentharness import TIMEOUTS, WAIT, AgentProcess, Host, Refused
 from sleepers import Sleeper
 
-from microguest.guest import limits
-from microguest.guest.connection import Data, Event, Request, Response, State
-from microguest.guest.messages import (
+from microguest.guest import bounds
+from microguest.guest.supervision import (
+    AreYouThere,
+    Configure,
+    Deposit,
+    ExecStarted,
+    KeptExited,
+    Restored,
+    Withdraw,
+)
+from microguest.guest.wire.connection import Data, Event, Request, Response, State
+from microguest.guest.wire.messages import (
     Acknowledge,
     Attach,
     Detach,
@@ -32,15 +41,6 @@ from microguest.guest.messages import (
     Started,
     Wait,
     Winsize,
-)
-from microguest.guest.supervision import (
-    AreYouThere,
-    Configure,
-    Deposit,
-    ExecStarted,
-    KeptExited,
-    Restored,
-    Withdraw,
 )
 
 PAGE = 4096
@@ -544,7 +544,7 @@ def test_a_terminal_is_kept_as_well(agent: KeepingAgent) -> None:
 
 
 def test_no_more_than_agreed_are_kept(agent: KeepingAgent) -> None:
-    ids = [start(agent, "sleep", "1000") for _ in range(limits.KEPT_PROCESSES)]
+    ids = [start(agent, "sleep", "1000") for _ in range(bounds.KEPT_PROCESSES)]
     with Host(agent) as host:
         host.send(Request(op="start", args=Start(argv=("true",), keep=Keep())))
         refusal = host.refusal()
@@ -560,7 +560,7 @@ def test_no_more_than_agreed_are_kept(agent: KeepingAgent) -> None:
 
 def test_those_that_ended_first_make_room(agent: KeepingAgent) -> None:
     """Also for several at a time, and not those that run or are being read."""
-    running = [start(agent, "sleep", "1000") for _ in range(limits.KEPT_PROCESSES - 5)]
+    running = [start(agent, "sleep", "1000") for _ in range(bounds.KEPT_PROCESSES - 5)]
     read = start(agent, "head", "-c", "1000000", "/dev/zero")  # more than a socket takes
     with Host(agent) as reader:
         attach(reader, read, write=False)

@@ -20,8 +20,8 @@ from machinekit import Pings, wait_until
 from microguest import boot
 from microguest.errors import DeadlineExceeded
 from microguest.guest.errors import StartError
-from microguest.guest.messages import Failure, Limits
 from microguest.guest.privileges import CAPABILITIES, RESOURCES
+from microguest.guest.wire.messages import Failure, Limits
 from microguest.host_client.machines.machine import Machine
 
 LOAD = 8.0  # seconds that the agent is in trouble

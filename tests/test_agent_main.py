@@ -12,8 +12,6 @@ import pytest
 from agentharness import AgentProcess, Host, Refused
 from patience import PATIENCE
 
-from microguest.guest.connection import Data, Request
-from microguest.guest.messages import Attach
 from microguest.guest.status import exit_fields
 from microguest.guest.supervision import (
     Deposit,
@@ -23,6 +21,8 @@ from microguest.guest.supervision import (
     MainReader,
     MainStarted,
 )
+from microguest.guest.wire.connection import Data, Request
+from microguest.guest.wire.messages import Attach
 
 ASIDES = Deposit | ExecStarted | MainReader
 

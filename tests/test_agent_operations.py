@@ -11,9 +11,9 @@ from agentharness import AgentProcess, Host, Refused, execute
 from machinekit import wait_until
 from patience import PATIENCE, SLACK
 
-from microguest.guest import limits
-from microguest.guest.connection import Request, Response
-from microguest.guest.messages import (
+from microguest.guest import bounds
+from microguest.guest.wire.connection import Request, Response
+from microguest.guest.wire.messages import (
     Exited,
     Forget,
     ListProcesses,
@@ -72,7 +72,7 @@ def test_long_arguments_are_cut_in_the_list(agent: AgentProcess) -> None:
     with Host(agent) as host:
         host.start("sh", "-c", "sleep 60", *["word"] * 5000, "x" * 100_000)
         argv = listed(agent)[0].argv
-        assert sum(map(len, argv)) <= limits.LISTED_ARGV
+        assert sum(map(len, argv)) <= bounds.LISTED_ARGV
         assert argv[-1].endswith("…")
     wait_until_unlisted(agent)
 
@@ -81,7 +81,7 @@ def test_list_of_many_fits_into_an_answer(agent: AgentProcess) -> None:
     hosts = [Host(agent) for _ in range(300)]
     try:
         for host in hosts:
-            host.start("sh", "-c", "sleep 1000", "\u2603" * 5000, label="\u2603" * limits.LABEL)
+            host.start("sh", "-c", "sleep 1000", "\u2603" * 5000, label="\u2603" * bounds.LABEL)
         infos = listed(agent)
         assert len(infos) == 300
         assert all(info.argv[0] == "sh" for info in infos)

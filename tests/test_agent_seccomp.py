@@ -13,9 +13,9 @@ from machinekit import wait_until
 from test_agent_spawn import hide_newer_calls
 
 from microguest import seccomp
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.errors import StartError
-from microguest.guest.messages import Failure, Keep, Winsize
+from microguest.guest.wire.messages import Failure, Keep, Winsize
 from microguest.host_client.connecting import connect
 
 RETURN = 0x06
@@ -98,7 +98,7 @@ def test_with_a_terminal_and_kept(agent: AgentProcess) -> None:
 
 
 def test_the_longest_program(agent: AgentProcess) -> None:
-    program = always(ALLOW) * (limits.SECCOMP_FILTER // 8)
+    program = always(ALLOW) * (bounds.SECCOMP_FILTER // 8)
     assert execute(agent, "true", seccomp=program).exited.code == 0
 
 

@@ -10,10 +10,11 @@ import pytest
 from agentharness import TOKEN, AgentProcess, Closed, Host, execute
 from patience import PATIENCE, SLACK
 
-from microguest.guest import frames, limits, messages
-from microguest.guest.connection import Request
-from microguest.guest.messages import Hello, Shutdown, ShutdownResult
+from microguest.guest import bounds
 from microguest.guest.supervision import ShutdownRequest
+from microguest.guest.wire import frames, messages
+from microguest.guest.wire.connection import Request
+from microguest.guest.wire.messages import Hello, Shutdown, ShutdownResult
 
 PREFACE = frames.preface()
 
@@ -157,7 +158,7 @@ def test_silence_is_not_waited_for_longer_than_the_limit(agent: AgentProcess) ->
     with Host(agent, hello=False) as stranger:
         stranger.send_raw(PREFACE)
         assert b"hello_timeout" in stranger.read_until_closed()
-    assert limits.HELLO_TIMEOUT - 0.1 < time.monotonic() - started < limits.HELLO_TIMEOUT + SLACK
+    assert bounds.HELLO_TIMEOUT - 0.1 < time.monotonic() - started < bounds.HELLO_TIMEOUT + SLACK
 
 
 def test_five_hundred_silent_connections(agent: AgentProcess) -> None:
@@ -173,7 +174,7 @@ def test_five_hundred_silent_connections(agent: AgentProcess) -> None:
         started = time.monotonic()
         assert execute(agent, "echo", "ok").stdout == b"ok\n"
         assert time.monotonic() - started < SLACK
-        settle(agent, before + limits.UNAUTHENTICATED)
+        settle(agent, before + bounds.UNAUTHENTICATED)
         assert agent.resident_kib() - resident < 4096
         silent[0].settimeout(PATIENCE)
         assert silent[0].recv(100) == b"", "the oldest must have been dropped"

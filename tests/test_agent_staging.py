@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from agentharness import AgentProcess, Host, Refused, execute
 
-from microguest.guest.messages import Failure, StagedFile
+from microguest.guest.wire.messages import Failure, StagedFile
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import pytest
 from agentharness import AgentProcess, Closed, Host, Result, execute, run_into_timeout
 from patience import PATIENCE, SLACK
 
-from microguest.guest import limits
-from microguest.guest.connection import Data, End
-from microguest.guest.messages import Acknowledge, Detach, Exited
+from microguest.guest import bounds
+from microguest.guest.wire.connection import Data, End
+from microguest.guest.wire.messages import Acknowledge, Detach, Exited
 
 MIB = 1024 * 1024
 ROUNDS = 500  # of each race, over THREADS connections at a time
@@ -261,7 +261,7 @@ def test_stolen_output_ends_that_connection_only(agent: AgentProcess) -> None:
 def test_signal_behind_stuck_input_is_seen(agent: AgentProcess, target: str) -> None:
     with Host(agent) as host:
         host.start("sleep", "100", stdin=True)
-        host.write(b"x" * limits.DATA_PAYLOAD)
+        host.write(b"x" * bounds.DATA_PAYLOAD)
         host.signal(signal.SIGTERM, target)
         assert host.collect().exited.signal == signal.SIGTERM
 
@@ -269,7 +269,7 @@ def test_signal_behind_stuck_input_is_seen(agent: AgentProcess, target: str) -> 
 def test_detach_behind_stuck_input_kills_what_is_not_kept(agent: AgentProcess) -> None:
     with Host(agent) as host:
         host.start("sh", "-c", "sleep 100 & exec sleep 100", stdin=True)
-        host.write(b"x" * limits.DATA_PAYLOAD)
+        host.write(b"x" * bounds.DATA_PAYLOAD)
         host.send(Detach())
         assert host.sock.recv(1) == b""
     wait_for_children(agent)

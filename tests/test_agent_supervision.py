@@ -6,7 +6,17 @@ import subprocess
 import pytest
 from agentharness import AgentProcess, Host, Refused, execute
 
-from microguest.guest.messages import (
+from microguest.guest.supervision import (
+    AreYouThere,
+    Deposit,
+    ExecStarted,
+    Here,
+    MainExited,
+    MainStarted,
+    Message,
+    ShutdownRequest,
+)
+from microguest.guest.wire.messages import (
     Attach,
     Exited,
     Forget,
@@ -18,16 +28,6 @@ from microguest.guest.messages import (
     SignalProcess,
     SignalResult,
     Wait,
-)
-from microguest.guest.supervision import (
-    AreYouThere,
-    Deposit,
-    ExecStarted,
-    Here,
-    MainExited,
-    MainStarted,
-    Message,
-    ShutdownRequest,
 )
 
 

@@ -13,8 +13,8 @@ from agentharness import AgentProcess, Host, Refused, Result
 from machinekit import wait_until
 from patience import PATIENCE, SLACK
 
-from microguest.guest.connection import Data, End
-from microguest.guest.messages import Detach, Exited, Winsize
+from microguest.guest.wire.connection import Data, End
+from microguest.guest.wire.messages import Detach, Exited, Winsize
 
 SIZE = Winsize(rows=33, columns=101)
 GONE = PATIENCE  # seconds in which a killed process must have disappeared

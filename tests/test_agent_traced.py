@@ -13,8 +13,8 @@ from agentharness import AgentProcess, Host, Refused
 from machinekit import wait_until
 from patience import SLACK
 
-from microguest.guest import limits
-from microguest.guest.messages import Forget, Keep
+from microguest.guest import bounds
+from microguest.guest.wire.messages import Forget, Keep
 
 # `trace` is done by a process that neither waits for what it traces nor lets it go.
 PRELUDE = """
@@ -124,7 +124,7 @@ def test_who_traces_from_outside_of_the_guest_delays_no_end(
             with Host(agent) as other:
                 other.ping()
             assert host.collect().exited.code == 7
-            assert time.monotonic() - began < limits.TRACED_END + SLACK
+            assert time.monotonic() - began < bounds.TRACED_END + SLACK
             assert state(pid) == "Z"
         finally:
             os.kill(pid, 9)  # where the test has failed

@@ -18,7 +18,7 @@ from sleepers import Sleeper
 
 from microguest.agent.cgroups import MOUNTS, Cgroups, open_cgroups
 from microguest.agent.leaf import Leaf
-from microguest.guest.messages import Signal, SignalProcess, SignalResult
+from microguest.guest.wire.messages import Signal, SignalProcess, SignalResult
 
 STORM = 500  # processes that each of four loops starts, at most
 LIBC = ctypes.CDLL(None, use_errno=True)

@@ -12,10 +12,10 @@ from patience import PATIENCE
 
 from microguest import aio
 from microguest.errors import ConnectionLost, DeadlineExceeded, OutputStalled
-from microguest.guest import limits
-from microguest.guest.connection import Data, End, Response
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError, StartError
-from microguest.guest.messages import (
+from microguest.guest.wire.connection import Data, End, Response
+from microguest.guest.wire.messages import (
     Acknowledge,
     Detach,
     Exited,
@@ -67,8 +67,8 @@ def echo(peer: Peer) -> None:
 
 
 def flood(peer: Peer, stream: int) -> None:
-    for _ in range(FLOOD // limits.DATA_PAYLOAD):
-        peer.send(Data(stream=stream, data=bytes(limits.DATA_PAYLOAD)))
+    for _ in range(FLOOD // bounds.DATA_PAYLOAD):
+        peer.send(Data(stream=stream, data=bytes(bounds.DATA_PAYLOAD)))
 
 
 def answering(*answers: object) -> Script:

@@ -27,10 +27,10 @@ from patience import PATIENCE
 
 from microguest import Agent, Keep, aio, connect
 from microguest.errors import ConnectionLost, OutputTooLarge
-from microguest.guest import limits
-from microguest.guest.connection import Data
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError
-from microguest.guest.messages import Acknowledge, Credit
+from microguest.guest.wire.connection import Data
+from microguest.guest.wire.messages import Acknowledge, Credit
 from microguest.host_client.aio.machine import GIVEN_UP_WAIT
 
 BYTES = 20_000
@@ -528,7 +528,7 @@ def test_close_ends_a_call_that_both_reads_and_writes(tmp_path: Path, backend: s
         peer.takes_input = False
         peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         peer.start()
-        peer.send(Credit(stdin=limits.CREDIT_MAX))
+        peer.send(Credit(stdin=bounds.CREDIT_MAX))
         assert done.wait(PATIENCE)
 
     async def main() -> None:

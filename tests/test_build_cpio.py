@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from patience import PATIENCE
 
-from microguest.guest import cpio
+from microguest.guest.bundle import cpio
 
 needs_cpio = pytest.mark.skipif(shutil.which("cpio") is None, reason="no cpio: install cpio")
 

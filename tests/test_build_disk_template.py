@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microguest.guest import disk_template
+from microguest.guest.bundle import disk_template
 
 BUILD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "build")
 sys.path.insert(0, BUILD)  # the build's modules import each other by bare name

@@ -11,7 +11,7 @@ import sys
 import pytest
 from patience import PATIENCE
 
-from microguest.guest.manifest import MANIFEST, PROGRAM, Manifest
+from microguest.guest.bundle.manifest import MANIFEST, PROGRAM, Manifest
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUILD = os.path.join(PROJECT, "build")

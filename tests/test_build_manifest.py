@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from microguest.guest.bundle.manifest import SCHEMA, FileRecord, KernelModule, Manifest
 from microguest.guest.errors import ManifestError
-from microguest.guest.manifest import SCHEMA, FileRecord, KernelModule, Manifest
 
 DIGEST = "0123456789abcdef" * 4
 FILE = {"size": 1, "sha256": DIGEST}

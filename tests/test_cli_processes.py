@@ -12,8 +12,8 @@ from clikit import PROGRAM, TYPED, Done, microguest
 from machinekit import wait_until
 from patience import PATIENCE
 
-from microguest.guest import limits
-from microguest.guest.messages import Keep
+from microguest.guest import bounds
+from microguest.guest.wire.messages import Keep
 from microguest.host_client.machines.named import find
 
 pytestmark = pytest.mark.usefixtures("module_machines_home")
@@ -140,7 +140,7 @@ def test_what_makes_room_where_no_more_are_kept(elf: Path) -> None:
         ended.wait()
         ended.close()
         there = len([each for each in agent.processes() if each.kept])
-        for _ in range(limits.KEPT_PROCESSES - there):
+        for _ in range(bounds.KEPT_PROCESSES - there):
             agent.start(["sleep", "100000"], keep=Keep()).close()
         last = start("full", "sleep 100000")
         listed = [each.id for each in agent.processes()]

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from microguest import aio
-from microguest.guest import messages, report, supervision
+from microguest.guest import report, supervision
 from microguest.guest.record import Catalogue, Record
+from microguest.guest.wire import messages
 from microguest.host_client.agent import Agent
 from microguest.host_client.machines.plan import COMMANDS
 
@@ -243,6 +244,6 @@ def test_a_message_that_nobody_has_is_found() -> None:
 @pytest.mark.parametrize("receiver", [PID_1, AGENT])
 def test_a_message_that_is_sent_to_nobody_is_found(receiver: tuple[str, ...]) -> None:
     sender = AGENT if receiver is PID_1 else PID_1
-    deaf = ("guest/limits.py",)
+    deaf = ("guest/bounds.py",)
     wrong = one_sided(supervision.MESSAGES.records.values(), sender, deaf)
-    assert [line for line in wrong if line.startswith("guest/limits.py does not act on ")]
+    assert [line for line in wrong if line.startswith("guest/bounds.py does not act on ")]

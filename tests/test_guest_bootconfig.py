@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microguest.guest import bootconfig, limits
-from microguest.guest.bootconfig import BootConfig, parse
+from microguest.guest import bounds
+from microguest.guest.boot import config as bootconfig
+from microguest.guest.boot.config import BootConfig, parse
+from microguest.guest.boot.workload import signal_number
 from microguest.guest.errors import BootConfigError
 from microguest.guest.record import Record, RecordError
-from microguest.guest.workload import signal_number
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "boot-config.md").read_text()
 
@@ -228,7 +229,7 @@ def test_a_missing_field_is_named(
         (("hardening",), "profile", "paranoid"),
         (("hardening",), "sysctls", {"../etc/passwd": "1"}),
         (("hardening",), "sysctls", {"kernel/../../x": "1"}),
-        (("image",), "env", {"A": "x" * limits.IMAGE_DEFAULTS}),
+        (("image",), "env", {"A": "x" * bounds.IMAGE_DEFAULTS}),
     ],
 )
 def test_a_value_that_cannot_be_used_names_the_field(

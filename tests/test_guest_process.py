@@ -5,11 +5,11 @@ import os
 
 import pytest
 
-from microguest.guest import limits
+from microguest.guest import bounds
+from microguest.guest.boot.workload import ImageDefaults
 from microguest.guest.errors import START_CODES, OperationError
-from microguest.guest.process import DEFAULT_PATH, plan, share_of_processes, start_failure
+from microguest.guest.launch import DEFAULT_PATH, plan, share_of_processes, start_failure
 from microguest.guest.users import Identity
-from microguest.guest.workload import ImageDefaults
 
 APP = Identity(uid=1000, gid=1000, groups=(1000,), home="/srv/app", name="app")
 
@@ -123,10 +123,10 @@ def test_missing_interpreter_is_not_a_missing_program() -> None:
 @pytest.mark.parametrize(
     ("threads_max", "pid_max", "others", "share"),
     [
-        (1592, 32768, 50, (1592 - 50 - limits.PIDS_RESERVE) // 2),
-        (127_000, 32768, 200, (32768 - 300 - 200 - limits.PIDS_RESERVE) // 2),
-        (1592, 32768, -5, (1592 - limits.PIDS_RESERVE) // 2),  # counted while they end
-        (limits.PIDS_RESERVE + 100, 32768, 40, None),
+        (1592, 32768, 50, (1592 - 50 - bounds.PIDS_RESERVE) // 2),
+        (127_000, 32768, 200, (32768 - 300 - 200 - bounds.PIDS_RESERVE) // 2),
+        (1592, 32768, -5, (1592 - bounds.PIDS_RESERVE) // 2),  # counted while they end
+        (bounds.PIDS_RESERVE + 100, 32768, 40, None),
         (20, 301, 500, None),
     ],
 )
@@ -135,5 +135,5 @@ def test_neither_share_of_processes_can_take_the_other_or_the_reserve(
 ) -> None:
     assert share_of_processes(threads_max, pid_max, others) == share
     if share is not None:
-        assert 2 * share + max(others, 0) + limits.PIDS_RESERVE <= min(threads_max, pid_max - 300)
-    assert limits.LATE_PROCESSES < limits.PIDS_RESERVE
+        assert 2 * share + max(others, 0) + bounds.PIDS_RESERVE <= min(threads_max, pid_max - 300)
+    assert bounds.LATE_PROCESSES < bounds.PIDS_RESERVE

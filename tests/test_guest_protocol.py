@@ -17,8 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microguest.guest import frames, limits, messages, report
-from microguest.guest.connection import (
+from microguest.guest import bounds, report
+from microguest.guest.errors import START_CODES, LocalProtocolError, RemoteProtocolError
+from microguest.guest.record import Record
+from microguest.guest.wire import frames, messages
+from microguest.guest.wire.connection import (
     AGENT_MAY_SEND,
     HOST_MAY_SEND,
     Connection,
@@ -30,9 +33,8 @@ from microguest.guest.connection import (
     Role,
     State,
 )
-from microguest.guest.errors import START_CODES, LocalProtocolError, RemoteProtocolError
-from microguest.guest.frames import Kind
-from microguest.guest.messages import (
+from microguest.guest.wire.frames import Kind
+from microguest.guest.wire.messages import (
     Acknowledge,
     Attach,
     Credit,
@@ -58,7 +60,6 @@ from microguest.guest.messages import (
     Welcome,
     Winsize,
 )
-from microguest.guest.record import Record
 
 PROJECT = Path(__file__).parent.parent
 VECTORS = json.loads((Path(__file__).parent / "data" / "protocol-vectors.json").read_text())
@@ -195,7 +196,7 @@ def test_every_message_and_field_is_documented() -> None:
 def test_every_kind_state_limit_and_constant_is_documented() -> None:
     names = [name for name in vars(Kind) if name.isupper()]
     names += [state.name for state in State]
-    names += [name for name in vars(limits) if name.isupper()]
+    names += [name for name in vars(bounds) if name.isupper()]
     assert not [name for name in names if not named(name)]
     assert frames.MAGIC.hex(" ") in PROTOCOL
 
@@ -328,7 +329,7 @@ class Wire:
             return False
         del self.flying[role][:count]
         self.received[role] += events
-        assert self.sides[role].buffered <= limits.CONTROL_PAYLOAD
+        assert self.sides[role].buffered <= bounds.CONTROL_PAYLOAD
         return True
 
     def deliver_all(self, role: Role, piece: int) -> None:
@@ -470,7 +471,7 @@ def feed(connection: Connection, raw: bytes, piece: int) -> None:
                 connection.receive(raw[start : start + piece])
             assert connection.buffered <= len(raw) + frames.PREFACE_SIZE
             if connection.state is State.HELLO:
-                assert connection.buffered <= limits.HELLO_PAYLOAD
+                assert connection.buffered <= bounds.HELLO_PAYLOAD
         connection.receive_eof()
     except RemoteProtocolError as error:
         failure = error
@@ -517,7 +518,7 @@ def process_pair(request: Request = START) -> tuple[Connection, Connection]:
 
 def test_bulk_data_is_copied_once() -> None:
     host, agent = process_pair()
-    frame = agent.send(Data(stream=1, data=bytes(limits.DATA_PAYLOAD)))
+    frame = agent.send(Data(stream=1, data=bytes(bounds.DATA_PAYLOAD)))
     raw = frame * 16
     tracemalloc.start()
     try:
@@ -561,11 +562,11 @@ def test_an_error_is_cut_to_its_limits_and_not_refused() -> None:
     fields: dict[str, str | int | None] = {f"path{n}": "\U0001f600" * 9999 for n in range(99)}
     failure = Failure(code="internal", message="\U0001f600" * 9999, fields=fields)
     raw = agent.send(failure)
-    assert len(raw) <= limits.ERROR_PAYLOAD + frames.PREFACE_SIZE + frames.HEADER.size
+    assert len(raw) <= bounds.ERROR_PAYLOAD + frames.PREFACE_SIZE + frames.HEADER.size
     (event,) = Connection(Role.HOST).receive(raw)
     assert isinstance(event, Failure)
-    assert len(event.message) == limits.ERROR_MESSAGE
-    assert len(event.fields) == limits.ERROR_FIELDS
+    assert len(event.message) == bounds.ERROR_MESSAGE
+    assert len(event.fields) == bounds.ERROR_FIELDS
 
 
 # ── misuse on this side ──────────────────────────────────────────────────────────────────────────
@@ -578,7 +579,7 @@ def test_an_error_is_cut_to_its_limits_and_not_refused() -> None:
         (Request(op="ping", args=Info()), "takes Ping"),
         (Request(op="start", args=Start(argv="ls")), "argv"),  # type: ignore[arg-type]
         (Request(op="start", args=Start(argv=("\ud800",))), "encode"),
-        (Request(op="start", args=Start(argv=("x" * limits.CONTROL_PAYLOAD,))), "at most"),
+        (Request(op="start", args=Start(argv=("x" * bounds.CONTROL_PAYLOAD,))), "at most"),
         (Ping(), "not an event"),
         (Winsize(rows=1, columns=1), "not an event"),
         (SignalProcess(id="p1", signal=1), "not an event"),
@@ -597,7 +598,7 @@ def test_what_the_peer_would_refuse_is_not_sent(event: Any, match: str) -> None:
     assert snapshot(host) == before
 
 
-@pytest.mark.parametrize("length", [0, -1, limits.DATA_PAYLOAD + 1])
+@pytest.mark.parametrize("length", [0, -1, bounds.DATA_PAYLOAD + 1])
 def test_a_data_header_has_the_limits_of_a_data_frame(length: int) -> None:
     host, agent = process_pair()
     with pytest.raises(LocalProtocolError):

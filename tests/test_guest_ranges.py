@@ -8,14 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microguest.guest import bootconfig, manifest, messages, renewal, report, supervision
-from microguest.guest.messages import ProcessInfo
+from microguest.guest import report, supervision
+from microguest.guest.boot import config
+from microguest.guest.bundle import manifest
 from microguest.guest.record import NUMBER_MAX, Record, RecordError
 from microguest.guest.report import REPORTS
+from microguest.guest.wire import messages, renewal
+from microguest.guest.wire.messages import ProcessInfo
 from microguest.host_client.machines import plan
 from microguest.host_client.machines.plan import STATE_MAX, MachineState, clipped
 
-MODULES = (bootconfig, manifest, messages, renewal, report, supervision, plan)
+MODULES = (config, manifest, messages, renewal, report, supervision, plan)
 TOO_LARGE = [10**4000, -(10**4000), NUMBER_MAX + 2, -NUMBER_MAX - 3]
 NO_NUMBERS = [float("inf"), float("-inf"), float("nan"), 1e300, -1e300]
 

@@ -10,24 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microguest.guest import (
-    bootconfig,
-    limits,
-    messages,
-    netplan,
-    report,
-    rootplan,
-    status,
-    supervision,
-    workload,
-)
-from microguest.guest.bootconfig import Endpoint
-from microguest.guest.messages import Credit, StagedFile, Start, Started, Welcome
+from microguest.guest import bounds, report, status, supervision
+from microguest.guest.boot import config, network, root, workload
+from microguest.guest.boot.config import Endpoint
 from microguest.guest.record import Catalogue, Record, RecordError
 from microguest.guest.status import ExitStatus
 from microguest.guest.supervision import Deposit, KeptStatus, Restored
+from microguest.guest.wire import messages
+from microguest.guest.wire.messages import Credit, StagedFile, Start, Started, Welcome
 
-MODULES = (bootconfig, messages, netplan, report, rootplan, status, supervision, workload)
+MODULES = (config, messages, network, report, root, status, supervision, workload)
 RECORDS = [
     record
     for module in MODULES
@@ -62,7 +54,7 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
         st.sampled_from(("nofile", "core")),
         st.lists(st.integers(-1, 2**63 - 1), min_size=2, max_size=2),
     ),
-    "buffer": st.integers(limits.KEEP_BUFFER_MIN, limits.KEEP_BUFFER_MAX),
+    "buffer": st.integers(bounds.KEEP_BUFFER_MIN, bounds.KEEP_BUFFER_MAX),
     "on_full": st.sampled_from(("block", "drop")),
     "offsets": st.dictionaries(st.sampled_from(("stdout", "stderr")), st.integers(-1, 2**62)),
     "id": st.text("abc0123", min_size=1, max_size=9),
@@ -77,33 +69,33 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
 TOGETHER = (Endpoint,)  # records whose optional fields need each other
 # Those with rules of their own among the fields: whole examples.
 EXAMPLES: dict[type[Record], list[dict[str, Any]]] = {
-    rootplan.Lower: [
+    root.Lower: [
         {"kind": "disk", "serial": "a", "fstype": "erofs"},
         {"kind": "9p", "tag": "share"},
         {"kind": "directory", "path": "/lower"},
     ],
-    rootplan.Upper: [{}, {"size": "64m"}, {"kind": "disk", "serial": "u", "format": "if-blank"}],
-    rootplan.Root: [
+    root.Upper: [{}, {"size": "64m"}, {"kind": "disk", "serial": "u", "format": "if-blank"}],
+    root.Root: [
         {"lower": [{"kind": "virtiofs", "tag": "root"}], "upper": None},
         {"lower": [{"kind": "directory", "path": "/a"}] * 2, "read_only": True, "writable": ["/x"]},
     ],
-    rootplan.Volume: [
+    root.Volume: [
         {"kind": "tmpfs", "target": "/tmp", "size": "1m", "mode": 0o755, "exec": False},
         {"kind": "disk", "target": "/d", "serial": "d", "fstype": "ext4", "format": "if-blank"},
         {"kind": "bind", "target": "/b", "path": "/a", "read_only": True, "create": False},
     ],
-    netplan.Route: [{"via": "10.0.2.2"}, {"to": "fd00::/64", "metric": 7}],
-    netplan.Interface: [
+    network.Route: [{"via": "10.0.2.2"}, {"to": "fd00::/64", "metric": 7}],
+    network.Interface: [
         {},
         {"name": "net0", "mac": "52:54:00:12:34:56", "addresses": ["10.0.2.15/24"], "mtu": 1400},
         {"dhcp": True, "routes": [{"to": "10.1.0.0/16"}]},
     ],
-    netplan.Network: [
+    network.Network: [
         {},
         {"nameservers": ["10.0.2.3"], "search": ["a.test"], "hosts": {"10.0.0.1": ["a", "b"]}},
         {"interfaces": [{"name": "eth1"}], "options": ["ndots:2"]},
     ],
-    bootconfig.BootConfig: [
+    config.BootConfig: [
         {
             "root": {"lower": [{"kind": "9p", "tag": "root"}]},
             "agent": {"listen": {"transport": "vsock", "port": 1024}, "token": "x" * 16},
@@ -120,7 +112,7 @@ EXAMPLES: dict[type[Record], list[dict[str, Any]]] = {
             "network": {"nameservers": ["10.0.2.3"]},
         },
     ],
-    bootconfig.Hardening: [{}, {"profile": "strict", "sysctls": {"net.core.somaxconn": "128"}}],
+    config.Hardening: [{}, {"profile": "strict", "sysctls": {"net.core.somaxconn": "128"}}],
     workload.Restart: [{}, {"policy": "on-failure", "limit": 3, "delay": 1, "delay_max": 8}],
     workload.Capabilities: [{}, {"bounding": ["chown"], "ambient": ["net_admin"]}],
     workload.Workload: [
@@ -141,9 +133,9 @@ EXAMPLES: dict[type[Record], list[dict[str, Any]]] = {
 }
 BINARY = (StagedFile, Start)  # records with bytes, which JSON does not have
 NEEDED = {Start: ("stdin",)}  # by others, though it has a default
-OFFSETS = st.dictionaries(st.sampled_from(("stdout", "stderr")), st.integers(0, limits.OFFSET_MAX))
+OFFSETS = st.dictionaries(st.sampled_from(("stdout", "stderr")), st.integers(0, bounds.OFFSET_MAX))
 OWN = {
-    (Credit, "stdin"): st.integers(0, limits.CREDIT_MAX),
+    (Credit, "stdin"): st.integers(0, bounds.CREDIT_MAX),
     (Start, "id"): st.just(""),
     (Started, "offsets"): OFFSETS,
     (Started, "dropped"): OFFSETS,
@@ -332,10 +324,10 @@ def test_a_catalogue_reads_no_more_than_its_maximum() -> None:
 
 def test_the_largest_deposit_fits_into_one_message() -> None:
     largest = Restored(
-        id='"' * limits.KEPT_NAME,
+        id='"' * bounds.KEPT_NAME,
         pid=2**31 - 1,
-        meta='"' * limits.KEPT_META,
-        names=('"' * limits.KEPT_NAME,) * (limits.SUPERVISION_DESCRIPTORS - 1),
+        meta='"' * bounds.KEPT_META,
+        names=('"' * bounds.KEPT_NAME,) * (bounds.SUPERVISION_DESCRIPTORS - 1),
         exited=KeptStatus(signal=9, ended_ms=0.1 + 0.2, user_seconds=1e-300, system_seconds=1e-300),
     )
     assert supervision.MESSAGES.decode(supervision.MESSAGES.encode(largest)) == largest
@@ -344,13 +336,13 @@ def test_the_largest_deposit_fits_into_one_message() -> None:
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"meta": "x" * (limits.KEPT_META + 1)}, "meta"),
+        ({"meta": "x" * (bounds.KEPT_META + 1)}, "meta"),
         ({"meta": "\n"}, "meta"),
         ({"meta": "ü"}, "meta"),
         ({"id": ""}, "id"),
-        ({"id": "x" * (limits.KEPT_NAME + 1)}, "id"),
+        ({"id": "x" * (bounds.KEPT_NAME + 1)}, "id"),
         ({"names": ("",)}, "names"),
-        ({"names": ("x",) * limits.SUPERVISION_DESCRIPTORS}, "names"),
+        ({"names": ("x",) * bounds.SUPERVISION_DESCRIPTORS}, "names"),
     ],
 )
 def test_a_deposit_has_limits(changes: dict[str, Any], field: str) -> None:

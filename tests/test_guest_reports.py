@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microguest.guest import limits, report, supervision
+from microguest.guest import bounds, report, supervision
+from microguest.guest.boot.workload import ImageDefaults
 from microguest.guest.record import Catalogue, Record, RecordError
 from microguest.guest.report import REPORTS, BootFailed, Ready, Stopping
 from microguest.guest.status import ExitStatus, exit_fields
 from microguest.guest.supervision import MESSAGES, Configure
-from microguest.guest.workload import ImageDefaults
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "protocol-vectors.json").read_text())
 
@@ -54,7 +54,7 @@ def test_unknown_fields_of_a_newer_guest_are_ignored() -> None:
 
 def test_a_line_that_is_too_long_is_not_read() -> None:
     with pytest.raises(RecordError, match="at most 65536"):
-        REPORTS.decode(b" " * (limits.REPORT_LINE + 1))
+        REPORTS.decode(b" " * (bounds.REPORT_LINE + 1))
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,10 @@ def test_arbitrary_lines_raise_nothing_but_the_record_error(line: bytes) -> None
 
 
 def test_the_largest_image_defaults_fit_into_one_supervision_message() -> None:
-    env = {"A": "x" * (limits.IMAGE_DEFAULTS - 100)}
+    env = {"A": "x" * (bounds.IMAGE_DEFAULTS - 100)}
     configure = Configure(
         transport="vsock",
-        token="t" * limits.TOKEN_MAX,
+        token="t" * bounds.TOKEN_MAX,
         image=ImageDefaults(env=env),
         starts=1,
         versions={f"part{number}": "1.2.3" for number in range(50)},

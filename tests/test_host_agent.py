@@ -22,11 +22,12 @@ from microguest.errors import (
     DeadlineExceeded,
     OutputTooLarge,
 )
-from microguest.guest import frames, limits
-from microguest.guest.connection import Data, End, Request, Response
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError, RemoteProtocolError, StartError
-from microguest.guest.frames import Kind
-from microguest.guest.messages import (
+from microguest.guest.wire import frames
+from microguest.guest.wire.connection import Data, End, Request, Response
+from microguest.guest.wire.frames import Kind
+from microguest.guest.wire.messages import (
     Exited,
     Failure,
     PingResult,
@@ -297,7 +298,7 @@ def test_output_limit(path: Path) -> None:
     def script(peer: Peer) -> None:
         peer.start()
         while True:
-            peer.send(Data(stream=2, data=bytes(limits.DATA_PAYLOAD)))
+            peer.send(Data(stream=2, data=bytes(bounds.DATA_PAYLOAD)))
 
     with (
         serving(path, script),
@@ -319,7 +320,7 @@ def test_argv_that_is_refused_here(path: Path, argv: object, error: type[Excepti
 
 
 def test_signals_and_streaming(path: Path) -> None:
-    from microguest.guest.messages import Start
+    from microguest.guest.wire.messages import Start
 
     def script(peer: Peer) -> None:
         peer.start()

@@ -20,11 +20,11 @@ from patience import SLACK
 
 from microguest import Agent, aio
 from microguest.errors import ConnectError, DeadlineExceeded
-from microguest.guest import limits
-from microguest.guest.connection import Connection, Data, Response, Role
-from microguest.guest.messages import FEATURES, Failure, Hello, PingResult, Welcome
-from microguest.guest.renewal import ClockResult
+from microguest.guest import bounds
 from microguest.guest.report import REPORTS, AgentServes
+from microguest.guest.wire.connection import Connection, Data, Response, Role
+from microguest.guest.wire.messages import FEATURES, Failure, Hello, PingResult, Welcome
+from microguest.guest.wire.renewal import ClockResult
 from microguest.host_client.address import HybridAddress
 from microguest.host_client.aio.waiting import run as aio_run
 from microguest.host_client.channel import Channel
@@ -78,7 +78,7 @@ def send_for_long(peer: Peer, data: bytes, piece: int) -> None:
 def sends_single_bytes(peer: Peer) -> None:
     """Bytes of a long frame, one at a time."""
     peer.start()
-    send_for_long(peer, peer.connection.send(Data(stream=1, data=bytes(limits.DATA_PAYLOAD))), 1)
+    send_for_long(peer, peer.connection.send(Data(stream=1, data=bytes(bounds.DATA_PAYLOAD))), 1)
 
 
 def floods_output(peer: Peer) -> None:
@@ -313,7 +313,7 @@ def test_what_had_arrived_is_taken_by_who_comes_late(face: str) -> None:
 
 
 def test_the_agent_waits_for_a_hello_no_longer_for_being_sent_bytes() -> None:
-    hello = Connection(Role.HOST).send(Hello(token="t" * limits.TOKEN_MAX, client="c" * 1000))
+    hello = Connection(Role.HOST).send(Hello(token="t" * bounds.TOKEN_MAX, client="c" * 1000))
     with AgentProcess() as agent, socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(agent.path))
         began = time.monotonic()
@@ -321,7 +321,7 @@ def test_the_agent_waits_for_a_hello_no_longer_for_being_sent_bytes() -> None:
             for byte in hello:
                 sock.sendall(bytes([byte]))
                 time.sleep(0.05)
-        assert time.monotonic() - began < limits.HELLO_TIMEOUT + SLACK
+        assert time.monotonic() - began < bounds.HELLO_TIMEOUT + SLACK
 
 
 def test_the_last_reports_are_not_read_for_ever() -> None:

@@ -188,7 +188,7 @@ def test_an_inherited_process_is_the_parents(client: Agent) -> None:
 
 
 def test_an_inherited_stream_is_the_parents(client: Agent) -> None:
-    from microguest.guest.messages import Start
+    from microguest.guest.wire.messages import Start
 
     with client.open_process(Start(argv=("cat",), stdin=True)) as stream:
 

@@ -21,10 +21,10 @@ from microguest.errors import (
     OutputStalled,
     OutputTooLarge,
 )
-from microguest.guest import limits
-from microguest.guest.connection import Data, End, Request, Response
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError, RemoteProtocolError
-from microguest.guest.messages import (
+from microguest.guest.wire.connection import Data, End, Request, Response
+from microguest.guest.wire.messages import (
     FEATURES,
     Acknowledge,
     Attach,
@@ -60,8 +60,8 @@ def path(tmp_path: Path) -> Path:
 
 
 def flood(peer: Peer, stream: int, size: int = FLOOD) -> None:
-    for _ in range(size // limits.DATA_PAYLOAD):
-        peer.send(Data(stream=stream, data=bytes(limits.DATA_PAYLOAD)))
+    for _ in range(size // bounds.DATA_PAYLOAD):
+        peer.send(Data(stream=stream, data=bytes(bounds.DATA_PAYLOAD)))
 
 
 # ── what a request says ──────────────────────────────────────────────────────────────────────────

@@ -13,11 +13,11 @@ import pytest
 from hostkit import Peer, agent_at, serving
 
 from microguest import seccomp
-from microguest.guest import limits
-from microguest.guest.connection import Response
+from microguest.guest import bounds
 from microguest.guest.errors import OperationError
-from microguest.guest.messages import PingResult, Start
 from microguest.guest.record import RecordError
+from microguest.guest.wire.connection import Response
+from microguest.guest.wire.messages import PingResult, Start
 from microguest.host_client.request import start_record
 from microguest.host_client.seccomp_code import INSTRUCTIONS
 from microguest.host_client.syscall_numbers import ELSEWHERE, NUMBERS
@@ -89,7 +89,7 @@ def test_other_architectures_are_refused() -> None:
 @pytest.mark.parametrize(("arch", "audit"), [("x86_64", X86_64), ("aarch64", AARCH64)])
 def test_all_names_at_once(arch: str, audit: int) -> None:
     program = seccomp.deny(seccomp.names(), arch=arch)
-    assert len(program) <= limits.SECCOMP_FILTER
+    assert len(program) <= bounds.SECCOMP_FILTER
     answers = [answer(program, audit, number) for number in range(600)]
     assert 300 < answers.count(refused(errno.EPERM)) <= len(seccomp.names())
     assert answers.count(ALLOWED) + answers.count(refused(errno.EPERM)) == 600
@@ -376,7 +376,7 @@ def test_the_option_takes_bytes() -> None:
         start_record(["x"], options, stdin=False)
 
 
-@pytest.mark.parametrize("size", [1, 7, 9, limits.SECCOMP_FILTER + 8])
+@pytest.mark.parametrize("size", [1, 7, 9, bounds.SECCOMP_FILTER + 8])
 def test_a_program_of_another_length_is_refused(size: int) -> None:
     with pytest.raises(RecordError, match="seccomp"):
         Start(argv=("x",), seccomp=bytes(size))

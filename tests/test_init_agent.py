@@ -20,9 +20,9 @@ from init_machine import (
 )
 from patience import PATIENCE
 
-from microguest.guest import limits
-from microguest.guest.connection import Connection, Data, Event, Request, Role
-from microguest.guest.messages import Attach, Exited, Hello, Welcome
+from microguest.guest import bounds
+from microguest.guest.wire.connection import Connection, Data, Event, Request, Role
+from microguest.guest.wire.messages import Attach, Exited, Hello, Welcome
 from microguest.host_client.address import UnixAddress
 from microguest.host_client.agent import Agent
 
@@ -258,11 +258,11 @@ def test_a_crash_loop_ends_in_a_state_that_can_be_read(root: Path) -> None:
     with Machine(root, boot_config(["sleep", "1000"])) as machine:
         machine.report("ready")
         machine.report("workload_started")
-        for crashes in range(1, limits.AGENT_CRASH_LIMIT + 1):
+        for crashes in range(1, bounds.AGENT_CRASH_LIMIT + 1):
             os.kill(machine.agent_pid(), signal.SIGKILL)
             exited = machine.report("agent_exited")
             assert exited["crashes"] == crashes
-            if crashes < limits.AGENT_CRASH_LIMIT:
+            if crashes < bounds.AGENT_CRASH_LIMIT:
                 machine.report("agent_serves")
         assert exited["restart_in"] is None
         assert not _connects(machine)

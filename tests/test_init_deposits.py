@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.supervision import Deposit, KeptExited
 from microguest.init_shim.deposits import Deposits
 
@@ -71,7 +71,7 @@ def test_what_came_without_its_descriptors_is_not_taken(deposits: Deposits) -> N
 
 
 def test_there_is_an_end_to_them(deposits: Deposits) -> None:
-    most = limits.KEPT_PROCESSES + 1  # and the agent's own
+    most = bounds.KEPT_PROCESSES + 1  # and the agent's own
     for number in range(most):
         assert deposits.take(deposit(f"p{number}", 4000 + number, names=0), descriptors(1))
     fds = descriptors(1)

@@ -23,9 +23,9 @@ from init_machine import (
 from patience import PATIENCE, SLACK
 
 from microguest.errors import ConnectionLost
-from microguest.guest import limits
-from microguest.guest.connection import Connection, Request, Role
-from microguest.guest.messages import Hello, Shutdown
+from microguest.guest import bounds
+from microguest.guest.wire.connection import Connection, Request, Role
+from microguest.guest.wire.messages import Hello, Shutdown
 from microguest.host_client.address import UnixAddress
 from microguest.host_client.agent import Agent
 
@@ -87,9 +87,9 @@ def test_no_grace_is_no_wait(root: Path) -> None:
             assert machine.wait() == 0
             quickest = min(quickest, time.monotonic() - began)
             assert rest(machine)[-1][1]["status"] == "shutdown"
-        if quickest < limits.STOP_GRACE:
+        if quickest < bounds.STOP_GRACE:
             break
-    assert quickest < limits.STOP_GRACE
+    assert quickest < bounds.STOP_GRACE
 
 
 def test_the_workload_is_asked_first_and_by_its_own_signal(root: Path) -> None:
@@ -141,7 +141,7 @@ def test_stopped_processes_end_as_well(root: Path) -> None:
         began = time.monotonic()
         machine.process.terminate()
         assert machine.wait() == 0
-        assert time.monotonic() - began < limits.STOP_GRACE + SLACK
+        assert time.monotonic() - began < bounds.STOP_GRACE + SLACK
 
 
 def test_a_host_asks_for_another_start(root: Path) -> None:

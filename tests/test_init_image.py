@@ -12,8 +12,8 @@ import pytest
 from init_machine import Config, Machine, boot_config, make_root, require_program, shell
 from rights import open_to_all
 
-from microguest.guest import limits
-from microguest.guest.bootconfig import BootConfig, parse
+from microguest.guest import bounds
+from microguest.guest.boot.config import BootConfig, parse
 from microguest.init_shim.memory_sizes import sizes_of
 
 MIB = 2**20
@@ -103,7 +103,7 @@ def test_a_run_without_end_is_cut_and_that_is_said(root: Path) -> None:
     run = root / "run"
     run.mkdir()
     deep = run
-    for _ in range(limits.RUN_DEPTH + 4):
+    for _ in range(bounds.RUN_DEPTH + 4):
         deep /= "d"
         deep.mkdir()
     with socket.socket(socket.AF_UNIX) as sock:
@@ -111,17 +111,17 @@ def test_a_run_without_end_is_cut_and_that_is_said(root: Path) -> None:
         sock.bind(f"/proc/self/fd/{here}/socket")
         os.close(here)
     with (run / "huge").open("wb") as file:
-        file.truncate(limits.RUN_BYTES + 1)
+        file.truncate(bounds.RUN_BYTES + 1)
     said, *seen = lines_of(root, "find /run -name d | wc -l; ls /run")
     assert "3 entries of the image's /run are not there" in said
-    assert seen == [str(limits.RUN_DEPTH), "d"]
+    assert seen == [str(bounds.RUN_DEPTH), "d"]
     many = run / "many"
     many.mkdir()
-    for number in range(limits.RUN_ENTRIES * 2):
+    for number in range(bounds.RUN_ENTRIES * 2):
         (many / str(number)).touch()
     said, count = lines_of(root, "find /run -mindepth 1 | wc -l")
     assert "are not there" in said
-    assert limits.RUN_ENTRIES - 10 < int(count) <= limits.RUN_ENTRIES
+    assert bounds.RUN_ENTRIES - 10 < int(count) <= bounds.RUN_ENTRIES
 
 
 # ── its volumes ──────────────────────────────────────────────────────────────────────────────────
@@ -129,17 +129,17 @@ def test_a_run_without_end_is_cut_and_that_is_said(root: Path) -> None:
 
 def test_what_a_boot_does_without_is_reported(root: Path) -> None:
     """A sentence of each, and no more than the contract has."""
-    for number in range(limits.LEFT_OUT + 5):
+    for number in range(bounds.LEFT_OUT + 5):
         (root / f"file-{number}").touch()
     (root / ("x" * 200)).touch()
-    paths = ["/" + "x" * 200, *(f"/file-{number}" for number in range(limits.LEFT_OUT + 5))]
+    paths = ["/" + "x" * 200, *(f"/file-{number}" for number in range(bounds.LEFT_OUT + 5))]
     config = boot_config(["true"])
     config["root"]["directories"] = paths
     with Machine(root, config) as machine:
         left_out = machine.report("ready")["left_out"]
         assert machine.wait() == 0
-    assert len(left_out) == limits.LEFT_OUT
-    assert max(map(len, left_out)) == limits.LEFT_OUT_TEXT
+    assert len(left_out) == bounds.LEFT_OUT
+    assert max(map(len, left_out)) == bounds.LEFT_OUT_TEXT
     assert left_out[1] == (
         "/file-0 is not made: /file-0 is a file and a directory is to be mounted there"
     )
@@ -197,7 +197,7 @@ def test_files_in_memory_leave_what_the_machine_needs(memory: int, upper: str, s
     free = (memory - 60) * MIB
     sizes = sizes_of(config_with(upper, shm), memory * MIB, free)
     files = sizes.root + sizes.shm + sizes.run
-    assert files <= max(free - limits.AGENT_MEMORY - limits.MEMORY_RESERVE, memory * MIB / 3)
+    assert files <= max(free - bounds.AGENT_MEMORY - bounds.MEMORY_RESERVE, memory * MIB / 3)
     assert min(sizes.root, sizes.shm, sizes.run) > 64 * 1024
 
 

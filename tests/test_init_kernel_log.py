@@ -2,7 +2,7 @@
 
 import pytest
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.report import OomKilled
 from microguest.init_shim.kernel_log import KernelLog, OomWatch, parse_kill, parse_record
 
@@ -115,7 +115,7 @@ def test_a_summary_is_of_the_next_kill_only() -> None:
 
 
 def test_reports_are_limited() -> None:
-    assert len(reports(*[killed("dd")] * (limits.OOM_REPORTS + 50))) == limits.OOM_REPORTS
+    assert len(reports(*[killed("dd")] * (bounds.OOM_REPORTS + 50))) == bounds.OOM_REPORTS
 
 
 @pytest.mark.parametrize(

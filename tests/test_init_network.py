@@ -72,7 +72,7 @@ def finish(machine: Machine) -> None:
 
 NETLINK_SCRIPT = """
     import subprocess
-    from microguest.guest.netplan import Interface, Network, Route
+    from microguest.guest.boot.network import Interface, Network, Route
     from microguest.init_shim import interfaces
     from microguest.init_shim.addresses import packed_address, parse_prefix
     from microguest.init_shim.failure import Failure

@@ -12,11 +12,11 @@ PINNED = frozenset(
     __main__ _abc _codecs _collections_abc _frozen_importlib _frozen_importlib_external
     _guest_compile _guestsys _imp _io _json _signal _socket _stat _thread _warnings _weakref abc
     builtins codecs encodings encodings.aliases encodings.utf_8 errno fcntl gc genericpath io
-    marshal microguest microguest.guest microguest.guest.bootconfig microguest.guest.errors
-    microguest.guest.limits microguest.guest.netplan microguest.guest.plainjson
-    microguest.guest.process microguest.guest.record microguest.guest.report
-    microguest.guest.rootplan microguest.guest.status microguest.guest.supervision
-    microguest.guest.users microguest.guest.workload microguest.init_shim
+    marshal microguest microguest.guest microguest.guest.boot microguest.guest.boot.config
+    microguest.guest.boot.network microguest.guest.boot.root microguest.guest.boot.workload
+    microguest.guest.bounds microguest.guest.errors microguest.guest.launch
+    microguest.guest.plainjson microguest.guest.record microguest.guest.report
+    microguest.guest.status microguest.guest.supervision microguest.guest.users microguest.init_shim
     microguest.init_shim.agent_process microguest.init_shim.collection microguest.init_shim.confined
     microguest.init_shim.deposits microguest.init_shim.disks microguest.init_shim.dispatch
     microguest.init_shim.ending microguest.init_shim.failure microguest.init_shim.hardening

@@ -12,7 +12,7 @@ import pytest
 from init_machine import Config, Machine, boot_config, make_root, require_program
 from plainpython import needs_guestsys
 
-from microguest.guest.rootplan import Volume
+from microguest.guest.boot.root import Volume
 from microguest.init_shim.failure import Failure
 
 LOWER = "/microguest/lower"  # the initial root's view of the image's folder

@@ -24,8 +24,8 @@ from patience import SLACK
 from test_agent_traced import PRELUDE
 from test_machine_keep import attach, kill_agent, listed, start, wait
 
-from microguest.guest import limits
-from microguest.guest.connection import Data
+from microguest.guest import bounds
+from microguest.guest.wire.connection import Data
 
 NOTHING, TRACEEXIT = 0, 0x40  # options of ptrace(2)
 WALL = 0x40000000  # __WALL of wait(2): threads as well
@@ -104,7 +104,7 @@ def test_an_agent_that_is_traced_from_outside_is_replaced(root: Path) -> None:
             began = time.monotonic()
             assert machine.report("agent_exited")["signal"] == signal.SIGKILL
             assert machine.report("agent_serves")["starts"] == 2
-            assert time.monotonic() - began < limits.TRACED_END + SLACK
+            assert time.monotonic() - began < bounds.TRACED_END + SLACK
             assert state_of(agent) == "Z"
             assert listed(machine)[kept].exited is None
         wait_for(lambda: not state_of(agent), "it is reaped")
@@ -123,7 +123,7 @@ def test_a_workload_that_is_traced_from_outside_ends_its_machine(root: Path, std
             began = time.monotonic()
             assert machine.report("workload_exited")["signal"] == signal.SIGKILL
             assert machine.report("stopping")["status"] == "done"
-            assert time.monotonic() - began < limits.TRACED_END + SLACK
+            assert time.monotonic() - began < bounds.TRACED_END + SLACK
         assert machine.wait() == 0
 
 
@@ -138,7 +138,7 @@ def test_what_an_earlier_agent_kept_and_is_traced_from_outside_has_an_end(root: 
             os.kill(pid, signal.SIGKILL)
             began = time.monotonic()
             assert wait(machine, kept.id).signal == signal.SIGKILL
-            assert time.monotonic() - began < limits.TRACED_END + SLACK
+            assert time.monotonic() - began < bounds.TRACED_END + SLACK
             assert state_of(pid) == "Z"
             kill_agent(machine)
             assert wait(machine, kept.id).signal == signal.SIGKILL

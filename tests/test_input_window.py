@@ -24,11 +24,12 @@ from patience import PATIENCE
 
 from microguest import aio, boot
 from microguest.errors import ConnectionLost
-from microguest.guest import frames, limits
-from microguest.guest.connection import Connection, Data, Request, Response, Role
+from microguest.guest import bounds
 from microguest.guest.errors import LocalProtocolError, RemoteProtocolError
-from microguest.guest.frames import Kind
-from microguest.guest.messages import (
+from microguest.guest.wire import frames
+from microguest.guest.wire.connection import Connection, Data, Request, Response, Role
+from microguest.guest.wire.frames import Kind
+from microguest.guest.wire.messages import (
     FEATURES,
     HOST_FEATURES,
     Attach,
@@ -166,7 +167,7 @@ def test_detach_and_what_the_next_writer_finds(client: Agent) -> None:
 def test_acknowledging(client: Agent) -> None:
     """Without it the process is held up by its full buffer."""
     argv = ["sh", "-c", "yes | head -c 200000; exec sleep 1000"]
-    keep = Keep(buffer=limits.KEEP_BUFFER_MIN)
+    keep = Keep(buffer=bounds.KEEP_BUFFER_MIN)
     process = client.start(argv, stdin=True, keep=keep, acknowledge=False)
     with flooded(process):
         taken = 0
@@ -251,7 +252,7 @@ def test_what_a_process_does_not_take_is_bounded(agent: AgentProcess, client: Ag
         assert time.monotonic() < deadline
     assert all(process.pending > 10_000_000 for process in processes)
     grown = (agent.resident_kib() - before) * 1024
-    bound = limits.BULK_INPUT + len(processes) * (limits.INPUT_WINDOW + 64 * 1024)
+    bound = bounds.BULK_INPUT + len(processes) * (bounds.INPUT_WINDOW + 64 * 1024)
     assert grown < 2 * bound  # a bytearray that grows has up to an eighth more, and moves
     for process in processes:
         process.close()
@@ -262,8 +263,8 @@ def test_beyond_its_credit_a_host_is_refused(agent: AgentProcess) -> None:
         host.send(Hello(token=TOKEN, features=HOST_FEATURES))
         host.start(*NEVER_READS, stdin=True)
         with pytest.raises(LocalProtocolError, match="there is credit for"):
-            host.send(Data(stream=0, data=bytes(limits.INPUT_WINDOW + 1)))
-        host.send_raw(frames.header(limits.INPUT_WINDOW + 1, Kind.DATA, 0))
+            host.send(Data(stream=0, data=bytes(bounds.INPUT_WINDOW + 1)))
+        host.send_raw(frames.header(bounds.INPUT_WINDOW + 1, Kind.DATA, 0))
         failure = host.refusal()
         assert failure.code == "bad_request"
         assert "credit" in failure.message
@@ -275,15 +276,15 @@ def test_what_is_only_announced_is_on_its_way_and_has_not_been_taken(agent: Agen
     with Host(agent, hello=False) as host:
         host.send(Hello(token=TOKEN, features=HOST_FEATURES))
         host.start(*NEVER_READS, stdin=True)
-        host.send_raw(frames.header(limits.INPUT_WINDOW, Kind.DATA, 0))
+        host.send_raw(frames.header(bounds.INPUT_WINDOW, Kind.DATA, 0))
         for _ in range(3):  # the agent has seen it by then
             with Host(agent) as other:
                 other.ping()
         assert not select.select([host.sock], [], [], 0)[0]
-        host.send_raw(bytes(limits.INPUT_WINDOW))  # which the pipe takes
+        host.send_raw(bytes(bounds.INPUT_WINDOW))  # which the pipe takes
         credit = host.receive()
         assert isinstance(credit, Credit)
-        assert credit.stdin > limits.INPUT_WINDOW
+        assert credit.stdin > bounds.INPUT_WINDOW
 
 
 def pair(op: str = "start", agent_features: tuple[str, ...] = FEATURES) -> list[Connection]:
@@ -292,7 +293,7 @@ def pair(op: str = "start", agent_features: tuple[str, ...] = FEATURES) -> list[
     agent.receive(host.send(Hello(token=TOKEN, features=HOST_FEATURES)))
     args = Start(argv=("a",), stdin=True) if op == "start" else Attach()
     flying = host.send(Request(op=op, args=args))
-    assert host.input_credit == (limits.INPUT_WINDOW if op == "start" else 0)
+    assert host.input_credit == (bounds.INPUT_WINDOW if op == "start" else 0)
     host.receive(agent.send(Welcome(agent="0", features=agent_features)))
     agent.receive(flying)
     host.receive(agent.send(Response(result=Started(id="1", pid=1))))
@@ -315,8 +316,8 @@ def test_who_attaches_has_credit_only_when_told_so() -> None:
 def test_credit_only_grows() -> None:
     host, agent = pair()
     with pytest.raises(LocalProtocolError, match="after one of"):
-        agent.send(Credit(stdin=limits.INPUT_WINDOW))
-    raw = agent.send(Credit(stdin=limits.INPUT_WINDOW + 1))
+        agent.send(Credit(stdin=bounds.INPUT_WINDOW))
+    raw = agent.send(Credit(stdin=bounds.INPUT_WINDOW + 1))
     host.receive(raw)
     with pytest.raises(RemoteProtocolError, match="after one of"):
         host.receive(raw)
@@ -327,7 +328,7 @@ def test_without_the_feature_there_is_no_window() -> None:
     assert host.input_credit is agent.input_credit is None
     with pytest.raises(LocalProtocolError, match="no window"):
         agent.send(Credit(stdin=1_000_000))
-    agent.receive(host.send(Data(stream=0, data=bytes(limits.DATA_PAYLOAD))))
+    agent.receive(host.send(Data(stream=0, data=bytes(bounds.DATA_PAYLOAD))))
 
 
 def test_an_older_agent_gets_all_input_without_credit(tmp_path: pathlib.Path) -> None:

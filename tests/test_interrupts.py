@@ -24,8 +24,8 @@ from microguest import (
     boot,
     connect,
 )
-from microguest.guest.connection import Data, Event
-from microguest.guest.messages import Attach
+from microguest.guest.wire.connection import Data, Event
+from microguest.guest.wire.messages import Attach
 
 # Between two bytecodes an interrupt can leave a socket to its reference count, which closes it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

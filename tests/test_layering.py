@@ -45,17 +45,17 @@ PATH_NAMES = {"basename", "dirname", "isabs", "join", "normpath"}
 # What PID 1 imports before the agent runs. Each of these costs it milliseconds.
 HEAVY = {"asyncio", "dataclasses", "inspect", "msgpack", "pathlib", "subprocess", "trio", "typing"}
 BOOT_PATH = (
-    *("bootconfig", "errors", "limits", "netplan", "record", "report", "rootplan", "status"),
-    *("supervision", "workload"),
+    *("boot/config", "errors", "bounds", "boot/network", "record", "report", "boot/root", "status"),
+    *("supervision", "boot/workload"),
 )
 
 PUBLIC = {
     "microguest.guest": ["__version__"],
-    "microguest.guest.bootconfig": [
+    "microguest.guest.boot.config": [
         "AGENT_PORT", "PATH", "REPORT_PORT", "SCHEMA", "AgentSettings", "BootConfig", "Endpoint",
         "Hardening", "parse",
     ],
-    "microguest.guest.connection": [
+    "microguest.guest.wire.connection": [
         "Connection", "Control", "Data", "End", "Event", "Request", "Response", "Role", "State",
     ],
     "microguest.guest.errors": [
@@ -63,10 +63,10 @@ PUBLIC = {
         "OperationError", "ProtocolError", "RemoteProtocolError", "StartError", "operation_error",
         "printable", "raised_at",
     ],
-    "microguest.guest.frames": [
+    "microguest.guest.wire.frames": [
         "HEADER", "MAGIC", "PREFACE_SIZE", "VERSION", "FrameHeader", "Kind", "preface",
     ],
-    "microguest.guest.messages": [
+    "microguest.guest.wire.messages": [
         "CONTROLS", "CREDIT", "FEATURES", "HOST_FEATURES", "OPERATIONS", "PROCESS_OPERATIONS",
         "STREAMS", "Acknowledge", "Attach", "Credit", "Detach", "Exited", "Failure", "Forget",
         "ForgetResult", "Hello", "Info", "InfoResult", "Keep", "Limits", "ListProcesses", "Ping",
@@ -74,14 +74,14 @@ PUBLIC = {
         "Signal", "SignalProcess", "SignalResult", "StagedFile", "Start", "Started", "Wait",
         "Welcome", "Winsize", "pack", "unpack",
     ],
-    "microguest.guest.netplan": ["Interface", "Network", "Route"],
+    "microguest.guest.boot.network": ["Interface", "Network", "Route"],
     "microguest.guest.record": ["Catalogue", "Record", "RecordError", "misfit"],
     "microguest.guest.report": [
         "CONSOLE_MARK", "REPORTS", "AgentExited", "AgentServes", "BootFailed", "FirstExec",
         "HandedOff", "OomKilled", "Ready", "Report", "Step", "Stopping", "WorkloadExited",
         "WorkloadFailed", "WorkloadStarted", "line_mark",
     ],
-    "microguest.guest.rootplan": ["Lower", "Root", "Upper", "Volume", "check_size"],
+    "microguest.guest.boot.root": ["Lower", "Root", "Upper", "Volume", "check_size"],
     "microguest.guest.status": ["ExitStatus", "exit_fields"],
     "microguest.guest.supervision": [
         "AGENT_FD", "AGENT_ID", "MESSAGES", "AgentReady", "AreYouThere", "Configure", "Deposit",
@@ -89,7 +89,7 @@ PUBLIC = {
         "Here", "KeptExited", "KeptStatus", "MainCollected", "MainExited", "MainReader",
         "MainStarted", "Message", "Restored", "RootReady", "ShutdownRequest", "Taken", "Withdraw",
     ],
-    "microguest.guest.workload": [
+    "microguest.guest.boot.workload": [
         "Capabilities", "ImageDefaults", "Restart", "Workload", "check_init", "check_limits",
         "signal_number",
     ],

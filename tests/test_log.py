@@ -12,8 +12,8 @@ from hostkit import Peer, agent_at, serving
 from patience import PATIENCE
 
 from microguest import ConnectionLost, boot, connect, find, list_machines
-from microguest.guest.connection import Response
-from microguest.guest.messages import Started
+from microguest.guest.wire.connection import Response
+from microguest.guest.wire.messages import Started
 from microguest.host_client.log import DEBUG, WARNING, note
 
 

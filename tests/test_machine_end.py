@@ -17,7 +17,7 @@ from patience import PATIENCE, SLACK
 
 from microguest import Mount, boot, connect
 from microguest.errors import BootFailed, ConnectionLost, ImageError, MachineError
-from microguest.guest.manifest import MANIFEST
+from microguest.guest.bundle.manifest import MANIFEST
 from microguest.host_client.machines import folder
 from microguest.host_client.machines.folder import is_alive, machines_root, names, sweep
 

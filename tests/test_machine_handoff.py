@@ -30,7 +30,7 @@ from init_machine import (
 )
 from patience import PATIENCE
 
-from microguest.guest.messages import Exited, Hello, Shutdown, ShutdownResult
+from microguest.guest.wire.messages import Exited, Hello, Shutdown, ShutdownResult
 
 RESTARTED = 3  # the launcher's exit code
 INITTAB = """\

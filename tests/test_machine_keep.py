@@ -26,8 +26,8 @@ from init_machine import (
 )
 from patience import PATIENCE, SLACK
 
-from microguest.guest.connection import Data, Event, Request, Response, State
-from microguest.guest.messages import (
+from microguest.guest.wire.connection import Data, Event, Request, Response, State
+from microguest.guest.wire.messages import (
     Acknowledge,
     Attach,
     Exited,

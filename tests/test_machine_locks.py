@@ -25,8 +25,8 @@ from init_machine import (
 )
 from test_machine_keep import dial
 
-from microguest.guest.connection import Data, End
-from microguest.guest.messages import Exited
+from microguest.guest.wire.connection import Data, End
+from microguest.guest.wire.messages import Exited
 
 OWNER, OTHER = "1000", "1001"
 VICTIM = ("tail", "-f", "/dev/null")

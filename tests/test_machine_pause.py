@@ -12,7 +12,7 @@ from patience import SLACK
 import microguest as library
 from microguest import Machine
 from microguest.errors import ConnectError, ConnectionLost, DeadlineExceeded, MachineError
-from microguest.guest.messages import Keep
+from microguest.guest.wire.messages import Keep
 from microguest.host_client.machines.find import find
 from microguest.host_client.machines.plan import Resume
 

@@ -19,7 +19,7 @@ from patience import PATIENCE, SLACK
 
 from microguest import Agent, Keep, Limits, aio, boot, connect
 from microguest.errors import ConnectError, ConnectionLost, DeadlineExceeded, OutputStalled
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.errors import MicroguestError, OperationError, StartError
 from microguest.host_client.machines.machine import Machine
 from microguest.host_client.process import Process
@@ -365,7 +365,7 @@ def test_a_machine_without_a_workload_says_so_at_once(agent: Agent) -> None:
     with pytest.raises(OperationError, match="no workload to attach to") as caught:
         agent.attach()
     assert caught.value.code == "no_such_process"
-    assert time.monotonic() - began < limits.MAIN_WAIT
+    assert time.monotonic() - began < bounds.MAIN_WAIT
 
 
 def test_one_writes_and_several_watch(agent: Agent) -> None:

@@ -11,8 +11,8 @@ from machinekit import wait_until
 
 from microguest import Machine, boot
 from microguest.errors import StartError
-from microguest.guest import limits
-from microguest.guest.messages import StagedFile
+from microguest.guest import bounds
+from microguest.guest.wire.messages import StagedFile
 
 HOLDUPS = pathlib.Path(__file__).parent / "data" / "holdups.c"
 USER = "1000:1000"
@@ -75,7 +75,7 @@ def test_a_guest_without_any_terminal_says_which_limit_it_was(machine: Machine) 
 def test_a_machine_in_namespaces_has_so_many(machine: Machine) -> None:
     mounts = machine.agent.exec(["cat", "/proc/mounts"], check=True).stdout.decode()
     (options,) = [line.split()[3] for line in mounts.splitlines() if " /dev/pts " in line]
-    assert f"max={limits.TERMINALS}" in options.split(",")
+    assert f"max={bounds.TERMINALS}" in options.split(",")
 
 
 @pytest.mark.qemu

@@ -35,7 +35,7 @@ from microguest import (
     find,
     list_machines,
 )
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.host_client.machines.console import Piece
 from microguest.host_client.machines.folder import names
 from microguest.host_client.machines.logs import LINE_MAX, Splitter
@@ -287,7 +287,7 @@ def test_no_line_of_a_workload_is_taken_for_another_s(
 
 def test_what_pid_1_says_is_not_in_the_logs(machines_home: Path, tmp_path: Path) -> None:
     root_of_programs(tmp_path)
-    for number in range(limits.RUN_ENTRIES + 100):
+    for number in range(bounds.RUN_ENTRIES + 100):
         (tmp_path / "run" / str(number)).touch()
     words = ("run", "--name", "told", "--machine", "namespaces", f"dir:{tmp_path}")
     assert microguest(*words, "cat", "/etc/group").returncode == 0

@@ -30,10 +30,10 @@ from patience import PATIENCE, SLACK
 
 from microguest import Keep, boot, connect
 from microguest.errors import ConnectError, ConnectionLost, DeadlineExceeded
-from microguest.guest import limits
-from microguest.guest.connection import Data, End, Request
+from microguest.guest import bounds
 from microguest.guest.errors import StartError
-from microguest.guest.messages import Detach, Exited, Hello, Start
+from microguest.guest.wire.connection import Data, End, Request
+from microguest.guest.wire.messages import Detach, Exited, Hello, Start
 from microguest.host_client.machines.machine import Machine
 
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -110,7 +110,7 @@ def test_grandchild_on_stdout_does_not_hold_the_result(agent: AgentProcess) -> N
 
     naive = stand_in("sh", "-c", script)
     with pytest.raises(subprocess.TimeoutExpired):
-        naive.communicate(timeout=limits.STREAM_CAP_AFTER_EXIT * 2)
+        naive.communicate(timeout=bounds.STREAM_CAP_AFTER_EXIT * 2)
     ended_group(naive)
 
     began = time.monotonic()
@@ -384,7 +384,7 @@ def test_first_exec_needs_no_second_try(image: str) -> None:
 def test_token_is_nowhere_that_a_user_can_read(machine: Machine) -> None:
     state = Path(os.environ["XDG_STATE_HOME"], "microguest", "machines", machine.name)
     token = (state / "token").read_bytes().strip()
-    assert len(token) >= limits.TOKEN_MIN
+    assert len(token) >= bounds.TOKEN_MIN
     look = """
         cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ /proc/mounts /proc/cmdline
         for folder in /etc /run /tmp /dev/shm /microguest; do

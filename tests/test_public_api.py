@@ -235,7 +235,7 @@ def test_failures_of_commands_come_back_from_worker_processes(
 def given_by(value: Any, seen: set[Any]) -> None:
     """Collect every class of ours in the annotations of a public function or class.
 
-    A ProcessStream gives the protocol's own events, which are `guest.connection`'s.
+    A ProcessStream gives the protocol's own events, which are `guest.wire.connection`'s.
     """
     if typing.get_args(value):
         for each in (*typing.get_args(value), typing.get_origin(value)):
@@ -299,7 +299,7 @@ def test_out_of_range_records_are_documented() -> None:
     for call in ("Keep(buffer=1)", "Limits(cpu=0)", "Winsize(rows=0, columns=80)"):
         assert f"`{call}`" in page
         with pytest.raises(ValueError, match=r"\w+: must be [0-9.]+ to [0-9]+"):
-            eval(call, dict(vars(guest.messages)))
+            eval(call, dict(vars(guest.wire.messages)))
 
 
 def test_packages_say_what_is_in_them() -> None:
@@ -315,7 +315,7 @@ def test_packages_say_what_is_in_them() -> None:
 
 PROGRAM = """
 import pickle
-from microguest.guest.messages import Start
+from microguest.guest.wire.messages import Start
 import microguest
 from microguest import (
     DeadlineExceeded, Keep, Limits, MachineState, OperationError, ProcessInfo, Result, StartError,

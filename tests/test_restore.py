@@ -21,13 +21,13 @@ from init_machine import make_root
 
 from microguest import aio
 from microguest.agent.generation import announces
-from microguest.guest import limits
-from microguest.guest.connection import Request, Response
+from microguest.guest import bounds
+from microguest.guest.boot.network import Interface, Route
 from microguest.guest.errors import OperationError, RemoteProtocolError
-from microguest.guest.messages import FEATURES, Hello, PingResult, Welcome
-from microguest.guest.netplan import Interface, Route
 from microguest.guest.record import Record, RecordError
-from microguest.guest.renewal import Clock, ClockResult, Renew, Renewed
+from microguest.guest.wire.connection import Request, Response
+from microguest.guest.wire.messages import FEATURES, Hello, PingResult, Welcome
+from microguest.guest.wire.renewal import Clock, ClockResult, Renew, Renewed
 from microguest.host_client.renewal import is_out
 
 R = TypeVar("R", bound=Record)
@@ -46,7 +46,7 @@ HERE = os.uname().nodename
         {"realtime": 1},
         {"boottime": 1},
         {"realtime": -1, "boottime": 1},
-        {"realtime": 1, "boottime": limits.NANOSECONDS_MAX},
+        {"realtime": 1, "boottime": bounds.NANOSECONDS_MAX},
     ],
 )
 def test_half_a_clock_is_refused(fields: dict[str, int]) -> None:
@@ -58,7 +58,7 @@ def test_half_a_clock_is_refused(fields: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("seed", bytes(limits.SEED + 1)),
+        ("seed", bytes(bounds.SEED + 1)),
         ("hostname", ""),
         ("hostname", "a" * 65),
         ("hostname", "-a"),
@@ -71,7 +71,7 @@ def test_half_a_clock_is_refused(fields: dict[str, int]) -> None:
         ("machine_id", "a" * 31),
         ("machine_id", "../../etc/passwd"),
         ("interfaces", [{"name": "eth0", "dhcp": True}]),
-        ("interfaces", [{"name": "eth0"}] * (limits.INTERFACES + 1)),
+        ("interfaces", [{"name": "eth0"}] * (bounds.INTERFACES + 1)),
     ],
 )
 def test_bad_wish_is_refused(field: str, value: object) -> None:
@@ -422,7 +422,7 @@ ABSURD = [
     (-(2**63), 2**63 - 1),
     (-1, 5),
     (5, -1),
-    (5, limits.NANOSECONDS_MAX),
+    (5, bounds.NANOSECONDS_MAX),
     (2**63 - 1, 2**63 - 1),
 ]  # fmt: skip
 

@@ -16,12 +16,12 @@ from patience import PATIENCE
 from test_machine_monitor import bundle_of
 
 from microguest import boot
-from microguest.guest import limits
-from microguest.guest.messages import Keep
+from microguest.guest import bounds
+from microguest.guest.wire.messages import Keep
 from microguest.host_client.machines.folder import read_state
 
 HELLO = ("sh", "-c", "sleep 2; echo hello; exit 7")  # by when a test has stopped whom it stops
-OVER_THE_GRACE = limits.OUTPUT_GRACE + 2.0  # seconds
+OVER_THE_GRACE = bounds.OUTPUT_GRACE + 2.0  # seconds
 CPU = Path("/sys/fs/cgroup/cpu")
 
 Run = subprocess.Popen[bytes]
@@ -132,7 +132,7 @@ def test_a_reader_that_has_left_is_waited_for_no_longer_than_the_grace(image: st
     words = ("--rm", "--name", "slow", "--machine", "namespaces", image, "sh", "-c", "exit 3")
     assert microguest("run", "-dt", *words).returncode == 0
     pids = machinekit.family(machinekit.state_of("slow").monitor)
-    machinekit.nothing_is_left("slow", pids, within=limits.OUTPUT_GRACE + PATIENCE)
+    machinekit.nothing_is_left("slow", pids, within=bounds.OUTPUT_GRACE + PATIENCE)
 
 
 def test_under_a_cpu_quota(image: str) -> None:

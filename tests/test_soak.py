@@ -30,10 +30,11 @@ from patience import PATIENCE, SLACK
 from microguest import boot
 from microguest.agent.cgroups import MOUNTS
 from microguest.errors import DeadlineExceeded
-from microguest.guest import frames, limits, messages
-from microguest.guest.connection import Data, End, Request, State
+from microguest.guest import bounds
 from microguest.guest.errors import StartError
-from microguest.guest.messages import (
+from microguest.guest.wire import frames, messages
+from microguest.guest.wire.connection import Data, End, Request, State
+from microguest.guest.wire.messages import (
     Acknowledge,
     Attach,
     Detach,
@@ -357,7 +358,7 @@ def keep_somewhere(inside: Inside, chance: random.Random) -> None:
     """A kept process whose hosts all go away at some moment, and which is then forgotten."""
     argv = chance.choice(KEPT_COMMANDS)
     tty = chance.choice([None, None, Winsize(rows=24, columns=80)])
-    keep = Keep(buffer=limits.KEEP_BUFFER_MIN, on_full=chance.choice(["block", "drop"]))
+    keep = Keep(buffer=bounds.KEEP_BUFFER_MIN, on_full=chance.choice(["block", "drop"]))
     start = Start(argv=argv, stdin=True, keep=keep, tty=tty)
     with inside.host() as host:
         host.send(Request(op="start", args=start))
@@ -448,9 +449,9 @@ def test_control_groups_are_used_again_and_removed(capsys: pytest.CaptureFixture
             if number == SAMPLE_EVERY:
                 holding, memory = Holding.of(agent.pid), anonymous_kib(agent.pid)
         wait_until("all are ended", lambda: agent.children() == [], GONE)
-        wait_until("cgroups go", lambda: len(groups_in(folder)) <= limits.IDLE_CGROUPS + 2)
+        wait_until("cgroups go", lambda: len(groups_in(folder)) <= bounds.IDLE_CGROUPS + 2)
         show(capsys, f"{len(groups_in(folder))} cgroups in the end")
-        most = sum(holding.descriptors.values()) + limits.IDLE_CGROUPS
+        most = sum(holding.descriptors.values()) + bounds.IDLE_CGROUPS
         wait_until(
             "and descriptors", lambda: sum(Holding.of(agent.pid).descriptors.values()) <= most
         )
@@ -585,7 +586,7 @@ BAD_REQUESTS: list[tuple[str, dict[str, object], str]] = [
     ("start", {"argv": ["true"], "cwd": "/etc/passwd"}, "bad_cwd"),
     ("start", {"argv": ["true"], "cwd": "no/such"}, "bad_cwd"),
     ("start", {"argv": ["true"], "timeout": -1.0}, "bad_request"),
-    ("start", {"argv": ["true"], "label": "x" * (limits.LABEL + 1)}, "bad_request"),
+    ("start", {"argv": ["true"], "label": "x" * (bounds.LABEL + 1)}, "bad_request"),
     ("start", {"argv": ["true"], "tty": {"rows": 0, "columns": 80}}, "bad_request"),
     ("start", {"argv": ["true"], "capabilities": ["all_of_them"]}, "bad_request"),
     ("start", {"argv": ["true"], "limits": {"rlimits": {"luck": [1, 1]}}}, "bad_request"),

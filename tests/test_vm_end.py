@@ -21,13 +21,13 @@ from vm_machine import RUN, Ended, make_erofs, make_ext4, run_vm, vm_config
 
 from microguest import boot
 from microguest.errors import MachineError
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.host_client.machines.virtiofsd import virtiofsd
 
 pytestmark = pytest.mark.qemu
 
 # What docs/boot.md says that an end takes at most, but for the farewell of a report connection.
-LONGEST = limits.STOP_GRACE + limits.OTHERS_GRACE + limits.KILL_WAIT + limits.SYNC_WAIT
+LONGEST = bounds.STOP_GRACE + bounds.OTHERS_GRACE + bounds.KILL_WAIT + bounds.SYNC_WAIT
 SPARE = SLACK  # seconds for the steps themselves, under emulation and beside other tests
 
 FIND_DISK = """

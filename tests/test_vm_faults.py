@@ -16,7 +16,7 @@ import pytest
 from init_machine import Config, make_root, require_program
 from vm_machine import BUNDLE, Ended, make_erofs, run_vm, vm_config
 
-from microguest.guest import cpio
+from microguest.guest.bundle import cpio
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow]
 

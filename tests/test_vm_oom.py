@@ -11,8 +11,8 @@ from machinekit import Pings, wait_until
 from patience import PATIENCE, SLACK
 
 from microguest import Machine, boot
-from microguest.guest.bootconfig import BootConfig
-from microguest.guest.messages import Limits
+from microguest.guest.boot.config import BootConfig
+from microguest.guest.wire.messages import Limits
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(600)]
 

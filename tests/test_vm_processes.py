@@ -11,8 +11,8 @@ from patience import PATIENCE, SLACK
 
 from microguest import Machine, Process, boot
 from microguest.errors import ConnectionLost, DeadlineExceeded
-from microguest.guest import limits
-from microguest.guest.messages import Keep, Limits, StagedFile
+from microguest.guest import bounds
+from microguest.guest.wire.messages import Keep, Limits, StagedFile
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(600)]
 
@@ -53,7 +53,7 @@ def refused(machine: Machine, group: str) -> int:
 
 def bomb(machine: Machine, user: str, script: str = BOMB) -> Process:
     """Started as `exec -d` does. Its first process makes none: a shell whose fork fails ends."""
-    keep = Keep(buffer=limits.KEEP_BUFFER_MIN, on_full="drop")
+    keep = Keep(buffer=bounds.KEEP_BUFFER_MIN, on_full="drop")
     script = f"{{ {script}; }} & exec sleep 100000"
     return machine.agent.start(["sh", "-c", script], user=user, keep=keep)
 
@@ -140,8 +140,8 @@ def test_what_all_may_have_is_less_than_there_can_be(machine: Machine) -> None:
     most = number(machine, "../../../../proc/sys/kernel/threads-max")
     shares = [number(machine, f"{name}/pids.max") for name in ("workload", "*/processes")]
     assert abs(shares[0] - shares[1]) < 64
-    assert most / 2 < sum(shares) <= most - limits.PIDS_RESERVE
-    assert number(machine, "*/reserve/pids.max") == limits.LATE_PROCESSES
+    assert most / 2 < sum(shares) <= most - bounds.PIDS_RESERVE
+    assert number(machine, "*/reserve/pids.max") == bounds.LATE_PROCESSES
 
 
 @pytest.mark.parametrize("own", [30, 10**6])

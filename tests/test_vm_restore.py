@@ -9,8 +9,8 @@ from patience import PATIENCE
 from vm_snapshot import SnapshotMachine, make_disk_and_initramfs
 
 from microguest.errors import ConnectionLost, DeadlineExceeded
-from microguest.guest.messages import Keep
-from microguest.guest.netplan import Interface
+from microguest.guest.boot.network import Interface
+from microguest.guest.wire.messages import Keep
 from microguest.host_client.agent import Agent
 
 pytestmark = pytest.mark.qemu

@@ -16,7 +16,8 @@ from init_machine import Config, make_root, require_program
 from patience import PATIENCE
 from vm_machine import Ended, make_erofs, make_ext4, make_squashfs, run_vm, vm_config
 
-from microguest.guest import cpio, limits
+from microguest.guest import bounds
+from microguest.guest.bundle import cpio
 
 pytestmark = pytest.mark.qemu
 
@@ -342,7 +343,7 @@ def test_no_user_fills_all_memory_with_files(work: Path) -> None:
     ended = run_vm(vm_config(["/bin/sh", "-c", GREEDY]), disks=disks, memory=192)
     seen = fields(ended)
     assert all(int(seen[at]) > 1 << 20 for at in ("/tmp", "/dev/shm", "/run/lock"))
-    assert int(seen["left"]) > 2 * limits.MEMORY_RESERVE >> 10
+    assert int(seen["left"]) > 2 * bounds.MEMORY_RESERVE >> 10
 
 
 def test_a_disk_that_cannot_grow_is_used_as_it_is(base: Path, work: Path) -> None:

@@ -30,10 +30,10 @@ from microguest import (
     connect,
     list_machines,
 )
-from microguest.guest import limits
-from microguest.guest.connection import Connection, Request, Response, Role
+from microguest.guest import bounds
 from microguest.guest.errors import MicroguestError
-from microguest.guest.messages import Hello, Keep, Limits, StagedFile, Start, Started, Welcome
+from microguest.guest.wire.connection import Connection, Request, Response, Role
+from microguest.guest.wire.messages import Hello, Keep, Limits, StagedFile, Start, Started, Welcome
 from microguest.host_client.machines.settings import MachineOptions, Settings
 from microguest.host_client.request import Options, start_record
 
@@ -179,8 +179,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("exec", {"files": {"f": 5}}, "files: 'f': expected bytes, got int"),
     ("exec", {"files": {"f": "text"}}, "files: 'f': expected bytes, got str: encode it"),
     ("exec", {"files": ["f"]}, "files: expected StagedFile"),
-    ("exec", {"files": {"f": bytes(limits.CONTROL_PAYLOAD)}}, "files: the request has .* 4194304"),
-    ("exec", {"env": {"A": "x" * limits.CONTROL_PAYLOAD}}, "env: the request has .* 4194304"),
+    ("exec", {"files": {"f": bytes(bounds.CONTROL_PAYLOAD)}}, "files: the request has .* 4194304"),
+    ("exec", {"env": {"A": "x" * bounds.CONTROL_PAYLOAD}}, "env: the request has .* 4194304"),
     ("exec", {"limits": {"memory": 5}}, "limits: .*, got dict: write Limits"),
     ("exec", {"capabilities": "net_admin"}, "capabilities: expected a list"),
     ("exec", {"groups": "audio"}, "groups: expected a list"),

@@ -21,8 +21,8 @@ import pytest
 from init_machine import CONSOLE_MARK, TOKEN, Config, Report, parse
 from patience import PATIENCE
 
-from microguest.guest import cpio
-from microguest.guest.bootconfig import PATH
+from microguest.guest.boot.config import PATH
+from microguest.guest.bundle import cpio
 from microguest.guest.report import line_mark
 from microguest.host_client.machines.host import accelerator, qemu_command
 

@@ -12,7 +12,7 @@ from typing import Final, Generic, Self, TypeVar, Unpack
 import anyio
 import anyio.to_thread
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.report import Step
 from microguest.host_client.aio.agent import Agent
 from microguest.host_client.aio.process import Each
@@ -135,7 +135,7 @@ class Held(Rooted, Generic[M]):
         """Until it has ended by itself. DeadlineExceeded after `timeout` seconds."""
         return await sliced(self._machine.wait, timeout)
 
-    async def stop(self, grace: float = limits.STOP_GRACE) -> MachineState:
+    async def stop(self, grace: float = bounds.STOP_GRACE) -> MachineState:
         """End it as `microguest.Machine.stop` does; once begun, also where it is cancelled."""
         return await in_thread(self._machine.stop, grace)
 

@@ -8,7 +8,7 @@ import anyio
 from anyio.abc import ByteReceiveStream, ByteSendStream
 from anyio.lowlevel import checkpoint
 
-from microguest.guest.messages import Resize, Signal
+from microguest.guest.wire.messages import Resize, Signal
 from microguest.host_client.aio.waiting import wait_for
 from microguest.host_client.backlog import Taking
 from microguest.host_client.errors import DeadlineExceeded

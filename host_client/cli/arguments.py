@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, Final
 
-from microguest.guest import __version__, limits
+from microguest.guest import __version__, bounds
 from microguest.host_client.cli.parser import Parser, add_list, add_switch, seconds, whole
 from microguest.host_client.cli.runoptions import add_options
 from microguest.host_client.cli.tell import say
@@ -92,7 +92,7 @@ def _add_exec(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         metavar="SECONDS",
         help="after its end, for output that others hold open "
-        f"(default {limits.STREAM_CAP_AFTER_EXIT:g}, or {limits.STREAM_IDLE_AFTER_EXIT:g} idle)",
+        f"(default {bounds.STREAM_CAP_AFTER_EXIT:g}, or {bounds.STREAM_IDLE_AFTER_EXIT:g} idle)",
     )
     parser.add_argument("target", metavar="NAME", help="the machine's name")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
@@ -179,8 +179,8 @@ def _add_stop(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         *("-t", "--time"),
         type=seconds,
-        default=limits.STOP_GRACE,
-        help=f"seconds between TERM and KILL (default {limits.STOP_GRACE:g})",
+        default=bounds.STOP_GRACE,
+        help=f"seconds between TERM and KILL (default {bounds.STOP_GRACE:g})",
     )
     parser.add_argument("names", nargs="+", metavar="NAME")
     parser.set_defaults(run=_command("machines", "stop"))

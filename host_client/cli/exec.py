@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from microguest.guest.errors import OperationError
-from microguest.guest.messages import Keep, Start
+from microguest.guest.wire.messages import Keep, Start
 from microguest.host_client.cli import INTERRUPTED
 from microguest.host_client.cli.detachkeys import parse as parse_keys
 from microguest.host_client.cli.environment import environment

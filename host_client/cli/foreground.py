@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from microguest.guest.errors import MicroguestError
-from microguest.guest.messages import Attach, Exited, Start
+from microguest.guest.wire.messages import Attach, Exited, Start
 from microguest.host_client.agent import Agent
 from microguest.host_client.cli.killed import Killed
 from microguest.host_client.cli.stream import (

@@ -7,7 +7,7 @@ import time
 from typing import Final
 
 from microguest.guest.errors import MicroguestError, OperationError
-from microguest.guest.messages import ProcessInfo
+from microguest.guest.wire.messages import ProcessInfo
 from microguest.host_client.agent import Agent
 from microguest.host_client.cli import INTERRUPTED
 from microguest.host_client.cli.detachkeys import parse as parse_keys

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.errors import MicroguestError, StartError
-from microguest.guest.messages import Attach
 from microguest.guest.report import WorkloadFailed
 from microguest.guest.status import ExitStatus
+from microguest.guest.wire.messages import Attach
 from microguest.host_client.cli import INTERRUPTED
 from microguest.host_client.cli.detachkeys import parse as parse_keys
 from microguest.host_client.cli.foreground import Detached, Interrupted, in_foreground
@@ -110,7 +110,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         workload=True,
         stdio="terminal" if options.tty else streams,
         # As long as we live: our end is the machine's. Stopped or slow, we come all the same.
-        output_wait=limits.OUTPUT_GRACE if options.detach else limits.OUTPUT_WAIT_MAX,
+        output_wait=bounds.OUTPUT_GRACE if options.detach else bounds.OUTPUT_WAIT_MAX,
         terminal=(size.rows, size.columns),
         keep=not options.rm,
     )
@@ -213,7 +213,7 @@ def await_workload(machine: Machine) -> None:
 def start_error(failed: WorkloadFailed) -> MicroguestError:
     """As the agent would have said it, where it is about the command. As docker's `run` has it, the
     rest (the user, the directory, a limit) is no fault of the command: its exit code is 125."""
-    message = failed.message[: limits.ERROR_MESSAGE]
+    message = failed.message[: bounds.ERROR_MESSAGE]
     if failed.code not in OF_THE_COMMAND:
         return MachineError(message)
     return StartError(failed.code, message, {"step": failed.step, "errno": failed.errno})

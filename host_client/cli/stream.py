@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, NoReturn
 
-from microguest.guest.connection import Data
-from microguest.guest.messages import Exited
+from microguest.guest.wire.connection import Data
+from microguest.guest.wire.messages import Exited
 from microguest.host_client.cli.detachkeys import HELD_FOR, DetachKeys
 from microguest.host_client.cli.killed import Killed
 from microguest.host_client.cli.output import Outputs

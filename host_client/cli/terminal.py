@@ -14,7 +14,7 @@ import signal
 import termios
 from typing import Any, Final, Self
 
-from microguest.guest.messages import Winsize
+from microguest.guest.wire.messages import Winsize
 
 __all__ = ["NoTerminal", "ScreenModes", "Terminal", "size_of", "write_undo"]
 

@@ -3,8 +3,8 @@
 import os
 from dataclasses import dataclass
 
+from microguest.guest.bundle.manifest import INITRAMFS, KERNEL, MANIFEST, PROGRAM, Manifest
 from microguest.guest.errors import ManifestError
-from microguest.guest.manifest import INITRAMFS, KERNEL, MANIFEST, PROGRAM, Manifest
 from microguest.host_client.errors import MachineError
 from microguest.host_client.ownership import trusted_folder_problem
 from microguest.host_client.shortage import explain

@@ -8,7 +8,7 @@ import time
 from functools import partial
 from typing import Final, Self
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.record import Record
 from microguest.host_client.address import parse
 from microguest.host_client.agent import Agent
@@ -28,7 +28,7 @@ from microguest.host_client.renewal import STEP_BEYOND, GuestClock
 
 __all__ = ["FoundMachine", "agent_of", "find"]
 
-TOKEN_MAX: Final = limits.TOKEN_MAX
+TOKEN_MAX: Final = bounds.TOKEN_MAX
 LOOK_EVERY: Final = 0.01  # seconds between looks at the state of a machine that is to change
 
 
@@ -101,7 +101,7 @@ class FoundMachine:
             control.set_paused(watch, False)
             return agent.step_clock(STEP_BEYOND)
 
-    def stop(self, grace: float = limits.STOP_GRACE) -> None:
+    def stop(self, grace: float = bounds.STOP_GRACE) -> None:
         """End it as `Machine.stop` does, and wait until nothing of it runs."""
         with Watch(self) as watch:
             if not control.end_well(watch, partial(self._shut_down, grace), grace):

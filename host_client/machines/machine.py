@@ -5,7 +5,7 @@ import threading
 from types import TracebackType
 from typing import Self
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.report import Step
 from microguest.host_client.address import parse
 from microguest.host_client.agent import Agent
@@ -109,7 +109,7 @@ class Machine(Rooted):
         control.set_paused(self._link, False)
         return self.agent.step_clock(STEP_BEYOND)
 
-    def stop(self, grace: float = limits.STOP_GRACE) -> MachineState:
+    def stop(self, grace: float = bounds.STOP_GRACE) -> MachineState:
         """End it: TERM to all processes, `grace` seconds, KILL, power off; then remove all of it.
 
         A machine that does not manage is killed POWER_OFF_WAIT seconds later. Returns the last

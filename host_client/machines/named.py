@@ -9,7 +9,7 @@ from itertools import chain
 from types import TracebackType
 from typing import Final, Self
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.record import Record
 from microguest.host_client.agent import Agent
 from microguest.host_client.errors import MachineError
@@ -200,7 +200,7 @@ class NamedMachine(Rooted):
         """As `Machine.resume`."""
         return self._running().resume()
 
-    def stop(self, grace: float = limits.STOP_GRACE) -> MachineState:
+    def stop(self, grace: float = bounds.STOP_GRACE) -> MachineState:
         """End it as `Machine.stop` does; returns the last state. One that has ended is fine."""
         check_seconds(grace, "grace")
         if is_alive(self.name):

@@ -6,8 +6,8 @@ The launcher is the bundle's own program; agent and reports go over Unix sockets
 import os
 from typing import Final
 
-from microguest.guest.bootconfig import Endpoint
-from microguest.guest.rootplan import Lower, Volume
+from microguest.guest.boot.config import Endpoint
+from microguest.guest.boot.root import Lower, Volume
 from microguest.host_client import images
 from microguest.host_client.address import SUN_PATH_MAX, UnixAddress
 from microguest.host_client.errors import MachineError

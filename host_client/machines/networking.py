@@ -8,7 +8,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
-from microguest.guest.netplan import Interface, Network, Route
+from microguest.guest.boot.network import Interface, Network, Route
 from microguest.guest.record import RecordError
 from microguest.host_client.errors import MachineError
 

@@ -6,12 +6,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from microguest.guest.bootconfig import AgentSettings, BootConfig, Endpoint, Hardening, parse
+from microguest.guest.boot.config import AgentSettings, BootConfig, Endpoint, Hardening, parse
+from microguest.guest.boot.root import Lower, Root, Upper, Volume
+from microguest.guest.boot.workload import ImageDefaults, Workload
+from microguest.guest.bounds import VOLUMES
 from microguest.guest.errors import BootConfigError
-from microguest.guest.limits import VOLUMES
 from microguest.guest.record import RecordError
-from microguest.guest.rootplan import Lower, Root, Upper, Volume
-from microguest.guest.workload import ImageDefaults, Workload
 from microguest.host_client.errors import MachineError
 from microguest.host_client.images import Image, OnProgress
 from microguest.host_client.machines.bundle import Bundle

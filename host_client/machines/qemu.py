@@ -10,9 +10,9 @@ import shutil
 from dataclasses import dataclass
 from typing import Final
 
-from microguest.guest import cpio
-from microguest.guest.bootconfig import AGENT_PORT, PATH, REPORT_PORT, Endpoint
-from microguest.guest.rootplan import Lower, Upper, Volume
+from microguest.guest.boot.config import AGENT_PORT, PATH, REPORT_PORT, Endpoint
+from microguest.guest.boot.root import Lower, Upper, Volume
+from microguest.guest.bundle import cpio
 from microguest.host_client import images
 from microguest.host_client.address import HybridAddress, VsockAddress
 from microguest.host_client.errors import MachineError

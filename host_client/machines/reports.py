@@ -8,7 +8,7 @@ from collections.abc import Callable
 from select import EPOLLIN
 from typing import Final
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.record import Record, RecordError
 from microguest.guest.report import REPORTS
 from microguest.host_client.vhost_vsock.loop import EventLoop
@@ -116,8 +116,8 @@ class ReportReader:
             del self._line[: end + 1]
             if not self._take_line(line):
                 return
-        if len(self._line) > limits.REPORT_LINE:
-            self._refuse(f"a report of more than {limits.REPORT_LINE} bytes")
+        if len(self._line) > bounds.REPORT_LINE:
+            self._refuse(f"a report of more than {bounds.REPORT_LINE} bytes")
 
     def _take_line(self, line: bytes) -> bool:
         now = time.monotonic()

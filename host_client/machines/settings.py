@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Self, TypedDict
 
-from microguest.guest import limits
+from microguest.guest import bounds
+from microguest.guest.boot.root import Upper
+from microguest.guest.boot.workload import Restart
 from microguest.guest.record import RecordError, misfit
-from microguest.guest.rootplan import Upper
-from microguest.guest.workload import Restart
 from microguest.host_client.errors import MachineError
 from microguest.host_client.machines.mounts import SIZE, Mount, byte_count, byte_size
 from microguest.host_client.machines.networking import check_network
@@ -169,7 +169,7 @@ class Settings:
     workload: bool | None = None  # None: where a command, an entrypoint or `handoff` is given
     stdio: str = "console"
     # Seconds that an ended process's output waits for who started the machine, who shall be there.
-    output_wait: float = limits.OUTPUT_GRACE
+    output_wait: float = bounds.OUTPUT_GRACE
     terminal: tuple[int, int] = (24, 80)  # rows and columns, for stdio "terminal"
     keep: bool = False  # state and console stay after the end
 
@@ -207,7 +207,7 @@ class Settings:
         byte_size(self.shm_size, "shm_size")
         if len(json.dumps(dict(self.labels))) > LABELS_MAX:
             raise MachineError(f"labels: more than {LABELS_MAX} bytes, as JSON")
-        if not 0 < self.timeout <= limits.SECONDS_MAX:
+        if not 0 < self.timeout <= bounds.SECONDS_MAX:
             raise MachineError(f"timeout: {self.timeout:g} is no time that a boot can take")
         if not 1 <= self.cpus <= CPUS_MAX:
             raise MachineError(f"cpus must be 1 to {CPUS_MAX}, not {self.cpus}")

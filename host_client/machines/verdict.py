@@ -1,6 +1,6 @@
 """How a machine ended, where its VMM's exit and its console have to tell. Pure."""
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.record import RecordError
 from microguest.guest.report import CONSOLE_MARK, REPORTS, BootFailed
 from microguest.host_client.machines.plan import MachineState
@@ -16,7 +16,7 @@ def failure_on_console(text: str) -> BootFailed | None:
         mark = line.find(CONSOLE_MARK)
         if mark >= 0:
             try:
-                report = REPORTS.decode(line[mark + len(CONSOLE_MARK) :][: limits.REPORT_LINE])
+                report = REPORTS.decode(line[mark + len(CONSOLE_MARK) :][: bounds.REPORT_LINE])
             except RecordError:
                 continue
             if isinstance(report, BootFailed):

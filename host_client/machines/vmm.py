@@ -13,7 +13,7 @@ from collections.abc import Callable
 from select import EPOLLIN
 from typing import Final
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.host_client.machines.kin import end_descendants, running_descendants
 from microguest.host_client.machines.plan import HYBRID_SOCKET, Plan, blank, filled
 from microguest.host_client.machines.relay import relayed
@@ -165,7 +165,7 @@ class Device:
         ours, self.vmm_end = socket.socketpair()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(HYBRID_SOCKET)
-        listener.listen(limits.LISTEN_BACKLOG)
+        listener.listen(bounds.LISTEN_BACKLOG)
         return VsockDevice(
             self._loop,
             guest_cid=self._plan.guest_cid,

@@ -5,6 +5,13 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
+from microguest.guest.boot.workload import (
+    Capabilities,
+    ImageDefaults,
+    Workload,
+    check_init,
+    signal_number,
+)
 from microguest.guest.errors import OperationError
 from microguest.guest.privileges import (
     CAPABILITIES,
@@ -13,13 +20,6 @@ from microguest.guest.privileges import (
     seccomp_program,
 )
 from microguest.guest.record import RecordError
-from microguest.guest.workload import (
-    Capabilities,
-    ImageDefaults,
-    Workload,
-    check_init,
-    signal_number,
-)
 from microguest.host_client import seccomp
 from microguest.host_client.errors import MachineError
 from microguest.host_client.images import ImageConfig, process_for

@@ -13,7 +13,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from microguest import aio, errors, seccomp
     from microguest.guest import __version__
-    from microguest.guest.messages import (
+    from microguest.guest.boot.network import Interface, Route
+    from microguest.guest.report import AgentExited, Step, WorkloadExited, WorkloadFailed
+    from microguest.guest.report import BootFailed as BootFailure
+    from microguest.guest.wire.messages import (
         Attach,
         Exited,
         InfoResult,
@@ -25,10 +28,7 @@ if TYPE_CHECKING:
         Start,
         Winsize,
     )
-    from microguest.guest.netplan import Interface, Route
-    from microguest.guest.renewal import Renewed
-    from microguest.guest.report import AgentExited, Step, WorkloadExited, WorkloadFailed
-    from microguest.guest.report import BootFailed as BootFailure
+    from microguest.guest.wire.renewal import Renewed
     from microguest.host_client.address import HybridAddress, UnixAddress, VsockAddress
     from microguest.host_client.agent import Agent
     from microguest.host_client.connecting import connect
@@ -128,12 +128,12 @@ __all__ = [
 _MODULES = ("aio", "errors", "seccomp")
 _HOMES = {
     "microguest.guest": ("__version__",),
-    "microguest.guest.messages": (
+    "microguest.guest.wire.messages": (
         *("Attach", "Exited", "InfoResult", "Keep", "Limits", "PingResult", "ProcessInfo"),
         *("StagedFile", "Start", "Winsize"),
     ),
-    "microguest.guest.netplan": ("Interface", "Route"),
-    "microguest.guest.renewal": ("Renewed",),
+    "microguest.guest.boot.network": ("Interface", "Route"),
+    "microguest.guest.wire.renewal": ("Renewed",),
     "microguest.guest.report": ("AgentExited", "Step", "WorkloadExited", "WorkloadFailed"),
     "microguest.host_client.address": ("HybridAddress", "UnixAddress", "VsockAddress"),
     "microguest.host_client.agent": ("Agent",),

@@ -1,7 +1,7 @@
 """The protocol as a state machine without I/O: bytes in, events out; events in, bytes out.
 
 One `Connection` per transport connection, the same class on both sides. It holds no socket, clock
-or thread. What may be sent and received in which state is in the tables of `guest.states`;
+or thread. What may be sent and received in which state is in the tables of `guest.wire.states`;
 everything else is a LocalProtocolError (we wanted to send it) or a RemoteProtocolError (the peer
 did send it).
 
@@ -22,10 +22,12 @@ Bytes are copied once on their way through: out of what the caller read into the
 preface, a header or a control payload that has not arrived as a whole is kept between two calls.
 """
 
-from microguest.guest import frames, limits, messages
+from microguest.guest import bounds
 from microguest.guest.errors import LocalProtocolError, RemoteProtocolError
-from microguest.guest.frames import FrameHeader, Kind
-from microguest.guest.messages import (
+from microguest.guest.record import Record
+from microguest.guest.wire import frames, messages
+from microguest.guest.wire.frames import FrameHeader, Kind
+from microguest.guest.wire.messages import (
     STREAMS,
     Acknowledge,
     Attach,
@@ -39,8 +41,7 @@ from microguest.guest.messages import (
     Start,
     Welcome,
 )
-from microguest.guest.record import Record
-from microguest.guest.states import (
+from microguest.guest.wire.states import (
     AGENT_MAY_SEND,
     AGENT_STREAMS,
     HOST_MAY_SEND,
@@ -172,9 +173,9 @@ class Connection:
 
         It must write all of them before anything else. Raises LocalProtocolError as `send` does.
         """
-        if not 0 < length <= limits.DATA_PAYLOAD:
+        if not 0 < length <= bounds.DATA_PAYLOAD:
             raise LocalProtocolError(
-                f"data frame of {length} bytes, must have 1 to {limits.DATA_PAYLOAD}"
+                f"data frame of {length} bytes, must have 1 to {bounds.DATA_PAYLOAD}"
             )
         self._check(FrameHeader(length, Kind.DATA, stream), ours=True)
         self._count(stream, length)
@@ -447,7 +448,7 @@ class Connection:
         if self._watches or (isinstance(args, Start) and not args.stdin):
             self._ended |= HOST_STREAMS
         elif starting and self._windowed:
-            self._credit = limits.INPUT_WINDOW if isinstance(args, Start) else 0
+            self._credit = bounds.INPUT_WINDOW if isinstance(args, Start) else 0
 
 
 _KIND_OF: dict[type[Record], int] = {
@@ -482,7 +483,7 @@ def _decode_request(payload: bytes | bytearray) -> Request:
 
 def _shortened(failure: Failure) -> Failure:
     """The failure within its limits: an error must never fail to be sent for being too long."""
-    fields = list(failure.fields.items())[: limits.ERROR_FIELDS]
+    fields = list(failure.fields.items())[: bounds.ERROR_FIELDS]
     return failure.replace(
         message=_cut(failure.message),
         fields={key: _cut(value) if isinstance(value, str) else value for key, value in fields},
@@ -490,5 +491,5 @@ def _shortened(failure: Failure) -> Failure:
 
 
 def _cut(text: str) -> str:
-    maximum = limits.ERROR_MESSAGE
+    maximum = bounds.ERROR_MESSAGE
     return text if len(text) <= maximum else text[: maximum - 1] + "…"

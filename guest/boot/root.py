@@ -4,7 +4,7 @@ Lowers, upper and volumes name their sources by what a host can give a machine: 
 block device, the tag of a virtiofs or 9p share, a directory of the initial root. Pure records.
 """
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.record import Record, RecordError
 
 __all__ = ["Lower", "Root", "Upper", "Volume", "check_size"]
@@ -108,15 +108,15 @@ class Root(Record):
     def check(self) -> None:
         if not self.lower:
             raise RecordError("lower: needs at least one layer")
-        if len(self.lower) > limits.LAYERS:
-            raise RecordError(f"lower: {len(self.lower)} layers, at most {limits.LAYERS}")
+        if len(self.lower) > bounds.LAYERS:
+            raise RecordError(f"lower: {len(self.lower)} layers, at most {bounds.LAYERS}")
         if self.upper is None and len(self.lower) > 1:
             raise RecordError("upper: only a root of one layer can do without")
         if self.writable and not self.read_only:
             raise RecordError("writable: only a root that is read_only has exceptions")
         for field, paths in (("writable", self.writable), ("directories", self.directories)):
-            if len(paths) > limits.VOLUMES:
-                raise RecordError(f"{field}: {len(paths)} paths, at most {limits.VOLUMES}")
+            if len(paths) > bounds.VOLUMES:
+                raise RecordError(f"{field}: {len(paths)} paths, at most {bounds.VOLUMES}")
             for path in paths:
                 check_target(path, field)
 

@@ -8,11 +8,11 @@ agent both use it, so it imports nothing but the contract's cheap parts. Default
 import errno
 import os
 
-from microguest.guest import limits
+from microguest.guest import bounds
+from microguest.guest.boot.workload import ImageDefaults
 from microguest.guest.errors import operation_error
 from microguest.guest.record import Record
 from microguest.guest.users import Identity
-from microguest.guest.workload import ImageDefaults
 
 __all__ = [
     "DEFAULT_PATH",
@@ -68,7 +68,7 @@ def plan(
         raise operation_error(
             "bad_cwd",
             f"cwd: {directory!r:.200} is not an absolute path",
-            {"path": directory[: limits.ERROR_MESSAGE]},
+            {"path": directory[: bounds.ERROR_MESSAGE]},
         )
     merged = {"PATH": DEFAULT_PATH}
     if tty:
@@ -135,7 +135,7 @@ def share_of_processes(threads_max: int, pid_max: int, others: int) -> int | Non
     PID 1, the agent) and PIDS_RESERVE, so that neither can take the other's, nor the reserve. None
     where the kernel allows too few to divide.
     """
-    left = min(threads_max, pid_max - RESERVED_PIDS) - max(others, 0) - limits.PIDS_RESERVE
+    left = min(threads_max, pid_max - RESERVED_PIDS) - max(others, 0) - bounds.PIDS_RESERVE
     return left // 2 if left >= 2 * LEAST_SHARE else None
 
 
@@ -221,14 +221,14 @@ def start_failure(
     fields: dict[str, str | int | None] = {
         "step": step,
         "errno": error,
-        "path": subject[: limits.ERROR_MESSAGE],
+        "path": subject[: bounds.ERROR_MESSAGE],
     }
     return code, message, fields
 
 
 def listed_argv(argv: tuple[str, ...]) -> tuple[str, ...]:
     """What a list shows of the arguments: LISTED_ARGV characters together, with … for the rest."""
-    room = limits.LISTED_ARGV  # a word takes one more than its length, so that empty ones count
+    room = bounds.LISTED_ARGV  # a word takes one more than its length, so that empty ones count
     shown: list[str] = []
     for word in argv:
         room -= len(word) + 1

@@ -6,8 +6,8 @@ nanoseconds: CLOCK_REALTIME since the epoch, CLOCK_BOOTTIME since the guest's ke
 no step of the clock changes. A pair of both says what time it was at a moment of the guest.
 """
 
-from microguest.guest import limits
-from microguest.guest.netplan import Interface
+from microguest.guest import bounds
+from microguest.guest.boot.network import Interface
 from microguest.guest.record import Record, RecordError
 
 __all__ = ["Clock", "ClockResult", "Renew", "Renewed", "check_reading"]
@@ -59,14 +59,14 @@ class Renew(Record):
 
     def check(self) -> None:
         check_pair(self.realtime, self.boottime)
-        if len(self.seed) > limits.SEED:
-            raise RecordError(f"seed: at most {limits.SEED} bytes")
+        if len(self.seed) > bounds.SEED:
+            raise RecordError(f"seed: at most {bounds.SEED} bytes")
         if self.hostname is not None and not _is_hostname(self.hostname):
             raise RecordError("hostname: must be 1 to 64 letters, digits, '-' and '.'")
         if self.machine_id not in (None, "random") and not _is_machine_id(self.machine_id or ""):
             raise RecordError("machine_id: must be 32 hexadecimal digits in lower case, or random")
-        if len(self.interfaces) > limits.INTERFACES:
-            raise RecordError(f"interfaces: at most {limits.INTERFACES}")
+        if len(self.interfaces) > bounds.INTERFACES:
+            raise RecordError(f"interfaces: at most {bounds.INTERFACES}")
         if any(interface.dhcp for interface in self.interfaces):
             raise RecordError("interfaces: dhcp is for the boot; give addresses")
 
@@ -88,8 +88,8 @@ def check_pair(realtime: int | None, boottime: int | None) -> None:
     if (realtime is None) != (boottime is None):
         raise RecordError("realtime, boottime: each needs the other")
     for name, value in (("realtime", realtime), ("boottime", boottime)):
-        if value is not None and not 0 <= value < limits.NANOSECONDS_MAX:
-            raise RecordError(f"{name}: must be 0 to {limits.NANOSECONDS_MAX} nanoseconds")
+        if value is not None and not 0 <= value < bounds.NANOSECONDS_MAX:
+            raise RecordError(f"{name}: must be 0 to {bounds.NANOSECONDS_MAX} nanoseconds")
 
 
 def check_reading(realtime: int, boottime: int) -> None:
@@ -99,8 +99,8 @@ def check_reading(realtime: int, boottime: int) -> None:
     """
     if realtime < 0:
         raise RecordError("realtime: must not be negative")
-    if not 0 <= boottime < limits.NANOSECONDS_MAX:
-        raise RecordError(f"boottime: must be 0 to {limits.NANOSECONDS_MAX - 1} nanoseconds")
+    if not 0 <= boottime < bounds.NANOSECONDS_MAX:
+        raise RecordError(f"boottime: must be 0 to {bounds.NANOSECONDS_MAX - 1} nanoseconds")
 
 
 def _is_hostname(name: str) -> bool:

@@ -4,7 +4,7 @@ Field names are those of the rest of the contract; docs/boot-config.md says whic
 one is. Pure records.
 """
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.record import Record, RecordError
 
 __all__ = [
@@ -52,9 +52,9 @@ class ImageDefaults(Record):
     user: str = ""
 
     def check(self) -> None:
-        if self.env and len(self.to_json()) > limits.IMAGE_DEFAULTS:
+        if self.env and len(self.to_json()) > bounds.IMAGE_DEFAULTS:
             raise RecordError(
-                f"env, cwd, user: together longer than {limits.IMAGE_DEFAULTS} bytes as JSON"
+                f"env, cwd, user: together longer than {bounds.IMAGE_DEFAULTS} bytes as JSON"
             )
 
 
@@ -75,9 +75,9 @@ class Restart(Record):
             raise RecordError(f"policy: {self.policy!r:.100} is not never, on-failure or always")
         if self.limit < 0 or (self.limit and self.policy != "on-failure"):
             raise RecordError("limit: must be 0 or more, and 0 but for on-failure")
-        if not 0 <= self.delay <= self.delay_max <= limits.RESTART_DELAY_MAX:
+        if not 0 <= self.delay <= self.delay_max <= bounds.RESTART_DELAY_MAX:
             raise RecordError(
-                f"delay: must be 0 to delay_max, which is at most {limits.RESTART_DELAY_MAX:g} s"
+                f"delay: must be 0 to delay_max, which is at most {bounds.RESTART_DELAY_MAX:g} s"
             )
 
 
@@ -104,7 +104,7 @@ class Workload(Record):
     stdio: str = "console"
     # Seconds that the output of a workload that has ended waits for a reader who has not come yet,
     # or is there and slow. For one who has left it is OUTPUT_GRACE at most.
-    output_wait: float = limits.OUTPUT_GRACE
+    output_wait: float = bounds.OUTPUT_GRACE
     rows: int = 24  # terminal: its size before anybody resizes it
     columns: int = 80
     umask: int = 0o022
@@ -128,8 +128,8 @@ class Workload(Record):
             raise RecordError("argv: must name a program")
         if self.stdio not in ("attached", "terminal", "console"):
             raise RecordError(f"stdio: {self.stdio!r:.100} is not attached, terminal or console")
-        if not 0 <= self.output_wait <= limits.OUTPUT_WAIT_MAX:
-            raise RecordError(f"output_wait: must be 0 to {limits.OUTPUT_WAIT_MAX:g} seconds")
+        if not 0 <= self.output_wait <= bounds.OUTPUT_WAIT_MAX:
+            raise RecordError(f"output_wait: must be 0 to {bounds.OUTPUT_WAIT_MAX:g} seconds")
         if not (0 < self.rows < 65536 and 0 < self.columns < 65536):
             raise RecordError("rows, columns: must be 1 to 65535")
         if not 0 <= self.umask <= 0o777:
@@ -146,8 +146,8 @@ class Workload(Record):
 
 def check_hidden(masked: tuple[str, ...], read_only: tuple[str, ...]) -> None:
     """Raises RecordError where there are too many paths, or one is not absolute."""
-    if len(masked) + len(read_only) > limits.HIDDEN_PATHS:
-        raise RecordError(f"masked, read_only_paths: at most {limits.HIDDEN_PATHS} together")
+    if len(masked) + len(read_only) > bounds.HIDDEN_PATHS:
+        raise RecordError(f"masked, read_only_paths: at most {bounds.HIDDEN_PATHS} together")
     for field, paths in (("masked", masked), ("read_only_paths", read_only)):
         for path in paths:
             if not path.startswith("/") or ".." in path.split("/") or "\0" in path:

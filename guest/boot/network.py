@@ -3,7 +3,7 @@
 Addresses are checked by PID 1 when it applies them: the socket module's parser costs nothing there.
 """
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.record import Record, RecordError
 
 __all__ = ["Interface", "Network", "Route"]
@@ -41,8 +41,8 @@ class Interface(Record):
             raise RecordError(f"name: {self.name!r:.40} cannot be an interface's")
         if self.mac and not _is_mac(self.mac):
             raise RecordError(f"mac: {self.mac!r:.40} is not as 52:54:00:12:34:56")
-        if len(self.addresses) > limits.ADDRESSES or len(self.routes) > limits.ADDRESSES:
-            raise RecordError(f"addresses, routes: at most {limits.ADDRESSES} each")
+        if len(self.addresses) > bounds.ADDRESSES or len(self.routes) > bounds.ADDRESSES:
+            raise RecordError(f"addresses, routes: at most {bounds.ADDRESSES} each")
         if self.mtu and not 68 <= self.mtu <= 65535:
             raise RecordError("mtu: must be 68 to 65535, or 0")
 
@@ -62,17 +62,17 @@ class Network(Record):
     hosts: dict[str, tuple[str, ...]] = {}  # noqa: RUF012  frozen by convention
 
     def check(self) -> None:
-        if len(self.interfaces) > limits.INTERFACES:
-            raise RecordError(f"interfaces: at most {limits.INTERFACES}")
+        if len(self.interfaces) > bounds.INTERFACES:
+            raise RecordError(f"interfaces: at most {bounds.INTERFACES}")
         called = {interface.name for interface in self.interfaces}
         if len(called) < len(self.interfaces):
             raise RecordError("interfaces: two have the same name")
         for field in ("nameservers", "search", "options"):
             words = getattr(self, field)
-            if len(words) > limits.ADDRESSES or not all(map(_is_word, words)):
-                raise RecordError(f"{field}: at most {limits.ADDRESSES} words without spaces")
-        if len(self.hosts) > limits.HOSTS:
-            raise RecordError(f"hosts: at most {limits.HOSTS} addresses")
+            if len(words) > bounds.ADDRESSES or not all(map(_is_word, words)):
+                raise RecordError(f"{field}: at most {bounds.ADDRESSES} words without spaces")
+        if len(self.hosts) > bounds.HOSTS:
+            raise RecordError(f"hosts: at most {bounds.HOSTS} addresses")
         for address, names in self.hosts.items():
             if not (_is_word(address) and names and all(map(_is_word, names))):
                 raise RecordError(f"hosts: {address!r:.60} needs names without spaces")

@@ -8,7 +8,7 @@
 
 import struct
 
-from microguest.guest import limits
+from microguest.guest import bounds
 from microguest.guest.errors import RemoteProtocolError
 
 __all__ = ["HEADER", "MAGIC", "PREFACE_SIZE", "VERSION", "FrameHeader", "Kind", "preface"]
@@ -36,16 +36,16 @@ class Kind:
 
 # The longest payload of each kind; a kind that is not here does not exist.
 MAX_PAYLOAD = {
-    Kind.HELLO: limits.HELLO_PAYLOAD,
-    Kind.WELCOME: limits.HELLO_PAYLOAD,
-    Kind.REQUEST: limits.CONTROL_PAYLOAD,
-    Kind.RESPONSE: limits.RESPONSE_PAYLOAD,
-    Kind.ERROR: limits.ERROR_PAYLOAD,
-    Kind.DATA: limits.DATA_PAYLOAD,
+    Kind.HELLO: bounds.HELLO_PAYLOAD,
+    Kind.WELCOME: bounds.HELLO_PAYLOAD,
+    Kind.REQUEST: bounds.CONTROL_PAYLOAD,
+    Kind.RESPONSE: bounds.RESPONSE_PAYLOAD,
+    Kind.ERROR: bounds.ERROR_PAYLOAD,
+    Kind.DATA: bounds.DATA_PAYLOAD,
     Kind.END: 0,
-    Kind.CONTROL: limits.HELLO_PAYLOAD,
-    Kind.EXITED: limits.HELLO_PAYLOAD,
-    Kind.CREDIT: limits.HELLO_PAYLOAD,
+    Kind.CONTROL: bounds.HELLO_PAYLOAD,
+    Kind.EXITED: bounds.HELLO_PAYLOAD,
+    Kind.CREDIT: bounds.HELLO_PAYLOAD,
 }
 
 

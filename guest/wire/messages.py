@@ -9,13 +9,13 @@ from typing import Any
 
 import msgpack
 
-from microguest.guest import limits
+from microguest.guest import bounds
+from microguest.guest.boot.workload import check_limits
 from microguest.guest.errors import LocalProtocolError, RemoteProtocolError
-from microguest.guest.frames import Kind
 from microguest.guest.record import Record, RecordError
-from microguest.guest.renewal import Clock, ClockResult, Renew, Renewed, check_reading
 from microguest.guest.status import ExitStatus
-from microguest.guest.workload import check_limits
+from microguest.guest.wire.frames import Kind
+from microguest.guest.wire.renewal import Clock, ClockResult, Renew, Renewed, check_reading
 
 __all__ = [
     "CONTROLS",
@@ -186,14 +186,14 @@ class Keep(Record):
     retain: float = 3600.0  # seconds that status and output stay after the exit
 
     def check(self) -> None:
-        if not limits.KEEP_BUFFER_MIN <= self.buffer <= limits.KEEP_BUFFER_MAX:
+        if not bounds.KEEP_BUFFER_MIN <= self.buffer <= bounds.KEEP_BUFFER_MAX:
             raise RecordError(
-                f"buffer: must be {limits.KEEP_BUFFER_MIN} to {limits.KEEP_BUFFER_MAX} bytes"
+                f"buffer: must be {bounds.KEEP_BUFFER_MIN} to {bounds.KEEP_BUFFER_MAX} bytes"
             )
         if self.on_full not in ("block", "drop"):
             raise RecordError("on_full: must be block or drop")
-        if not 0 <= self.retain <= limits.KEEP_RETAIN_MAX:
-            raise RecordError(f"retain: must be 0 to {limits.KEEP_RETAIN_MAX:.0f} seconds")
+        if not 0 <= self.retain <= bounds.KEEP_RETAIN_MAX:
+            raise RecordError(f"retain: must be 0 to {bounds.KEEP_RETAIN_MAX:.0f} seconds")
 
 
 class Start(Record):
@@ -209,7 +209,7 @@ class Start(Record):
     tty: Winsize | None = None  # a terminal: output is all stdout, and stdin must be True
     stdin: bool = False  # False: /dev/null; True: a pipe or terminal that the host feeds and ends
     timeout: float | None = None  # seconds from the start until everything of it is ended
-    grace: float = limits.TIMEOUT_GRACE  # seconds between TERM and KILL of a timeout
+    grace: float = bounds.TIMEOUT_GRACE  # seconds between TERM and KILL of a timeout
     umask: int = 0o022
     capabilities: tuple[str, ...] | None = None  # "net_admin"…: the only ones it may ever have
     no_new_privs: bool = False
@@ -218,8 +218,8 @@ class Start(Record):
     id: str = ""  # of a kept process, where the host has chosen it; "": the agent does
     files: tuple[StagedFile, ...] = ()
     label: str = ""  # for lists; means nothing to the agent
-    drain_idle: float = limits.STREAM_IDLE_AFTER_EXIT  # seconds; see docs/protocol.md
-    drain_cap: float = limits.STREAM_CAP_AFTER_EXIT
+    drain_idle: float = bounds.STREAM_IDLE_AFTER_EXIT  # seconds; see docs/protocol.md
+    drain_cap: float = bounds.STREAM_CAP_AFTER_EXIT
     # Last, because from here on the name means this field and not the module.
     limits: Limits | None = None
 
@@ -228,8 +228,8 @@ class Start(Record):
             raise RecordError("shell: cannot be given together with argv")
         for name in ("timeout", "grace", "drain_idle", "drain_cap"):
             seconds = getattr(self, name)
-            if seconds is not None and not 0 <= seconds <= limits.SECONDS_MAX:
-                raise RecordError(f"{name}: must be 0 to {limits.SECONDS_MAX:.0f} seconds")
+            if seconds is not None and not 0 <= seconds <= bounds.SECONDS_MAX:
+                raise RecordError(f"{name}: must be 0 to {bounds.SECONDS_MAX:.0f} seconds")
         if not 0 <= self.umask <= 0o777:
             raise RecordError(f"umask: {self.umask:o} is not 0 to 777")
         if self.tty is not None and not self.stdin:
@@ -238,18 +238,18 @@ class Start(Record):
             check_id(self.id)
             if self.keep is None:
                 raise RecordError("id: is chosen only for a process with keep")
-        if len(self.label) > limits.LABEL:
-            raise RecordError(f"label: longer than {limits.LABEL} characters")
-        if len(self.seccomp) % 8 or len(self.seccomp) > limits.SECCOMP_FILTER:
+        if len(self.label) > bounds.LABEL:
+            raise RecordError(f"label: longer than {bounds.LABEL} characters")
+        if len(self.seccomp) % 8 or len(self.seccomp) > bounds.SECCOMP_FILTER:
             raise RecordError("seccomp: must be at most 4096 instructions of 8 bytes each")
 
 
 def check_id(name: str) -> None:
     """RecordError for what a host may not choose as a process's id: the agent's own look other."""
     plain = name.isascii() and name.replace("-", "").replace("_", "").replace(".", "").isalnum()
-    if not (plain and name[0].isalnum() and len(name) <= limits.KEPT_NAME):
+    if not (plain and name[0].isalnum() and len(name) <= bounds.KEPT_NAME):
         raise RecordError(
-            f"id: must be 1 to {limits.KEPT_NAME} ASCII letters, digits, '-', '_' and '.', and "
+            f"id: must be 1 to {bounds.KEPT_NAME} ASCII letters, digits, '-', '_' and '.', and "
             "begin with a letter or digit"
         )
     if name in RESERVED_IDS or (name[0] == "p" and name[1:2].isdigit()):
@@ -291,8 +291,8 @@ class Started(Record):
 
     def check(self) -> None:
         for field in (self.offsets, self.dropped):
-            if not all(0 <= count <= limits.OFFSET_MAX for count in field.values()):
-                raise RecordError(f"offsets, dropped: must be 0 to {limits.OFFSET_MAX}")
+            if not all(0 <= count <= bounds.OFFSET_MAX for count in field.values()):
+                raise RecordError(f"offsets, dropped: must be 0 to {bounds.OFFSET_MAX}")
 
 
 class Signal(Record):
@@ -344,8 +344,8 @@ class Credit(Record):
     stdin: int
 
     def check(self) -> None:
-        if not 0 <= self.stdin <= limits.CREDIT_MAX:
-            raise RecordError(f"stdin: must be 0 to {limits.CREDIT_MAX}")
+        if not 0 <= self.stdin <= bounds.CREDIT_MAX:
+            raise RecordError(f"stdin: must be 0 to {bounds.CREDIT_MAX}")
 
 
 class Exited(ExitStatus):
@@ -381,11 +381,11 @@ class ProcessInfo(Record):
 
     def check(self) -> None:
         # Who lists them may pad each row to the longest.
-        if len(self.id) > limits.KEPT_NAME or len(self.label) > limits.LABEL:
+        if len(self.id) > bounds.KEPT_NAME or len(self.label) > bounds.LABEL:
             raise RecordError("id, label: longer than any process has")
         # A word counts one more than its length, so that empty ones do; and the mark of a cut one.
-        if sum(len(word) + 1 for word in self.argv) > limits.LISTED_ARGV + 1:
-            raise RecordError(f"argv: longer than {limits.LISTED_ARGV} characters")
+        if sum(len(word) + 1 for word in self.argv) > bounds.LISTED_ARGV + 1:
+            raise RecordError(f"argv: longer than {bounds.LISTED_ARGV} characters")
 
 
 class ProcessList(Record):
@@ -401,8 +401,8 @@ class Wait(Record):
     timeout: float = 0.0  # seconds
 
     def check(self) -> None:
-        if not 0 <= self.timeout <= limits.SECONDS_MAX:
-            raise RecordError(f"timeout: must be 0 to {limits.SECONDS_MAX:.0f} seconds")
+        if not 0 <= self.timeout <= bounds.SECONDS_MAX:
+            raise RecordError(f"timeout: must be 0 to {bounds.SECONDS_MAX:.0f} seconds")
 
 
 class SignalProcess(Signal):
@@ -430,12 +430,12 @@ class ForgetResult(Record):
 class Shutdown(Record):
     """End the machine: TERM, `grace` seconds, KILL, sync, power off, or with `reboot` restart."""
 
-    grace: float = limits.STOP_GRACE
+    grace: float = bounds.STOP_GRACE
     reboot: bool = False
 
     def check(self) -> None:
-        if not 0 <= self.grace <= limits.STOP_GRACE_MAX:
-            raise RecordError(f"grace: must be 0 to {limits.STOP_GRACE_MAX:.0f} seconds")
+        if not 0 <= self.grace <= bounds.STOP_GRACE_MAX:
+            raise RecordError(f"grace: must be 0 to {bounds.STOP_GRACE_MAX:.0f} seconds")
 
 
 class ShutdownResult(Record):

@@ -2,16 +2,16 @@
 
 The host appends it to the bundle's initramfs as `/microguest/boot.json`, mode 0600; PID 1 reads and
 removes it before anything else runs. Unknown fields are an error that names them. Every field says
-in which version it appeared where that is not 1. The records of its parts are in `guest.rootplan`,
-`guest.workload` and `guest.netplan`.
+in which version it appeared where that is not 1. The records of its parts are in `guest.boot.root`,
+`guest.boot.workload` and `guest.boot.network`.
 """
 
-from microguest.guest import limits
+from microguest.guest import bounds
+from microguest.guest.boot.network import Network
+from microguest.guest.boot.root import Root, Volume, check_size
+from microguest.guest.boot.workload import ImageDefaults, Workload, check_init
 from microguest.guest.errors import BootConfigError
-from microguest.guest.netplan import Network
 from microguest.guest.record import Record, RecordError
-from microguest.guest.rootplan import Root, Volume, check_size
-from microguest.guest.workload import ImageDefaults, Workload, check_init
 
 __all__ = [
     "AGENT_PORT",
@@ -58,16 +58,16 @@ class AgentSettings(Record):
     token: str
     # Seconds between two questions to it whether it is there; 0 asks none. One that neither answers
     # nor runs for WATCHDOG_MISSES of them is replaced.
-    watchdog: float = limits.WATCHDOG_INTERVAL
+    watchdog: float = bounds.WATCHDOG_INTERVAL
 
     def check(self) -> None:
-        if self.watchdog and not limits.WATCHDOG_MIN <= self.watchdog <= limits.SECONDS_MAX:
-            raise RecordError(f"watchdog: must be 0, or at least {limits.WATCHDOG_MIN:g} seconds")
+        if self.watchdog and not bounds.WATCHDOG_MIN <= self.watchdog <= bounds.SECONDS_MAX:
+            raise RecordError(f"watchdog: must be 0, or at least {bounds.WATCHDOG_MIN:g} seconds")
         if not self.token.isascii():
             raise RecordError("token: must be ASCII")
-        if not limits.TOKEN_MIN <= len(self.token) <= limits.TOKEN_MAX:
+        if not bounds.TOKEN_MIN <= len(self.token) <= bounds.TOKEN_MAX:
             raise RecordError(
-                f"token: must have {limits.TOKEN_MIN} to {limits.TOKEN_MAX} characters"
+                f"token: must have {bounds.TOKEN_MIN} to {bounds.TOKEN_MAX} characters"
             )
 
 
@@ -86,8 +86,8 @@ class Hardening(Record):
     def check(self) -> None:
         if self.profile not in ("off", "default", "strict"):
             raise RecordError(f"profile: {self.profile!r:.100} is not off, default or strict")
-        if len(self.sysctls) > limits.SYSCTLS:
-            raise RecordError(f"sysctls: at most {limits.SYSCTLS}")
+        if len(self.sysctls) > bounds.SYSCTLS:
+            raise RecordError(f"sysctls: at most {bounds.SYSCTLS}")
         for name in self.sysctls:
             if not name or name[0] in "./" or ".." in name.split("/") or "\0" in name:
                 raise RecordError(f"sysctls: {name!r:.100} is not the name of a sysctl")
@@ -126,8 +126,8 @@ class BootConfig(Record):
         if self.mode == "handoff" and self.workload is not None:
             check_init(self.workload)
         check_size(self.shm_size, "shm_size")
-        if len(self.volumes) > limits.VOLUMES:
-            raise RecordError(f"volumes: at most {limits.VOLUMES}")
+        if len(self.volumes) > bounds.VOLUMES:
+            raise RecordError(f"volumes: at most {bounds.VOLUMES}")
         printable = self.hostname.isascii() and self.hostname.isprintable()
         if not 0 < len(self.hostname) <= 64 or not printable or " " in self.hostname:
             raise RecordError("hostname: must have 1 to 64 printable ASCII characters, no space")

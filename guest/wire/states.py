@@ -1,8 +1,8 @@
-"""Which kinds of frames each side may send in which state of a connection: `guest.connection`'s."""
+"""Which kinds of frames each side may send in which state of a connection: `connection`'s."""
 
 from enum import Enum
 
-from microguest.guest.frames import Kind
+from microguest.guest.wire.frames import Kind
 
 __all__ = ["AGENT_MAY_SEND", "AGENT_STREAMS", "HOST_MAY_SEND", "HOST_STREAMS", "Role", "State"]
 

@@ -1,0 +1,1 @@
+"""What a machine is told at its start: the boot config and its parts."""

@@ -1,0 +1,1 @@
+"""What host and agent say to each other: frames, records, and the protocol's state machine."""
