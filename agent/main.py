@@ -12,11 +12,12 @@ import time
 
 import trio
 
-from microguest.agent import clock, operations, orders, service
-from microguest.agent.groups import Groups
+from microguest.agent import operations, orders, service
 from microguest.agent.link import Link
-from microguest.agent.processes import Starter
+from microguest.agent.process.groups import Groups
+from microguest.agent.process.starting import Starter
 from microguest.agent.state import Agent
+from microguest.agent.system import clock
 from microguest.guest.supervision import AgentReady, Configure
 
 __all__ = ["run"]

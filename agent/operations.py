@@ -3,11 +3,12 @@
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from microguest.agent import attaching, clock, machine, renewing, requests
 from microguest.agent.channel import Channel
-from microguest.agent.clock import Pauses
-from microguest.agent.processes import Starter
+from microguest.agent.process import attaching, requests
+from microguest.agent.process.starting import Starter
 from microguest.agent.state import Agent
+from microguest.agent.system import clock, machine, renewing
+from microguest.agent.system.clock import Pauses
 from microguest.guest.record import Record
 from microguest.guest.wire.connection import Event
 from microguest.guest.wire.messages import OPERATIONS as NAMED

@@ -6,11 +6,11 @@ nobody left who would reap for it or power off.
 
 import os
 
-from microguest.agent.guard import Guard
-from microguest.agent.kept import MAIN_ID, KeptProcess
-from microguest.agent.main_process import ConsoleMain, take_main
-from microguest.agent.processes import Starter
-from microguest.agent.restoring import restore_all
+from microguest.agent.process.guard import Guard
+from microguest.agent.process.inheriting import restore_all
+from microguest.agent.process.kept import MAIN_ID, KeptProcess
+from microguest.agent.process.starting import Starter
+from microguest.agent.process.workload import ConsoleMain, take_main
 from microguest.agent.state import Agent
 from microguest.guest.supervision import (
     AreYouThere,

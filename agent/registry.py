@@ -125,7 +125,7 @@ class Process:
         self.close(fd)
 
     def close(self, fd: int) -> None:
-        """Close it now. That may stand, like all that touches a stream: `agent.guard`."""
+        """Close it now. That may stand, like all that touches a stream: `agent.process.guard`."""
         Process.letting_go = self, fd, os.fstat(fd)
         try:
             os.close(fd)

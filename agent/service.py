@@ -10,10 +10,10 @@ import socket
 
 import trio
 
-from microguest.agent import clock
 from microguest.agent.channel import Channel, ConnectionLost
 from microguest.agent.operations import Handler
 from microguest.agent.state import Agent, log
+from microguest.agent.system import clock
 from microguest.guest import __version__, bounds
 from microguest.guest.errors import OperationError, RemoteProtocolError, raised_at
 from microguest.guest.wire.connection import Event, Request, Response, State

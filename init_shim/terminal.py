@@ -1,7 +1,7 @@
 """The workload's terminal: a pair of pseudo-terminal ends from the devpts that PID 1 has mounted.
 
-See pty(7), ioctl_tty(2). `agent.terminals` does the same for processes of hosts, and distrusts the
-image more than is needed here, before anything of it has run.
+See pty(7), ioctl_tty(2). `agent.process.terminals` does the same for processes of hosts, and
+distrusts the image more than is needed here, before anything of it has run.
 """
 
 import errno

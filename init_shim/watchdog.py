@@ -92,7 +92,7 @@ def activity(pid: int) -> tuple[str, bool, tuple[int, ...]]:
 
     The latter are numbers that only grow, of the time that it ran and that it waited for its turn.
     All of it is of its first thread, which the event loop is in: another one looks at that every
-    half second, also while it hangs (agent/guard.py).
+    half second, also while it hangs (agent/process/guard.py).
     """
     thread = f"{pid}/task/{pid}"
     try:

@@ -13,7 +13,7 @@ from patience import PATIENCE
 # comes at each line of what an agent does to have a directory, once for each.
 AT_EACH_MOMENT = """
 import fcntl, os, sys
-from microguest.agent import cgroups
+from microguest.agent.process import cgroups
 
 folder, comes = sys.argv[1:]
 parent = f"{folder}/microguest"

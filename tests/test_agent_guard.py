@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # This program's first thread is the event loop that the guard looks at, at a process's stdin.
 LOOP = """
     import os, threading, time
-    from microguest.agent.guard import Guard
+    from microguest.agent.process.guard import Guard
     from microguest.agent.registry import Process
     from microguest.guest import bounds as limits
 
@@ -64,7 +64,7 @@ def test_a_loop_that_waits_for_no_lock_kills_nobody(waits: str) -> None:
 def test_who_has_a_dead_workloads_id_is_not_killed() -> None:
     """PID 1 has reaped it while the event loop stood, which so has not heard of it."""
     in_namespace("""
-        from microguest.agent.adopted import Adopted
+        from microguest.agent.process.adopted import Adopted
 
         begin(300, {})
         workload = Adopted("main", 300, os.pidfd_open(300), (-1, {}))

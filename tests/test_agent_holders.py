@@ -8,7 +8,7 @@ import time
 import pytest
 from patience import PATIENCE
 
-from microguest.agent import holders
+from microguest.agent.process import holders
 from microguest.guest import bounds
 
 MANY = 15_000  # descriptors of each decoy

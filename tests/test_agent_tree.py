@@ -16,8 +16,8 @@ from agentharness import AgentProcess, Host, execute
 from patience import PATIENCE
 from sleepers import Sleeper
 
-from microguest.agent.cgroups import MOUNTS, Cgroups, open_cgroups
-from microguest.agent.leaf import Leaf
+from microguest.agent.process.cgroups import MOUNTS, Cgroups, open_cgroups
+from microguest.agent.process.leaf import Leaf
 from microguest.guest.wire.messages import Signal, SignalProcess, SignalResult
 
 STORM = 500  # processes that each of four loops starts, at most

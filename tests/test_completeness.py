@@ -159,7 +159,7 @@ def test_an_operation_that_nobody_has_is_found() -> None:
 # ── controls, and the other frames of a connection ───────────────────────────────────────────────
 
 # A process that is not kept has one of them, a kept one the other.
-PROCESS_CONNECTIONS = ("agent/exchange.py", "agent/attaching.py")
+PROCESS_CONNECTIONS = ("agent/process/plain.py", "agent/process/attaching.py")
 
 
 def uncontrolled(controls: dict[str, type[Record]]) -> list[str]:

@@ -10,13 +10,13 @@ import textwrap
 import pytest
 from sleepers import Sleeper
 
-from microguest.agent import tree
+from microguest.agent.process import tree
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 BEGIN = """
     import os, signal, time
-    from microguest.agent import tree
+    from microguest.agent.process import tree
 
     MARK = tree.MARKER + b"1"
 

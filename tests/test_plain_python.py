@@ -116,7 +116,7 @@ def test_errors_of_spawn_in_this_process() -> None:
 def test_a_ring_has_the_last_bytes_whatever_is_taken_and_whenever_it_is_restored(
     drops: bool,
 ) -> None:
-    from microguest.agent.ring import PAGE, Ring
+    from microguest.agent.process.ring import PAGE, Ring
 
     chance = random.Random(drops)
     ring = Ring.create(2 * PAGE - 1, drops=drops)
@@ -226,9 +226,9 @@ def test_the_agent_serves_in_a_plain_python(agent: AgentProcess) -> None:
 
 def test_a_breakpoint_stops_the_agent_of_a_test() -> None:
     """As docs/building.md says it, with a person's words written ahead."""
-    source = (PROJECT / "agent" / "machine.py").read_text().splitlines()
+    source = (PROJECT / "agent" / "system" / "machine.py").read_text().splitlines()
     line = 1 + next(n for n, text in enumerate(source) if "return PingResult" in text)
-    where = f"microguest/agent/machine.py:{line}"
+    where = f"microguest/agent/system/machine.py:{line}"
     commands = f"break {where}\ncontinue\np agent.token\nclear 1\ncontinue\n"
     test = "tests/test_agent_service.py::test_one_connection_answers_many_requests"
     done = subprocess.run(
@@ -237,6 +237,6 @@ def test_a_breakpoint_stops_the_agent_of_a_test() -> None:
         env={**os.environ, "MICROGUEST_AGENT": f"{sys.executable} -m pdb -m microguest.agent.main"},
         input=commands, check=False, capture_output=True, text=True, timeout=3 * PATIENCE,
     )  # fmt: skip
-    assert f"agent/machine.py({line})ping()" in done.stdout
+    assert f"agent/system/machine.py({line})ping()" in done.stdout
     assert f"(Pdb) {TOKEN.encode()!r}\n" in done.stdout
     assert "1 passed" in done.stdout

@@ -20,7 +20,7 @@ from hostkit import TOKEN, Peer, agent_at, serving
 from init_machine import make_root
 
 from microguest import aio
-from microguest.agent.generation import announces
+from microguest.agent.system.generation import announces
 from microguest.guest import bounds
 from microguest.guest.boot.network import Interface, Route
 from microguest.guest.errors import OperationError, RemoteProtocolError

@@ -28,7 +28,7 @@ from machinekit import wait_until
 from patience import PATIENCE, SLACK
 
 from microguest import boot
-from microguest.agent.cgroups import MOUNTS
+from microguest.agent.process.cgroups import MOUNTS
 from microguest.errors import DeadlineExceeded
 from microguest.guest import bounds
 from microguest.guest.errors import StartError

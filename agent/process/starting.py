@@ -8,14 +8,14 @@ from collections.abc import Iterable
 
 import _guestsys
 
-from microguest.agent import terminals, tracers, tree
-from microguest.agent.accounts import Accounts
-from microguest.agent.cgroups import REFUSALS, needed_controllers, unavailable
-from microguest.agent.child import ChildProcess, Ends
-from microguest.agent.groups import Groups
-from microguest.agent.hunting import Hunters
-from microguest.agent.leaf import Leaf
-from microguest.agent.staging import stage
+from microguest.agent.files.staging import stage
+from microguest.agent.process import terminals, tracers, tree
+from microguest.agent.process.accounts import Accounts
+from microguest.agent.process.cgroups import REFUSALS, needed_controllers, unavailable
+from microguest.agent.process.child import ChildProcess, Ends
+from microguest.agent.process.groups import Groups
+from microguest.agent.process.hunting import Hunters
+from microguest.agent.process.leaf import Leaf
 from microguest.agent.state import Agent
 from microguest.guest.errors import OperationError, operation_error
 from microguest.guest.launch import Plan, plan, shell_argv, start_failure

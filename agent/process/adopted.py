@@ -9,11 +9,11 @@ import time
 
 import trio
 
-from microguest.agent import tracers
-from microguest.agent.child import REAPING, ChildProcess, Ends
-from microguest.agent.leaf import Leaf
+from microguest.agent.process import tracers
+from microguest.agent.process.child import REAPING, ChildProcess, Ends
+from microguest.agent.process.leaf import Leaf
+from microguest.agent.process.tree import UNMARKED
 from microguest.agent.state import log
-from microguest.agent.tree import UNMARKED
 from microguest.guest import bounds
 from microguest.guest.status import exit_fields
 from microguest.guest.supervision import KeptStatus, MainExited

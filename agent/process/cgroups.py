@@ -4,7 +4,7 @@ A leaf is what limits hold for, what the kernel tells about, and the one thing t
 cannot escape from. All of it is cgroup v2 (Documentation/admin-guide/cgroup-v2.rst) by plain files.
 Making and removing a directory there costs more than an exec, so leaves without limits are used
 again once they are empty. Where the hierarchy is not there or not as expected, processes go without
-it, and `agent.tree` looks after their trees.
+it, and `agent.process.tree` looks after their trees.
 
     …/microguest/workload/       PID 1's, for the process that the machine is for
     …/microguest/SOME-NAME/      of one agent, locked while that agent lives
@@ -20,7 +20,7 @@ import fcntl
 import os
 import time
 
-from microguest.agent.leaf import Leaf, read_number, read_words, write, write_if_possible
+from microguest.agent.process.leaf import Leaf, read_number, read_words, write, write_if_possible
 from microguest.guest import bounds
 from microguest.guest.errors import OperationError, operation_error
 from microguest.guest.launch import share_of_processes

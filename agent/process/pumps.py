@@ -11,8 +11,8 @@ import fcntl
 import os
 import select
 
-from microguest.agent import terminals
 from microguest.agent.channel import BUFFER, Channel, readable_bytes
+from microguest.agent.process import terminals
 from microguest.agent.registry import Process
 from microguest.guest import bounds
 

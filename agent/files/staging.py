@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import _guestsys
 import trio
 
-from microguest.agent.rights import acting_as
+from microguest.agent.files.rights import acting_as
 from microguest.agent.state import log
 from microguest.agent.threads import in_thread
 from microguest.guest import bounds
@@ -32,7 +32,7 @@ PREFIX = ".microguest-"
 async def stage(
     files: tuple[StagedFile, ...], cwd: bytes, owner: Identity, capabilities: int = -1
 ) -> "Staged":
-    """Put them in place, as `agent.rights.acting_as` says. Raises OperationError bad_file, or
+    """Put them in place, as `agent.files.rights.acting_as` says. Raises OperationError bad_file, or
     resource_limit where there is no thread to be had.
 
     Then nothing has changed, as far as a rename that failed after another one allows.

@@ -17,13 +17,13 @@ from typing import Protocol
 
 import trio
 
-from microguest.agent import tracers
-from microguest.agent.adopted import Adopted
 from microguest.agent.channel import readable_bytes
-from microguest.agent.child import ChildProcess
-from microguest.agent.pumps import InputPump, enlarge
+from microguest.agent.process import tracers
+from microguest.agent.process.adopted import Adopted
+from microguest.agent.process.child import ChildProcess
+from microguest.agent.process.pumps import InputPump, enlarge
+from microguest.agent.process.ring import CUT, ENDED, Ring
 from microguest.agent.registry import Process
-from microguest.agent.ring import CUT, ENDED, Ring
 from microguest.agent.state import Agent, log
 from microguest.guest import bounds
 from microguest.guest.errors import OperationError

@@ -16,8 +16,8 @@ import signal
 import trio
 
 from microguest.agent.channel import Channel, ConnectionLost, readable_bytes
-from microguest.agent.processes import Starter
-from microguest.agent.pumps import InputPump, OutputPump
+from microguest.agent.process.pumps import InputPump, OutputPump
+from microguest.agent.process.starting import Starter
 from microguest.agent.registry import Process
 from microguest.agent.state import Agent
 from microguest.guest import bounds

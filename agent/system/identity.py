@@ -4,7 +4,7 @@ import os
 import socket
 import stat
 
-from microguest.agent.staging import Written
+from microguest.agent.files.staging import Written
 from microguest.guest.users import Identity
 from microguest.guest.wire.messages import StagedFile
 

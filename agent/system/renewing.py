@@ -7,10 +7,10 @@ random numbers. A part that fails is named in the answer, and the others are don
 from collections.abc import Callable
 from typing import Any
 
-from microguest.agent import entropy, identity
 from microguest.agent.channel import Channel
-from microguest.agent.clock import has_own_kernel, step
 from microguest.agent.state import Agent
+from microguest.agent.system import entropy, identity
+from microguest.agent.system.clock import has_own_kernel, step
 from microguest.agent.threads import in_thread
 from microguest.guest.errors import OperationError
 from microguest.guest.record import Record
@@ -74,7 +74,8 @@ class Renewal:
         """Interface by interface, as the request names them."""
         if not self.asked.interfaces:
             return
-        from microguest.agent.network import readdress  # only here, for what it imports
+        # Only here, for what it imports.
+        from microguest.agent.network.readdressing import readdress
 
         renewed: list[str] = []
         for interface in self.asked.interfaces:

@@ -2,14 +2,14 @@
 
 import os
 
-from microguest.agent.cgroups import (
+from microguest.agent.process.cgroups import (
     Cgroups,
     needed_controllers,
     open_cgroups,
     unavailable,
     workload_memory,
 )
-from microguest.agent.leaf import Leaf
+from microguest.agent.process.leaf import Leaf
 from microguest.agent.state import Agent
 from microguest.guest import bounds
 from microguest.guest.supervision import AGENT_ID, Deposit

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 
-from microguest.agent import tree
+from microguest.agent.process import tree
 from microguest.guest import bounds
 
 __all__ = [

@@ -13,9 +13,9 @@ import time
 
 import trio
 
-from microguest.agent.adopted import Adopted
-from microguest.agent.child import Ends
-from microguest.agent.kept import MAIN_ID, KeptProcess, Notes
+from microguest.agent.process.adopted import Adopted
+from microguest.agent.process.child import Ends
+from microguest.agent.process.kept import MAIN_ID, KeptProcess, Notes
 from microguest.agent.registry import Process
 from microguest.agent.state import Agent, log
 from microguest.guest import bounds

@@ -11,9 +11,9 @@ import time
 
 import trio
 
-from microguest.agent import terminals, tracers, tree
-from microguest.agent.hunting import Hunters, Quarry
-from microguest.agent.leaf import Leaf
+from microguest.agent.process import terminals, tracers, tree
+from microguest.agent.process.hunting import Hunters, Quarry
+from microguest.agent.process.leaf import Leaf
 from microguest.agent.registry import Process
 from microguest.guest import bounds
 from microguest.guest.wire.messages import Exited

@@ -4,7 +4,7 @@ A descendant is known by its chain of parents, its session or process group, or 
 environment. What wipes its environment, leaves the session and outlives its parent cannot be found.
 
 A pass over /proc takes as long as there are processes in the guest, so one serves all who look for
-somebody at that moment, and it is made of small steps: `agent.hunting` runs them.
+somebody at that moment, and it is made of small steps: `agent.process.hunting` runs them.
 """
 
 import os

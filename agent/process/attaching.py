@@ -8,11 +8,11 @@ import select
 
 import trio
 
-from microguest.agent import exchange
 from microguest.agent.channel import BUFFER, Channel, ConnectionLost
-from microguest.agent.kept import MAIN_ID, KeptProcess, claimed, forgotten, keep, place
-from microguest.agent.main_process import find_main
-from microguest.agent.processes import Starter
+from microguest.agent.process import plain
+from microguest.agent.process.kept import MAIN_ID, KeptProcess, claimed, forgotten, keep, place
+from microguest.agent.process.starting import Starter
+from microguest.agent.process.workload import find_main
 from microguest.agent.state import Agent
 from microguest.guest import bounds
 from microguest.guest.errors import OperationError, RemoteProtocolError
@@ -51,7 +51,7 @@ async def start(
     """The operation. Raises OperationError."""
     assert isinstance(args, Start)
     if args.keep is None:
-        await exchange.start(starter, agent, channel, args, early)
+        await plain.start(starter, agent, channel, args, early)
         return
     await agent.wait_root()
     with claimed(agent, args.id):

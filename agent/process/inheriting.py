@@ -3,13 +3,13 @@
 import os
 import signal
 
-from microguest.agent import tree
-from microguest.agent.adopted import Adopted
-from microguest.agent.groups import Groups
-from microguest.agent.hunting import Hunters, in_slices
-from microguest.agent.kept import KeptProcess, Notes
-from microguest.agent.leaf import Leaf
-from microguest.agent.ring import OPEN, Ring
+from microguest.agent.process import tree
+from microguest.agent.process.adopted import Adopted
+from microguest.agent.process.groups import Groups
+from microguest.agent.process.hunting import Hunters, in_slices
+from microguest.agent.process.kept import KeptProcess, Notes
+from microguest.agent.process.leaf import Leaf
+from microguest.agent.process.ring import OPEN, Ring
 from microguest.agent.state import Agent, log
 from microguest.guest.record import RecordError
 from microguest.guest.supervision import AGENT_ID, Restored

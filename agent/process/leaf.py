@@ -1,6 +1,6 @@
 """One process's cgroup, and the plain files that every cgroup has.
 
-Which leaf a process gets, and what becomes of it, is `agent.cgroups`' affair.
+Which leaf a process gets, and what becomes of it, is `agent.process.cgroups`' affair.
 """
 
 import errno
@@ -8,7 +8,7 @@ import os
 import signal
 from typing import Protocol
 
-from microguest.agent.tree import pidfd_of, send
+from microguest.agent.process.tree import pidfd_of, send
 from microguest.guest.wire.messages import Limits
 
 __all__ = ["Leaf", "Owner", "read_number", "read_words", "write", "write_if_possible"]

@@ -15,10 +15,10 @@ import time
 
 import trio
 
-from microguest.agent import generation
 from microguest.agent.channel import Channel
-from microguest.agent.entropy import reseed, seed_from_hardware
 from microguest.agent.state import Agent, log
+from microguest.agent.system import generation
+from microguest.agent.system.entropy import reseed, seed_from_hardware
 from microguest.agent.threads import in_thread
 from microguest.guest.errors import OperationError
 from microguest.guest.record import Record

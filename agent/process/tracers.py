@@ -13,8 +13,8 @@ from collections.abc import Generator
 
 import trio
 
-from microguest.agent import tree
-from microguest.agent.hunting import in_slices
+from microguest.agent.process import tree
+from microguest.agent.process.hunting import in_slices
 from microguest.agent.state import log
 from microguest.guest import bounds
 
@@ -80,7 +80,7 @@ def reaped(pid: int) -> bool:
 
 
 def kill(pid: int) -> Generator[float, None, list[int]]:
-    """In steps, as `agent.tree` makes them."""
+    """In steps, as `agent.process.tree` makes them."""
     seen = {0, 1, os.getpid(), os.getppid(), pid}  # 0: it is outside of the guest
     waiting, killed = [pid], list[int]()
     while waiting and len(seen) < CHAIN:

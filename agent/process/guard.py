@@ -9,8 +9,8 @@ The thread looks at the system call that the event loop is in, whose stream that
 whether it waits there uninterruptibly: since the last look without a pause, or while somebody waits
 in splice(2) on that stream. So locks that are held for a moment each count as often as a look finds
 one, which is their share of the time. Who writes much, or has no processor with the lock in its
-hands, does not count. Who holds the lock is looked for by `agent.holders`. Where nobody is found,
-all who could have the pipe are killed, and in the end all.
+hands, does not count. Who holds the lock is looked for by `agent.process.holders`. Where nobody is
+found, all who could have the pipe are killed, and in the end all.
 """
 
 import os
@@ -19,8 +19,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from microguest.agent import holders
-from microguest.agent.holders import Candidate, Found, Look, open_in
+from microguest.agent.process import holders
+from microguest.agent.process.holders import Candidate, Found, Look, open_in
 from microguest.agent.registry import Process
 from microguest.agent.state import Agent, log
 from microguest.agent.threads import run_beside

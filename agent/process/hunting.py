@@ -7,8 +7,8 @@ from typing import ClassVar, TypeVar
 
 import trio
 
-from microguest.agent import tree
-from microguest.agent.tree import Hunt
+from microguest.agent.process import tree
+from microguest.agent.process.tree import Hunt
 
 __all__ = ["Hunters", "Quarry", "in_slices"]
 

@@ -1,0 +1,1 @@
+"""Processes: started, watched, attached to, ended; what they stand in and on."""
