@@ -31,7 +31,7 @@ def run() -> int:
     if name == "agent" or arguments[:1] == ["agent"]:
         return run_agent()
     if name == "dhcp" and len(arguments) == 1:
-        from microguest.init_shim.dhcp_client import run as keep_lease
+        from microguest.init_shim.network.dhcp_client import run as keep_lease
 
         return keep_lease(arguments[0])
     if os.getpid() == 1 or name == "init":
@@ -39,7 +39,7 @@ def run() -> int:
 
         boot()
     if arguments[:1] == ["namespaces"]:
-        from microguest.init_shim.namespaces import launch
+        from microguest.init_shim.launcher import launch
 
         return launch(arguments[1:])
     if arguments == ["--version"]:

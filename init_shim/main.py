@@ -9,27 +9,21 @@ import os
 from microguest.guest.boot import config as bootconfig
 from microguest.guest.boot.config import BootConfig
 from microguest.guest.errors import BootConfigError, raised_at
-from microguest.init_shim import (
-    hardening,
-    modules,
-    mounts,
-    network,
-    power,
-    protection,
-    root,
-    server_limits,
-    volumes,
-)
-from microguest.init_shim.agent_process import AgentProcess
+from microguest.init_shim import mounts
 from microguest.init_shim.failure import Failure, call
+from microguest.init_shim.hardening import modules, profile
+from microguest.init_shim.life import power, protection, server_limits
+from microguest.init_shim.life.agent_child import AgentProcess
+from microguest.init_shim.life.supervisor import Supervisor, await_agent
+from microguest.init_shim.life.workload import WorkloadNotStarted, start_workload
+from microguest.init_shim.life.workload_cgroup import Most
+from microguest.init_shim.life.workload_lives import MainProcess, failed_start
 from microguest.init_shim.listener import open_listener
-from microguest.init_shim.main_process import MainProcess, failed_start
+from microguest.init_shim.network import configuring
 from microguest.init_shim.reporter import Reporter, announcement, failed_boot, mark_lines, say
+from microguest.init_shim.root import assembling, volumes
 from microguest.init_shim.signals import Signals
-from microguest.init_shim.supervisor import Supervisor, await_agent
 from microguest.init_shim.timeline import Timeline
-from microguest.init_shim.workload import WorkloadNotStarted, start_workload
-from microguest.init_shim.workload_cgroup import Most
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
@@ -79,7 +73,7 @@ def bootstrap(supervisor: Supervisor, timeline: Timeline) -> None:
         config = take_config()
         mark_lines(config.agent.token)
         reporter.endpoint = config.report
-        hardening.forbid_core_dumps(config)
+        profile.forbid_core_dumps(config)
     with step("modules"):
         if config.machine == "vm" and config.modules:
             modules.load_modules()
@@ -93,20 +87,20 @@ def bootstrap(supervisor: Supervisor, timeline: Timeline) -> None:
             agent.start()
             protection.watch_oom(config, supervisor, reporter)
     with step("root-lower"):
-        root.mount_lowers(config.root)
+        assembling.mount_lowers(config.root)
     with step("root-upper"):
-        root.mount_upper(config)
+        assembling.mount_upper(config)
     with step("root-overlay"):
-        root.mount_root(config.root, keep_run=config.mode == "supervise")
+        assembling.mount_root(config.root, keep_run=config.mode == "supervise")
     with step("volumes"):
         volumes.mount_volumes(config.root, config.volumes)
     with step("switch-root"):
-        new_root = root.switch_root(config.root, config.volumes)
+        new_root = assembling.switch_root(config.root, config.volumes)
     with step("network"):
-        network.configure(config, signals)
+        configuring.configure(config, signals)
     with step("hardening"):
-        hardening.harden(config)
-        root.make_read_only(config.root)
+        profile.harden(config)
+        assembling.make_read_only(config.root)
         hide_paths(config)  # which may write-protect what hardening writes to
         agent.root_ready(new_root)  # nothing of the image runs before this
     if config.mode == "handoff":
@@ -156,7 +150,7 @@ def hand_off(
     config: BootConfig, supervisor: Supervisor, agent: AgentProcess, timeline: Timeline
 ) -> None:
     """Become the image's own init. Returns only where PID 1 was told to end before it had."""
-    from microguest.init_shim.handoff import hand_off
+    from microguest.init_shim.life.handoff import hand_off
 
     hand_off(config, agent, supervisor.reporter, supervisor.signals, timeline)
     supervisor.status = "shutdown"
@@ -166,7 +160,7 @@ def hide_paths(config: BootConfig) -> None:
     """What nobody shall see or change, processes of hosts included. Raises Failure."""
     workload = config.workload
     if workload is not None and (workload.masked or workload.read_only_paths):
-        from microguest.init_shim import masks  # few images ask for it
+        from microguest.init_shim.hardening import masks  # few images ask for it
 
         masks.hide(workload.masked, workload.read_only_paths)
 

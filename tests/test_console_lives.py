@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from microguest.init_shim.console import undo_earlier_life
+from microguest.init_shim.life.console import undo_earlier_life
 from microguest.init_shim.reporter import device_number
 
 TIOCGEXCL = 0x80045440  # ioctl_tty(2)

@@ -8,7 +8,7 @@ import pytest
 
 from microguest.guest import bounds
 from microguest.guest.supervision import Deposit, KeptExited
-from microguest.init_shim.deposits import Deposits
+from microguest.init_shim.life.deposits import Deposits
 
 USAGE = resource.getrusage(resource.RUSAGE_SELF)
 

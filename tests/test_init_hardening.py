@@ -8,8 +8,8 @@ import pytest
 from init_machine import Machine, boot_config, make_root, require_program
 from plainpython import needs_guestsys
 
-from microguest.init_shim import sysctls
 from microguest.init_shim.failure import Failure
+from microguest.init_shim.hardening import sysctls
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "security.md"
 SYSCTLS = Path("/proc/sys")
@@ -205,7 +205,7 @@ def documented() -> dict[str, str]:
 
 @needs_guestsys
 def test_every_measure_is_documented() -> None:
-    from microguest.init_shim import hardening
+    from microguest.init_shim.hardening import profile as hardening
 
     expected = {f"{name}={value}": "default" for name, value in sysctls.DEFAULT.items()}
     expected |= {f"{name}={value}": "default" for name, value in sysctls.LOCKED_MODULES.items()}

@@ -14,7 +14,7 @@ from rights import open_to_all
 
 from microguest.guest import bounds
 from microguest.guest.boot.config import BootConfig, parse
-from microguest.init_shim.memory_sizes import sizes_of
+from microguest.init_shim.root.memory_sizes import sizes_of
 
 MIB = 2**20
 LIST = "cd /run; find . -mindepth 1 | sort | xargs -r stat -c '%n %F %a %u:%g'"

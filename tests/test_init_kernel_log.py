@@ -4,7 +4,7 @@ import pytest
 
 from microguest.guest import bounds
 from microguest.guest.report import OomKilled
-from microguest.init_shim.kernel_log import KernelLog, OomWatch, parse_kill, parse_record
+from microguest.init_shim.life.kernel_log import KernelLog, OomWatch, parse_kill, parse_record
 
 FACTS = (
     " total-vm:99kB, anon-rss:9kB, file-rss:9kB, shmem-rss:0kB, UID:0 pgtables:9kB oom_score_adj:0"

@@ -36,11 +36,11 @@ from patience import PATIENCE, SLACK
 from test_agent_traced import PRELUDE
 
 from microguest.guest.privileges import capability_mask
-from microguest.init_shim import dhcp_packets
-from microguest.init_shim.dhcp_packets import ACK, DISCOVER, FOREVER, OFFER
+from microguest.init_shim.network import dhcp_packets
+from microguest.init_shim.network.dhcp_packets import ACK, DISCOVER, FOREVER, OFFER
 
 MAC = bytes.fromhex("525400123456")
-# As in init_shim/dhcp.py, which cannot be imported here.
+# As in init_shim/network/dhcp.py, which cannot be imported here.
 CAPABILITIES = ("net_admin", "net_raw", "net_bind_service", "chown", "dac_override", "fowner")
 SERVER = PROJECT / "tests" / "dhcp_server.py"
 
@@ -73,10 +73,10 @@ def finish(machine: Machine) -> None:
 NETLINK_SCRIPT = """
     import subprocess
     from microguest.guest.boot.network import Interface, Network, Route
-    from microguest.init_shim import interfaces
-    from microguest.init_shim.addresses import packed_address, parse_prefix
+    from microguest.init_shim.network import interfaces
+    from microguest.init_shim.network.addresses import packed_address, parse_prefix
     from microguest.init_shim.failure import Failure
-    from microguest.init_shim.netlink import Netlink
+    from microguest.init_shim.network.netlink import Netlink
 
     def ip(*words):
         subprocess.run(["ip", *words], check=True)
@@ -209,7 +209,7 @@ def test_what_the_kernel_refuses_is_told_in_its_words() -> None:
 def test_the_kernels_line_is_read_as_the_kernel_does() -> None:
     in_new_network(
         """
-        from microguest.init_shim.kernel_line import planned
+        from microguest.init_shim.network.kernel_line import planned
 
         def seen(value, plan=Network()):
             plan, hostname = planned(value, plan)

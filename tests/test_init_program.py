@@ -17,18 +17,22 @@ PINNED = frozenset(
     microguest.guest.bounds microguest.guest.errors microguest.guest.launch
     microguest.guest.plainjson microguest.guest.record microguest.guest.report
     microguest.guest.status microguest.guest.supervision microguest.guest.users microguest.init_shim
-    microguest.init_shim.agent_process microguest.init_shim.collection microguest.init_shim.confined
-    microguest.init_shim.deposits microguest.init_shim.disks microguest.init_shim.dispatch
-    microguest.init_shim.ending microguest.init_shim.failure microguest.init_shim.hardening
-    microguest.init_shim.kind microguest.init_shim.last_words microguest.init_shim.listener
-    microguest.init_shim.main microguest.init_shim.main_process microguest.init_shim.modules
-    microguest.init_shim.mounts microguest.init_shim.network microguest.init_shim.power
-    microguest.init_shim.protection microguest.init_shim.reporter microguest.init_shim.root
-    microguest.init_shim.server_limits microguest.init_shim.signals microguest.init_shim.supervisor
-    microguest.init_shim.timeline microguest.init_shim.volumes microguest.init_shim.watchdog
-    microguest.init_shim.workload microguest.init_shim.workload_cgroup
-    microguest.init_shim.write_out os os.path posix posixpath resource select stat sys time types
-    zipimport
+    microguest.init_shim.confined microguest.init_shim.dispatch microguest.init_shim.ending
+    microguest.init_shim.failure microguest.init_shim.hardening
+    microguest.init_shim.hardening.modules microguest.init_shim.hardening.profile
+    microguest.init_shim.kind microguest.init_shim.life microguest.init_shim.life.agent_child
+    microguest.init_shim.life.collection microguest.init_shim.life.deposits
+    microguest.init_shim.life.last_words microguest.init_shim.life.power
+    microguest.init_shim.life.protection microguest.init_shim.life.server_limits
+    microguest.init_shim.life.supervisor microguest.init_shim.life.watchdog
+    microguest.init_shim.life.workload microguest.init_shim.life.workload_cgroup
+    microguest.init_shim.life.workload_lives microguest.init_shim.listener microguest.init_shim.main
+    microguest.init_shim.mounts microguest.init_shim.network
+    microguest.init_shim.network.configuring microguest.init_shim.reporter microguest.init_shim.root
+    microguest.init_shim.root.assembling microguest.init_shim.root.disks
+    microguest.init_shim.root.volumes microguest.init_shim.root.write_out
+    microguest.init_shim.signals microguest.init_shim.timeline os os.path posix posixpath resource
+    select stat sys time types zipimport
     """.split()  # noqa: SIM905
 )
 

@@ -342,7 +342,8 @@ def test_a_bind_takes_along_what_is_mounted_inside_it(
 @needs_guestsys
 def test_a_mount_that_turned_out_to_allow_more_is_refused(tmp_path: Path) -> None:
     """No kernel is known that does this, so the check is asked about a mount of this one."""
-    from microguest.init_shim import confined, volumes
+    from microguest.init_shim import confined
+    from microguest.init_shim.root import volumes
 
     for flag in ("read_only", "exec"):
         volume = Volume(kind="tmpfs", target="/x", suid=True, dev=True)

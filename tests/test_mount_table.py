@@ -13,7 +13,9 @@ SCRIPT = """
 import sys
 from pathlib import Path
 
-from microguest.init_shim import etcfiles, mounts, write_out
+from microguest.init_shim import mounts
+from microguest.init_shim.network import etcfiles
+from microguest.init_shim.root import write_out
 
 folder = Path(sys.argv[1])
 for number in range(int(sys.argv[2])):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from machinekit import wait_until
 
+from microguest.init_shim.life.watchdog import activity
 from microguest.init_shim.mounts import proc_folder
-from microguest.init_shim.watchdog import activity
 
 HANGING = """
 import signal, sys, threading

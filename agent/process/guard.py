@@ -30,7 +30,7 @@ __all__ = ["Guard"]
 
 LOOK_EVERY = 0.5  # seconds; a look is two reads in /proc
 LOOK_TWICE = 0.02  # seconds; locks that are held for less are as good as none
-KEEPER = b"microguest-keep\n"  # /proc/PID/comm of init_shim.keeper
+KEEPER = b"microguest-keep\n"  # /proc/PID/comm of init_shim.life.keeper
 
 # Something that is done against who holds a lock. Whether it was against anybody.
 Measure = Callable[[], bool]

@@ -14,7 +14,7 @@ __all__ = ["GuestDisk", "image_disk"]
 
 LEAST: Final = (
     64 << 20
-)  # bytes; the guest's template of an ext4 (init_shim/blank_disk.py) has as many
+)  # bytes; the guest's template of an ext4 (init_shim/root/blank_disk.py) has as many
 
 
 @dataclass(frozen=True, slots=True)

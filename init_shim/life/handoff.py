@@ -1,6 +1,6 @@
 """Mode handoff: PID 1 becomes the image's own init, and finds nothing of its life before.
 
-Imported in that mode only. The child that stays behind for the host is `init_shim.keeper`.
+Imported in that mode only. The child that stays behind for the host is `init_shim.life.keeper`.
 """
 
 import os
@@ -10,12 +10,12 @@ import _guestsys
 from microguest.guest import launch
 from microguest.guest.boot.config import BootConfig
 from microguest.guest.boot.workload import Workload
-from microguest.init_shim import keeper, workload
-from microguest.init_shim.agent_process import AgentProcess
+from microguest.init_shim.life import keeper, workload
+from microguest.init_shim.life.agent_child import AgentProcess
+from microguest.init_shim.life.workload import WorkloadNotStarted
 from microguest.init_shim.reporter import Reporter, announcement
 from microguest.init_shim.signals import Signals
 from microguest.init_shim.timeline import Timeline
-from microguest.init_shim.workload import WorkloadNotStarted
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

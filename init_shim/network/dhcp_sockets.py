@@ -10,10 +10,10 @@ import select
 import struct
 import time
 
-from microguest.init_shim import dhcp_packets
-from microguest.init_shim.addresses import text_address
 from microguest.init_shim.failure import Failure, call
-from microguest.init_shim.netlink import Link
+from microguest.init_shim.network import dhcp_packets
+from microguest.init_shim.network.addresses import text_address
+from microguest.init_shim.network.netlink import Link
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

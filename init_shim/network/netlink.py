@@ -9,8 +9,8 @@ import errno
 import os
 import struct
 
-from microguest.init_shim.addresses import Prefix, text_address
 from microguest.init_shim.failure import Failure, call
+from microguest.init_shim.network.addresses import Prefix, text_address
 
 __all__ = ["FOREVER", "FROM_DHCP", "Link", "Netlink"]
 

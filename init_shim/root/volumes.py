@@ -8,12 +8,13 @@ import errno
 import os
 
 from microguest.guest.boot.root import Root, Volume
-from microguest.init_shim import disks, mounts
+from microguest.init_shim import mounts
 from microguest.init_shim.confined import Opened, RootFolder
 from microguest.init_shim.failure import Failure, call
 from microguest.init_shim.mounts import BIND, NODEV, NOEXEC, NOSUID, READ_ONLY, RECURSIVE, mount
 from microguest.init_shim.reporter import leave_out
-from microguest.init_shim.root import NEW_ROOT
+from microguest.init_shim.root import disks
+from microguest.init_shim.root.assembling import NEW_ROOT
 
 __all__ = ["mount_volumes"]
 

@@ -9,13 +9,22 @@ import _socket
 import os
 import time
 
-from microguest.init_shim import dhcp_packets, etcfiles, tracers
-from microguest.init_shim.addresses import Prefix, text_address
-from microguest.init_shim.dhcp import Order
-from microguest.init_shim.dhcp_packets import ACK, DISCOVER, FOREVER, NAK, OFFER, REQUEST, Reply
-from microguest.init_shim.dhcp_sockets import Everybody, OneServer
+from microguest.init_shim import tracers
 from microguest.init_shim.failure import Failure
-from microguest.init_shim.netlink import FROM_DHCP, Link, Netlink
+from microguest.init_shim.network import dhcp_packets, etcfiles
+from microguest.init_shim.network.addresses import Prefix, text_address
+from microguest.init_shim.network.dhcp import Order
+from microguest.init_shim.network.dhcp_packets import (
+    ACK,
+    DISCOVER,
+    FOREVER,
+    NAK,
+    OFFER,
+    REQUEST,
+    Reply,
+)
+from microguest.init_shim.network.dhcp_sockets import Everybody, OneServer
+from microguest.init_shim.network.netlink import FROM_DHCP, Link, Netlink
 from microguest.init_shim.reporter import say
 
 TYPE_CHECKING = False

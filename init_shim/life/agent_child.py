@@ -29,15 +29,15 @@ from microguest.guest.supervision import (
     Taken,
     Withdraw,
 )
-from microguest.init_shim import deposits
-from microguest.init_shim.deposits import Deposits
 from microguest.init_shim.ending import Ending
 from microguest.init_shim.failure import Failure, call
-from microguest.init_shim.last_words import LastWords
+from microguest.init_shim.life import deposits
+from microguest.init_shim.life.deposits import Deposits
+from microguest.init_shim.life.last_words import LastWords
+from microguest.init_shim.life.watchdog import Watchdog
+from microguest.init_shim.life.workload import RunningWorkload
 from microguest.init_shim.reporter import say
 from microguest.init_shim.signals import KILL, fork
-from microguest.init_shim.watchdog import Watchdog
-from microguest.init_shim.workload import RunningWorkload
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class AgentProcess:
 
     def let_end(self) -> None:
         """Kill what can keep it from its end: at first not what it has deposited."""
-        from microguest.init_shim.dying import kill_who_keeps
+        from microguest.init_shim.life.dying import kill_who_keeps
 
         self.ending.begin()
         self.watchdog.look_within(bounds.LOCK_KILL_WAIT)

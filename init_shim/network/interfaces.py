@@ -9,9 +9,9 @@ import time
 
 from microguest.guest import bounds
 from microguest.guest.boot.network import Interface, Network, Route
-from microguest.init_shim.addresses import Prefix, check, packed_address, parse_prefix
 from microguest.init_shim.failure import Failure
-from microguest.init_shim.netlink import Link, Netlink
+from microguest.init_shim.network.addresses import Prefix, check, packed_address, parse_prefix
+from microguest.init_shim.network.netlink import Link, Netlink
 
 __all__ = ["set_up"]
 

@@ -11,8 +11,8 @@ from microguest.guest import bounds
 from microguest.guest.boot.config import BootConfig
 from microguest.guest.launch import share_of_processes
 from microguest.init_shim import kind
+from microguest.init_shim.life.supervisor import Supervisor
 from microguest.init_shim.reporter import Reporter
-from microguest.init_shim.supervisor import Supervisor
 
 __all__ = ["memory_for_workload", "processes_for_workload", "unkillable", "watch_oom"]
 
@@ -92,7 +92,8 @@ def watch_oom(config: BootConfig, supervisor: Supervisor, reporter: Reporter) ->
     """
     if config.machine != "vm" or kind.in_namespaces():
         return
-    from microguest.init_shim.kernel_log import KernelLog, OomWatch  # the agent starts meanwhile
+    # The agent starts meanwhile.
+    from microguest.init_shim.life.kernel_log import KernelLog, OomWatch
 
     try:
         log = KernelLog()

@@ -13,11 +13,12 @@ import _guestsys
 
 from microguest.guest.boot.config import BootConfig
 from microguest.guest.boot.root import Lower, Root, Volume
-from microguest.init_shim import disks, mounts, write_out
+from microguest.init_shim import mounts
 from microguest.init_shim.confined import RootFolder
 from microguest.init_shim.failure import Failure, call
 from microguest.init_shim.mounts import ensure_directory, mount
 from microguest.init_shim.reporter import leave_out
+from microguest.init_shim.root import disks, write_out
 
 __all__ = ["NEW_ROOT", "make_read_only", "mount_lowers", "mount_root", "mount_upper", "switch_root"]
 
@@ -81,7 +82,8 @@ def mount_upper(config: BootConfig) -> None:
 
     With it, all that is in memory gets the size that it keeps.
     """
-    from microguest.init_shim import memory_sizes  # nobody waits for it before the listener is open
+    # Nobody waits for it before the listener is open.
+    from microguest.init_shim.root import memory_sizes
 
     plan, sizes = config.root, memory_sizes.measured(config)
     mounts.size_tmpfs("/dev/shm", sizes.shm)  # noqa: S108  not a temporary file
@@ -269,7 +271,7 @@ def copy_run() -> None:
     plain = (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (0, 0, 0o755)
     if plain and not os.listdir(covered):
         return
-    from microguest.init_shim import image_run
+    from microguest.init_shim.root import image_run
 
     image_run.copy(covered, "/run")
 
@@ -312,7 +314,7 @@ def make_read_only(plan: Root) -> None:
     """Take the right to write from the root's mount, if that is wanted. Raises Failure.
 
     After the last step that writes into the image. Paths in `writable` are mounts of their own by
-    then (init_shim/volumes.py), and so are volumes: both stay as they are.
+    then (init_shim/root/volumes.py), and so are volumes: both stay as they are.
     """
     if not plan.read_only:
         return

@@ -11,11 +11,11 @@ import _guestsys
 from microguest.guest import bounds
 from microguest.guest.errors import raised_at
 from microguest.guest.report import Stopping
-from microguest.init_shim import write_out
 from microguest.init_shim.kind import in_namespaces
+from microguest.init_shim.life.supervisor import Supervisor
 from microguest.init_shim.reporter import own_console, say
+from microguest.init_shim.root import write_out
 from microguest.init_shim.signals import CONTINUE, KILL, TERMINATE
-from microguest.init_shim.supervisor import Supervisor
 from microguest.init_shim.timeline import boot_ms
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1

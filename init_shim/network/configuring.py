@@ -42,13 +42,13 @@ def configure(config: BootConfig, signals: Signals) -> None:
     if plan.nameservers or plan.hosts:
         check_names(plan)
     if plan.interfaces:
-        from microguest.init_shim.interfaces import set_up
+        from microguest.init_shim.network.interfaces import set_up
 
         set_up(plan)
     if named or config.machine_id or plan.nameservers or plan.search or plan.options or plan.hosts:
         write_files(plan, hostname if named else "", hostname, config.machine_id)
     if any(interface.dhcp for interface in plan.interfaces):
-        from microguest.init_shim.dhcp import start_clients
+        from microguest.init_shim.network.dhcp import start_clients
 
         name = hostname if named else ""
         start_clients(plan, name, signals, read_only=config.root.read_only)
@@ -83,14 +83,14 @@ def with_kernel_line(plan: Network) -> tuple[Network, str]:
     words = [word[3:] for word in line.split() if word.startswith("ip=")]
     if not words:
         return plan, ""
-    from microguest.init_shim.kernel_line import planned
+    from microguest.init_shim.network.kernel_line import planned
 
     return planned(words[-1], plan)  # the last one counts, as for the kernel
 
 
 def check_names(plan: Network) -> None:
     """Refuse what is no address by its field's name: resolvers pass it over without a word."""
-    from microguest.init_shim.addresses import check, resolver_address
+    from microguest.init_shim.network.addresses import check, resolver_address
 
     for at, text in enumerate(plan.nameservers):
         check(f"network.nameservers[{at}]", resolver_address, text)
@@ -100,7 +100,7 @@ def check_names(plan: Network) -> None:
 
 def write_files(plan: Network, given_name: str, hostname: str, machine_id: str) -> None:
     """The files of /etc that the config has something for. `given_name`: "" if nobody chose it."""
-    from microguest.init_shim import etcfiles
+    from microguest.init_shim.network import etcfiles
 
     earlier = etcfiles.name_there() if given_name else ""
     if given_name:

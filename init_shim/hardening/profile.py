@@ -1,8 +1,8 @@
 """What the guest does without once it is up; docs/security.md lists each and what it prevents.
 
-A profile is a table of sysctls (`init_shim.sysctls`) and a few measures that are none. What this
-kernel does not have is left out; what it has and refuses is said on the console. In namespaces only
-what is the machine's own is touched: the rest is the host's.
+A profile is a table of sysctls (`init_shim.hardening.sysctls`) and a few measures that are none.
+What this kernel does not have is left out; what it has and refuses is said on the console. In
+namespaces only what is the machine's own is touched: the rest is the host's.
 """
 
 import errno
@@ -51,7 +51,8 @@ def harden(config: BootConfig) -> None:
 
     Call it in the image's root, before anything of the image runs.
     """
-    from microguest.init_shim import sysctls  # nobody waits for it before the listener is open
+    # Nobody waits for it before the listener is open.
+    from microguest.init_shim.hardening import sysctls
 
     hardening = config.hardening
     in_namespaces = config.machine != "vm" or kind.in_namespaces()
@@ -80,7 +81,7 @@ def forbid_core_dumps(config: BootConfig) -> None:
 
 def profile_sysctls(profile: str, *, modules: bool) -> "list[tuple[str, str]]":
     """Paths and values, those last that others might need to be still open for."""
-    from microguest.init_shim import sysctls
+    from microguest.init_shim.hardening import sysctls
 
     table = {**sysctls.SERVERS, sysctls.PING_GROUPS: f"0 {last_group()}"}
     if profile == "strict":
@@ -150,7 +151,7 @@ def lock_kernel_down() -> None:
 
 def protect_kernel_files() -> None:
     """The kernel's files in /proc as docker shows them to a container."""
-    from microguest.init_shim import masks
+    from microguest.init_shim.hardening import masks
 
     masks.hide(MASKED, READ_ONLY_PATHS)
 

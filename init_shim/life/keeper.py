@@ -17,13 +17,14 @@ from microguest.guest.boot.config import BootConfig
 from microguest.guest.boot.workload import signal_number
 from microguest.guest.errors import raised_at
 from microguest.guest.report import HandedOff, Stopping
-from microguest.init_shim import power, protection, write_out
-from microguest.init_shim.agent_process import AgentProcess
 from microguest.init_shim.failure import Failure, call
 from microguest.init_shim.kind import in_namespaces
+from microguest.init_shim.life import power, protection
+from microguest.init_shim.life.agent_child import AgentProcess
+from microguest.init_shim.life.supervisor import Supervisor, await_agent
 from microguest.init_shim.reporter import Reporter, failed_boot, say
+from microguest.init_shim.root import write_out
 from microguest.init_shim.signals import CONTINUE, KILL, TERMINATE, Signals
-from microguest.init_shim.supervisor import Supervisor, await_agent
 from microguest.init_shim.timeline import Timeline, boot_ms
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1

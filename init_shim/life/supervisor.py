@@ -17,10 +17,10 @@ from microguest.guest.supervision import (
     MainReader,
     ShutdownRequest,
 )
-from microguest.init_shim.agent_process import AgentProcess
 from microguest.init_shim.ending import Ending
 from microguest.init_shim.failure import Failure
-from microguest.init_shim.main_process import MainProcess
+from microguest.init_shim.life.agent_child import AgentProcess
+from microguest.init_shim.life.workload_lives import MainProcess
 from microguest.init_shim.reporter import Reporter
 from microguest.init_shim.signals import KILL, Signals
 

@@ -45,7 +45,7 @@ def mount_disk(serial: str, fstype: str, target: str, flags: int, policy: str = 
     # Without its journal replayed, what a crash left is seen as it is: nothing can be written here.
     options = "noload" if fstype == "ext4" and locked else ""
     if policy == "if-blank" and not locked:
-        from microguest.init_shim import blank_disk
+        from microguest.init_shim.root import blank_disk
 
         blank_disk.format_if_blank(device, serial)
     try:

@@ -5,9 +5,9 @@ ip=<client>:<server>:<gateway>:<netmask>:<hostname>:<device>:<autoconf>:<dns0>:<
 
 from microguest.guest.boot.network import Interface, Network, Route
 from microguest.guest.record import RecordError
-from microguest.init_shim.addresses import packed_address
 from microguest.init_shim.failure import Failure
-from microguest.init_shim.netlink import Link, Netlink
+from microguest.init_shim.network.addresses import packed_address
+from microguest.init_shim.network.netlink import Link, Netlink
 
 __all__ = ["planned"]
 

@@ -1,6 +1,6 @@
 """The workload through all its lives: started, signalled, and started again as its policy says.
 
-What one life is made of is `init_shim.workload`'s; whose turn it is, the supervisor's.
+What one life is made of is `init_shim.life.workload`'s; whose turn it is, the supervisor's.
 """
 
 import os
@@ -9,10 +9,10 @@ import time
 from microguest.guest import bounds
 from microguest.guest.boot.workload import Workload, signal_number
 from microguest.guest.report import WorkloadExited, WorkloadFailed, WorkloadStarted
-from microguest.init_shim.collection import Collection
 from microguest.init_shim.failure import Failure
+from microguest.init_shim.life.collection import Collection
+from microguest.init_shim.life.workload import RunningWorkload, WorkloadNotStarted
 from microguest.init_shim.timeline import boot_ms
-from microguest.init_shim.workload import RunningWorkload, WorkloadNotStarted
 
 TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from microguest.guest.status import exit_fields
 from microguest.init_shim.confined import RootFolder
 from microguest.init_shim.ending import Ending
 from microguest.init_shim.failure import SHORT, call, reason
-from microguest.init_shim.workload_cgroup import (
+from microguest.init_shim.life.workload_cgroup import (
     LimitsUnavailable,
     Most,
     WorkloadCgroup,
@@ -201,14 +201,14 @@ class Streams:
         self.theirs = (-1, -1, -1)
         self.lent: tuple[int, ...] = ()  # `theirs`, until it has them
         if workload.stdio == "terminal":
-            from microguest.init_shim.terminal import open_terminal
+            from microguest.init_shim.life.terminal import open_terminal
 
             self.terminal, slave = open_terminal(workload.rows, workload.columns, uid)
             self.theirs, self.lent = (slave, slave, slave), (slave,)
         elif workload.stdio == "attached":
             self._open_pipes(uid)
         else:
-            from microguest.init_shim.console import open_console
+            from microguest.init_shim.life.console import open_console
 
             self.theirs = self.lent = open_console()
 

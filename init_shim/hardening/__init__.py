@@ -1,0 +1,1 @@
+"""What the guest does without: settings of the kernel, paths and modules."""

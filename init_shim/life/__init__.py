@@ -1,0 +1,1 @@
+"""From the first child to the end of the machine: the agent, the workload, memory, power."""

@@ -1,0 +1,1 @@
+"""The root file system: put together, written out at the end."""
