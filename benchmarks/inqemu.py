@@ -14,8 +14,8 @@ from report import Latency
 import microguest
 from microguest.errors import MachineError
 from microguest.guest.wire.messages import Start
-from microguest.host_client.address import HybridAddress, parse
-from microguest.host_client.deadline import Deadline
+from microguest.host_client.client.address import HybridAddress, parse
+from microguest.host_client.client.deadline import Deadline
 from microguest.host_client.machines.folder import machines_root
 
 __all__ = ["FLOOR", "FLOOR_OUTPUT", "FLOOR_RELAY", "OURS", "OURS_OUTPUT", "OURS_PYTHON", "measure"]

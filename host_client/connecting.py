@@ -1,6 +1,6 @@
 """From a URL, or the name of a machine, to its agent."""
 
-from microguest.host_client.agent import Agent
+from microguest.host_client.client.agent import Agent
 from microguest.host_client.values import text
 
 __all__ = ["agent_at", "connect"]

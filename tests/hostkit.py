@@ -20,8 +20,8 @@ from microguest.guest.wire.messages import (
     Started,
     Welcome,
 )
-from microguest.host_client.address import UnixAddress
-from microguest.host_client.agent import Agent
+from microguest.host_client.client.address import UnixAddress
+from microguest.host_client.client.agent import Agent
 
 E = TypeVar("E")
 TOKEN = "a" * 64

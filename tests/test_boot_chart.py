@@ -15,10 +15,10 @@ from patience import PATIENCE
 import microguest
 from microguest.guest.record import RecordError
 from microguest.guest.report import REPORTS, Step
-from microguest.host_client.chart import ROWS_MAX, boot_chart
 from microguest.host_client.cli.boot_chart import replace
-from microguest.host_client.machines.boottime import BootTimeline
+from microguest.host_client.machines.chart import ROWS_MAX, boot_chart
 from microguest.host_client.machines.plan import MachineState
+from microguest.host_client.monitor.boottime import BootTimeline
 
 SVG = "{http://www.w3.org/2000/svg}"
 

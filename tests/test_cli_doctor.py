@@ -11,7 +11,7 @@ from pathlib import Path
 import imagefactory as factory
 import pytest
 
-from microguest.host_client.images.command import PACKAGES
+from microguest.host_client.images.tools import PACKAGES
 from microguest.host_client.machines import virtiofsd as daemons
 
 DOCTOR = [sys.executable, "-m", "microguest", "doctor"]

@@ -390,7 +390,7 @@ MAY_WRITE = {
     "host_client/cli/output.py",  # data: what commands write
     "host_client/cli/progress.py",  # a bar, which moves the cursor itself
     "host_client/cli/terminal.py",  # what undoes a program's screen modes, made here
-    "host_client/machines/monitor.py",  # `note`, into monitor.log
+    "host_client/monitor/main.py",  # `note`, into monitor.log
     "host_client/vhost_vsock/__main__.py",  # not the command line's
 }
 

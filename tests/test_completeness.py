@@ -18,7 +18,7 @@ from microguest import aio
 from microguest.guest import report, supervision
 from microguest.guest.record import Catalogue, Record
 from microguest.guest.wire import messages
-from microguest.host_client.agent import Agent
+from microguest.host_client.client.agent import Agent
 from microguest.host_client.machines.plan import COMMANDS
 
 PROJECT = Path(__file__).parent.parent
@@ -148,7 +148,7 @@ def test_every_operation_has_a_handler_a_method_docs_and_a_vector() -> None:
 def test_an_operation_that_nobody_has_is_found() -> None:
     assert lacking({"unheard": (Unheard, Unheard)}) == [
         "unheard has no handler in agent/operations.py",
-        "microguest.host_client.agent.Agent has no unheard()",
+        "microguest.host_client.client.agent.Agent has no unheard()",
         "microguest.host_client.aio.agent.Agent has no unheard()",
         "docs/protocol.md has no row | `unheard` | `Unheard` | `Unheard` |",
         "no stored conversation requests unheard",
@@ -204,7 +204,7 @@ def one_sided(
 
 
 PID_1, AGENT = ("init_shim",), ("agent",)
-HOST = ("host_client/machines",)
+HOST = ("host_client/monitor", "host_client/machines")
 
 
 def test_every_report_has_who_sends_it_and_who_acts_on_it() -> None:
@@ -221,11 +221,9 @@ def test_every_supervision_message_has_who_sends_it_and_who_acts_on_it() -> None
 
 def test_every_command_to_a_monitor_has_who_sends_it_and_who_obeys() -> None:
     users = tuple(
-        str(path.relative_to(PROJECT))
-        for path in (PROJECT / HOST[0]).glob("*.py")
-        if path.name != "monitor.py"
+        str(path.relative_to(PROJECT)) for path in (PROJECT / "host_client/machines").glob("*.py")
     )
-    assert one_sided(COMMANDS.records.values(), users, ("host_client/machines/monitor.py",)) == []
+    assert one_sided(COMMANDS.records.values(), users, ("host_client/monitor/main.py",)) == []
     assert undocumented(COMMANDS) == []
 
 

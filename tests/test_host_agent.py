@@ -36,8 +36,8 @@ from microguest.guest.wire.messages import (
     Started,
     Welcome,
 )
-from microguest.host_client.address import HybridAddress, UnixAddress, VsockAddress, parse
-from microguest.host_client.result import CommandFailed
+from microguest.host_client.client.address import HybridAddress, UnixAddress, VsockAddress, parse
+from microguest.host_client.client.result import CommandFailed
 
 
 @pytest.fixture
@@ -277,8 +277,8 @@ def test_timeout_carries_the_output(path: Path) -> None:
 
 
 def test_agent_that_forgets_the_timeout(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("microguest.host_client.driver.KILL_ALLOWANCE", 1.0)
-    monkeypatch.setattr("microguest.host_client.channel.PROBE_AFTER", PATIENCE)
+    monkeypatch.setattr("microguest.host_client.client.operations.KILL_ALLOWANCE", 1.0)
+    monkeypatch.setattr("microguest.host_client.client.channel.PROBE_AFTER", PATIENCE)
 
     def script(peer: Peer) -> None:
         peer.start()
@@ -481,7 +481,7 @@ def test_kept_connection_that_went_silent_is_replaced(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a restore of the guest: nobody there knows the connection, and nobody says so."""
-    monkeypatch.setattr("microguest.host_client.pool.REUSED_WAIT", 0.2)
+    monkeypatch.setattr("microguest.host_client.client.pool.REUSED_WAIT", 0.2)
 
     def falls_silent(peer: Peer) -> None:
         peer.greet()

@@ -25,14 +25,14 @@ from microguest.guest.report import REPORTS, AgentServes
 from microguest.guest.wire.connection import Connection, Data, Response, Role
 from microguest.guest.wire.messages import FEATURES, Failure, Hello, PingResult, Welcome
 from microguest.guest.wire.renewal import ClockResult
-from microguest.host_client.address import HybridAddress
 from microguest.host_client.aio.waiting import run as aio_run
-from microguest.host_client.channel import Channel
-from microguest.host_client.deadline import Deadline
-from microguest.host_client.driver import KILL_ALLOWANCE
-from microguest.host_client.machines.reports import ReportReader
-from microguest.host_client.steps import run
-from microguest.host_client.vhost_vsock.loop import EventLoop
+from microguest.host_client.client.address import HybridAddress
+from microguest.host_client.client.channel import Channel
+from microguest.host_client.client.deadline import Deadline
+from microguest.host_client.client.operations import KILL_ALLOWANCE
+from microguest.host_client.client.steps import run
+from microguest.host_client.event_loop import EventLoop
+from microguest.host_client.monitor.reports import ReportReader
 
 LONG = 25.0  # seconds that a peer goes on
 TIMEOUT = 1.0  # seconds, of whatever has one

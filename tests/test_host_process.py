@@ -47,9 +47,9 @@ from microguest.guest.wire.messages import (
     Wait,
     Winsize,
 )
-from microguest.host_client.backlog import Backlog, Taking
-from microguest.host_client.request import signal_number, start_record
-from microguest.host_client.result import CommandFailed, Result
+from microguest.host_client.client.backlog import Backlog, Taking
+from microguest.host_client.client.request import signal_number, start_record
+from microguest.host_client.client.result import CommandFailed, Result
 
 FLOOD = 8 * 1024 * 1024
 
@@ -773,9 +773,9 @@ def test_waiting_by_id_until_the_time_is_over(path: Path) -> None:
 def test_a_frozen_guest_is_an_error_within_seconds(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("microguest.host_client.channel.PROBE_AFTER", 0.5)
-    monkeypatch.setattr("microguest.host_client.channel.CHECK_EVERY", 0.1)
-    monkeypatch.setattr("microguest.host_client.session.CHECK_EVERY", 0.1)
+    monkeypatch.setattr("microguest.host_client.client.channel.PROBE_AFTER", 0.5)
+    monkeypatch.setattr("microguest.host_client.client.channel.CHECK_EVERY", 0.1)
+    monkeypatch.setattr("microguest.host_client.client.streams.CHECK_EVERY", 0.1)
 
     noticed = threading.Event()
 
@@ -792,8 +792,8 @@ def test_a_frozen_guest_is_an_error_within_seconds(
 def test_a_silent_process_of_a_guest_that_lives(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("microguest.host_client.channel.PROBE_AFTER", 0.2)
-    monkeypatch.setattr("microguest.host_client.channel.CHECK_EVERY", 0.05)
+    monkeypatch.setattr("microguest.host_client.client.channel.PROBE_AFTER", 0.2)
+    monkeypatch.setattr("microguest.host_client.client.channel.CHECK_EVERY", 0.05)
     done = threading.Event()
 
     def silent(peer: Peer) -> None:

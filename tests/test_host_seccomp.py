@@ -18,9 +18,9 @@ from microguest.guest.errors import OperationError
 from microguest.guest.record import RecordError
 from microguest.guest.wire.connection import Response
 from microguest.guest.wire.messages import PingResult, Start
-from microguest.host_client.request import start_record
-from microguest.host_client.seccomp_code import INSTRUCTIONS
-from microguest.host_client.syscall_numbers import ELSEWHERE, NUMBERS
+from microguest.host_client.client.request import start_record
+from microguest.host_client.seccomp.numbers import ELSEWHERE, NUMBERS
+from microguest.host_client.seccomp.program import INSTRUCTIONS
 
 X86_64, I386, AARCH64, ARM = 0xC000003E, 0x40000003, 0xC00000B7, 0x40000028  # linux/audit.h
 ALLOWED = 0x7FFF0000

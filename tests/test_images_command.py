@@ -13,7 +13,7 @@ from patience import SLACK
 from sleepers import Sleeper
 
 from microguest.errors import ImageError
-from microguest.host_client.images.command import filtered, run_command
+from microguest.host_client.images.tools import filtered, run_command
 
 
 def test_failure_says_what_was_run_and_what_it_said() -> None:
@@ -106,7 +106,7 @@ def test_command_that_cannot_start() -> None:
 def test_command_ends_also_where_its_caller_was_killed(tmp_path: Path) -> None:
     busy = f"echo $$ >{tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; while :; do :; done"
     program = (
-        "from microguest.host_client.images.command import filtered, run_command\n"
+        "from microguest.host_client.images.tools import filtered, run_command\n"
         f"run_command(['sh', '-c', {busy!r}], seconds=1)"
     )
     with subprocess.Popen([sys.executable, "-c", program], start_new_session=True) as caller:

@@ -23,8 +23,8 @@ from patience import PATIENCE
 from microguest.guest import bounds
 from microguest.guest.wire.connection import Connection, Data, Event, Request, Role
 from microguest.guest.wire.messages import Attach, Exited, Hello, Welcome
-from microguest.host_client.address import UnixAddress
-from microguest.host_client.agent import Agent
+from microguest.host_client.client.address import UnixAddress
+from microguest.host_client.client.agent import Agent
 
 
 @pytest.fixture(scope="module")

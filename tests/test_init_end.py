@@ -26,8 +26,8 @@ from microguest.errors import ConnectionLost
 from microguest.guest import bounds
 from microguest.guest.wire.connection import Connection, Request, Role
 from microguest.guest.wire.messages import Hello, Shutdown
-from microguest.host_client.address import UnixAddress
-from microguest.host_client.agent import Agent
+from microguest.host_client.client.address import UnixAddress
+from microguest.host_client.client.agent import Agent
 
 RESTARTED = 3  # the launcher's exit code
 

@@ -20,8 +20,8 @@ from init_machine import (
     wait_for,
 )
 
-from microguest.host_client.address import UnixAddress
-from microguest.host_client.agent import Agent
+from microguest.host_client.client.address import UnixAddress
+from microguest.host_client.client.agent import Agent
 
 EACH = ("HUP", "QUIT", "ABRT", "USR1", "USR2", "ALRM", "TSTP", "WINCH", "CONT", "URG", "IO")
 

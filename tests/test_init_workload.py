@@ -30,8 +30,8 @@ from vm_machine import make_erofs, run_vm, vm_config
 
 from microguest import seccomp
 from microguest.guest.privileges import CAPABILITIES
+from microguest.host_client.client.process import Process
 from microguest.host_client.connecting import connect
-from microguest.host_client.process import Process
 
 ALL = {name: 1 << number for number, name in enumerate(CAPABILITIES)}
 NOBODY = 65534

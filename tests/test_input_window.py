@@ -40,9 +40,9 @@ from microguest.guest.wire.messages import (
     Started,
     Welcome,
 )
-from microguest.host_client.address import UnixAddress
-from microguest.host_client.agent import Agent
-from microguest.host_client.process import Process
+from microguest.host_client.client.address import UnixAddress
+from microguest.host_client.client.agent import Agent
+from microguest.host_client.client.process import Process
 
 MUCH = bytes(3_000_000)
 NEVER_READS = ("sleep", "1000")

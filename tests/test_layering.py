@@ -33,6 +33,35 @@ EXCEPTIONS = {
 
 PACKAGES = ("guest", "agent", "init_shim", "host_client")
 
+# Which folders of its package a folder may use, or a file that lies beside them. All may use the
+# files that lie there. Who is not listed uses none.
+MAY_ENTER = {
+    "guest/launch.py": {"guest/boot"},
+    "guest/privileges.py": {"guest/boot"},
+    "guest/supervision.py": {"guest/boot"},
+    "guest/wire": {"guest/boot"},
+    "agent/main.py": {"agent/process", "agent/system"},
+    "agent/operations.py": {"agent/process", "agent/files", "agent/system", "agent/network"},
+    "agent/orders.py": {"agent/process"},
+    "agent/service.py": {"agent/system"},
+    "agent/process": {"agent/files"},
+    "agent/system": {"agent/files", "agent/network"},
+    "init_shim/dispatch.py": {"init_shim/network"},
+    "init_shim/main.py": {
+        *("init_shim/root", "init_shim/network", "init_shim/hardening", "init_shim/life"),
+    },
+    "init_shim/life": {"init_shim/root"},
+    "host_client/connecting.py": {"host_client/client", "host_client/machines"},
+    "host_client/aio": {"host_client/client", "host_client/images", "host_client/machines"},
+    "host_client/cli": {
+        *("host_client/client", "host_client/aio", "host_client/images", "host_client/machines"),
+    },
+    "host_client/machines": {"host_client/client", "host_client/images", "host_client/seccomp"},
+    "host_client/monitor": {"host_client/machines", "host_client/vhost_vsock"},
+}
+# How the machine's end writes out what its life has mounted; the rest of the root is the boot's.
+OF_THE_ROOT_FOR_LIFE = {"init_shim/root/write_out.py"}
+
 # Modules that read, write, wait or look at a clock: the contract does none of it.
 IO_MODULES = {
     "_socket", "asyncio", "fcntl", "http", "io", "mmap", "multiprocessing", "pathlib", "select",
@@ -225,6 +254,47 @@ def test_lazy_and_typing_only_imports_count() -> None:
     ways = imports_of_ours()
     assert "init_shim/life/handoff.py" in ways["init_shim/main.py"]  # inside a function
     assert "host_client/machines/boot.py" in ways["src/microguest/__init__.py"]  # for types
+
+
+def trespasses(rooms: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Each import of a folder by somebody of the same package who may not use it."""
+    return [
+        f"{where} imports {other}"
+        for room, others in rooms.items()
+        for other, where in others.items()
+        if room.split("/")[0] == other.split("/")[0]
+        and not other.endswith(".py")
+        and other not in MAY_ENTER.get(room, ())
+    ]
+
+
+def test_rooms_use_only_what_they_may() -> None:
+    ways = imports_of_ours()
+    wrong = trespasses(rooms_of(ways))
+    wrong += [
+        f"{where} imports {other}"
+        for path, others in ways.items()
+        for other, where in others.items()
+        if path.startswith("init_shim/life/")
+        and other.startswith("init_shim/root/")
+        and other not in OF_THE_ROOT_FOR_LIFE
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_room_that_is_used_without_leave_is_found() -> None:
+    rooms = {
+        "agent/state.py": {
+            "agent/process": "agent/state.py:1",
+            "agent/link.py": "agent/state.py:2",
+        },
+        "agent/system": {"agent/files": "agent/system/clock.py:1", "guest/wire": "…"},
+        "host_client/machines": {"host_client/monitor": "host_client/machines/boot.py:3"},
+    }
+    assert trespasses(rooms) == [
+        "agent/state.py:1 imports agent/process",
+        "host_client/machines/boot.py:3 imports host_client/monitor",
+    ]
 
 
 def test_the_contract_does_no_io() -> None:

@@ -12,8 +12,8 @@ from patience import PATIENCE
 from microguest import boot, connect
 from microguest.errors import DeadlineExceeded, MachineError, OutputTooLarge
 from microguest.guest.errors import OperationError, StartError
+from microguest.host_client.client.result import CommandFailed
 from microguest.host_client.machines.machine import Machine
-from microguest.host_client.result import CommandFailed
 
 ENV = {"COLOUR": "green", "ODD": "a=b \u00e9"}
 

@@ -186,7 +186,7 @@ def test_a_process_that_only_looks_like_a_monitor(machines_home: Path) -> None:
     folder = str(machines_home / "web")
     words = (sys.executable, "-c", "import time; time.sleep(1000)")
     with subprocess.Popen(
-        [*words, "microguest.host_client.machines.monitor", folder, "0", "0"],
+        [*words, "microguest.host_client.monitor.main", folder, "0", "0"],
         stdin=subprocess.DEVNULL,
     ) as other:
         assert monitor_of("web", other.pid) == -1

@@ -262,7 +262,7 @@ KILLS = """
 import sys
 from microguest import boot
 from microguest.errors import MachineError
-from microguest.host_client.machines import control, find, link, machine
+from microguest.host_client.machines import control, find, monitor_link as link, machine
 
 link.REAP_WAIT = control.KILL_WAIT = 0.5
 started = boot(sys.argv[1], machine="namespaces", name="stuck")
@@ -308,10 +308,10 @@ closed = device.close
 CLOSES = """
 import sys, time
 from microguest.host_client.machines.plan import Plan, Share
-from microguest.host_client.machines.reports import ReportReader
-from microguest.host_client.machines.shares import Shares
-from microguest.host_client.machines.vmm import Device
-from microguest.host_client.vhost_vsock.loop import EventLoop
+from microguest.host_client.monitor.reports import ReportReader
+from microguest.host_client.monitor.shares import Shares
+from microguest.host_client.monitor.vmm import Device
+from microguest.host_client.event_loop import EventLoop
 
 DAEMON, loop, ignored = ("sleep", "1000"), EventLoop(), lambda _: None
 {starts}
@@ -343,8 +343,8 @@ def test_a_daemon_that_does_not_end_is_told(
 DIES = """
 import os, sys, time
 from microguest.host_client.machines.plan import Share
-from microguest.host_client.machines.shares import Shares
-from microguest.host_client.vhost_vsock.loop import EventLoop
+from microguest.host_client.monitor.shares import Shares
+from microguest.host_client.event_loop import EventLoop
 
 def told(reason):
     print(reason, flush=True)

@@ -22,7 +22,8 @@ from patience import PATIENCE, SLACK
 from microguest import boot
 from microguest.errors import BootFailed, MachineError
 from microguest.guest.report import CONSOLE_MARK
-from microguest.host_client.chart import boot_chart
+from microguest.host_client.event_loop import EventLoop
+from microguest.host_client.machines.chart import boot_chart
 from microguest.host_client.machines.console import (
     HALF_MAX,
     LogReader,
@@ -32,10 +33,9 @@ from microguest.host_client.machines.console import (
 )
 from microguest.host_client.machines.folder import claim, is_alive, names, read_state
 from microguest.host_client.machines.machine import Machine
-from microguest.host_client.machines.monitor import FAILED_WAIT
 from microguest.host_client.machines.plan import AGENT_EXITS_MAX, EVENT_MAX, EVENTS_MAX, cut
-from microguest.host_client.machines.qmp import Qmp
-from microguest.host_client.vhost_vsock.loop import EventLoop
+from microguest.host_client.monitor.main import FAILED_WAIT
+from microguest.host_client.monitor.qmp import Qmp
 
 pytestmark = pytest.mark.usefixtures("machines_home")
 

@@ -21,8 +21,8 @@ from microguest import Agent, Keep, Limits, aio, boot, connect
 from microguest.errors import ConnectError, ConnectionLost, DeadlineExceeded, OutputStalled
 from microguest.guest import bounds
 from microguest.guest.errors import MicroguestError, OperationError, StartError
+from microguest.host_client.client.process import Process
 from microguest.host_client.machines.machine import Machine
-from microguest.host_client.process import Process
 
 MIB = 1024 * 1024
 TICKS = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done"

@@ -8,8 +8,8 @@ from machinekit import wait_until
 from patience import PATIENCE
 
 from microguest.guest.report import REPORTS, AgentServes
-from microguest.host_client.machines.reports import ReportReader
-from microguest.host_client.vhost_vsock.loop import EventLoop
+from microguest.host_client.event_loop import EventLoop
+from microguest.host_client.monitor.reports import ReportReader
 
 MACHINE, ANOTHER, THIS_HOST, LOOPBACK = 3, 77, 2, 1  # CIDs
 REPORT = AgentServes(starts=1, boot_ms=1.0)

@@ -28,7 +28,7 @@ from microguest.guest.record import Record, RecordError
 from microguest.guest.wire.connection import Request, Response
 from microguest.guest.wire.messages import FEATURES, Hello, PingResult, Welcome
 from microguest.guest.wire.renewal import Clock, ClockResult, Renew, Renewed
-from microguest.host_client.renewal import is_out
+from microguest.host_client.client.clock import is_out
 
 R = TypeVar("R", bound=Record)
 MAC = "52:54:00:12:34:56"

@@ -17,7 +17,7 @@ from patience import PATIENCE
 from microguest import Machine, Mount, boot
 from microguest.host_client.machines.deputy import share_filter
 from microguest.host_client.machines.virtiofsd import is_successor, virtiofsd
-from microguest.host_client.machines.vmm import dies_with
+from microguest.host_client.monitor.vmm import dies_with
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give away root's files")
 SET_IDS = stat.S_ISUID | stat.S_ISGID

@@ -135,7 +135,7 @@ NO_THREAD = """
 import resource, sys, threading
 import anyio
 from microguest import MachineError, ImageError, aio
-from microguest.host_client.images.command import run_command
+from microguest.host_client.images.tools import run_command
 
 async def found():
     await aio.find("nobody")

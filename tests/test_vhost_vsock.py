@@ -23,7 +23,8 @@ from pathlib import Path
 import pytest
 from patience import PATIENCE
 
-from microguest.host_client.vhost_vsock import EventLoop, VsockDevice, connection, unix_dialer
+from microguest.host_client.vhost_vsock import EventLoop, VsockDevice, unix_dialer
+from microguest.host_client.vhost_vsock import stream as connection
 
 HEADER = struct.Struct("<QQIIIHHIII")
 REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)

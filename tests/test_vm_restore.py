@@ -11,7 +11,7 @@ from vm_snapshot import SnapshotMachine, make_disk_and_initramfs
 from microguest.errors import ConnectionLost, DeadlineExceeded
 from microguest.guest.boot.network import Interface
 from microguest.guest.wire.messages import Keep
-from microguest.host_client.agent import Agent
+from microguest.host_client.client.agent import Agent
 
 pytestmark = pytest.mark.qemu
 

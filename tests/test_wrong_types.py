@@ -34,8 +34,8 @@ from microguest.guest import bounds
 from microguest.guest.errors import MicroguestError
 from microguest.guest.wire.connection import Connection, Request, Response, Role
 from microguest.guest.wire.messages import Hello, Keep, Limits, StagedFile, Start, Started, Welcome
+from microguest.host_client.client.request import Options, start_record
 from microguest.host_client.machines.settings import MachineOptions, Settings
-from microguest.host_client.request import Options, start_record
 
 NOWHERE = "/nowhere/agent.sock"
 

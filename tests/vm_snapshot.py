@@ -21,9 +21,9 @@ from init_machine import TOKEN, make_root
 from patience import PATIENCE
 from vm_machine import BUNDLE, make_erofs, vm_config, write_initramfs
 
-from microguest.host_client.agent import Agent
+from microguest.host_client.client.agent import Agent
+from microguest.host_client.client.steps import run
 from microguest.host_client.machines.host import accelerator, qemu_command
-from microguest.host_client.steps import run
 
 PROJECT = Path(__file__).parent.parent
 ANSWER = PATIENCE  # seconds for the agent to answer

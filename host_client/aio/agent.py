@@ -1,4 +1,4 @@
-"""The agent of one machine, for asyncio and trio. The logic is `host_client.driver`'s."""
+"""The agent of one machine, for asyncio and trio. The logic is `client.operations`'s."""
 
 from collections.abc import Mapping, Sequence
 from typing import Self, Unpack
@@ -7,25 +7,25 @@ from microguest.guest import bounds
 from microguest.guest.boot.network import Interface
 from microguest.guest.wire.messages import InfoResult, PingResult, ProcessInfo
 from microguest.guest.wire.renewal import Renewed
-from microguest.host_client import renewal
-from microguest.host_client.address import Address
-from microguest.host_client.agent import Agent as BlockingAgent
 from microguest.host_client.aio.process import Process
 from microguest.host_client.aio.waiting import run
-from microguest.host_client.connecting import agent_at
-from microguest.host_client.driver import Driver
-from microguest.host_client.exchange import Exchange
-from microguest.host_client.forking import Rooted
-from microguest.host_client.renewal import GuestClock
-from microguest.host_client.request import (
+from microguest.host_client.client import clock as renewal
+from microguest.host_client.client.address import Address
+from microguest.host_client.client.agent import Agent as BlockingAgent
+from microguest.host_client.client.clock import GuestClock
+from microguest.host_client.client.operations import Driver
+from microguest.host_client.client.process_connection import Exchange
+from microguest.host_client.client.request import (
     Options,
     attach_record,
     check_reading,
     exec_record,
     start_record,
 )
-from microguest.host_client.result import Result
-from microguest.host_client.session import MAX_OUTPUT, MAX_UNREAD
+from microguest.host_client.client.result import Result
+from microguest.host_client.client.streams import MAX_OUTPUT, MAX_UNREAD
+from microguest.host_client.connecting import agent_at
+from microguest.host_client.forking import Rooted
 from microguest.host_client.values import Argument, Buffer
 
 __all__ = ["Agent", "connect"]

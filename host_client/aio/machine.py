@@ -16,6 +16,7 @@ from microguest.guest import bounds
 from microguest.guest.report import Step
 from microguest.host_client.aio.agent import Agent
 from microguest.host_client.aio.process import Each
+from microguest.host_client.client.clock import GuestClock
 from microguest.host_client.errors import DeadlineExceeded, MachineError
 from microguest.host_client.forking import Rooted
 from microguest.host_client.images import OnProgress
@@ -27,7 +28,6 @@ from microguest.host_client.machines.named import MachineInfo
 from microguest.host_client.machines.plan import MachineState
 from microguest.host_client.machines.settings import MachineOptions
 from microguest.host_client.machines.when import Moment
-from microguest.host_client.renewal import GuestClock
 from microguest.host_client.shortage import cannot_start, is_short_of_threads, no_thread
 from microguest.host_client.values import check_seconds
 

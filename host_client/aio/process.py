@@ -1,4 +1,4 @@
-"""Processes of a guest for asyncio and trio. The logic is `host_client.session`'s."""
+"""Processes of a guest for asyncio and trio. The logic is `host_client.client.streams`'s."""
 
 import codecs
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,14 +10,14 @@ from anyio.lowlevel import checkpoint
 
 from microguest.guest.wire.messages import Resize, Signal
 from microguest.host_client.aio.waiting import wait_for
-from microguest.host_client.backlog import Taking
+from microguest.host_client.client.backlog import Taking
+from microguest.host_client.client.process_connection import Exchange
+from microguest.host_client.client.request import signal_number
+from microguest.host_client.client.result import Result
+from microguest.host_client.client.steps import Steps
+from microguest.host_client.client.streams import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
 from microguest.host_client.errors import DeadlineExceeded
-from microguest.host_client.exchange import Exchange
 from microguest.host_client.forking import Rooted
-from microguest.host_client.request import signal_number
-from microguest.host_client.result import Result
-from microguest.host_client.session import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
-from microguest.host_client.steps import Steps
 from microguest.host_client.values import Buffer
 
 __all__ = ["Process", "ProcessInput", "ProcessOutput"]

@@ -7,8 +7,8 @@ from typing import TypeVar
 import anyio
 from anyio.lowlevel import checkpoint
 
-from microguest.host_client.steps import Steps, Wait
-from microguest.host_client.steps import wait_for as poll
+from microguest.host_client.client.steps import Steps, Wait
+from microguest.host_client.client.steps import wait_for as poll
 
 __all__ = ["run", "wait_for"]
 

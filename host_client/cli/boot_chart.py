@@ -5,9 +5,9 @@ import contextlib
 import json
 import os
 
-from microguest.host_client.chart import boot_chart
 from microguest.host_client.cli.output import write_all
 from microguest.host_client.errors import MachineError
+from microguest.host_client.machines.chart import boot_chart
 from microguest.host_client.machines.folder import check_name, read_state
 from microguest.host_client.machines.plan import MachineState
 from microguest.host_client.shortage import explain

@@ -9,7 +9,7 @@ from typing import Final
 from microguest.guest.errors import MicroguestError
 from microguest.host_client.cli.tell import say
 from microguest.host_client.images.cache import default_directory
-from microguest.host_client.images.command import PACKAGES, find_command
+from microguest.host_client.images.tools import PACKAGES, find_command
 from microguest.host_client.machines import host
 from microguest.host_client.machines.bundle import find_bundle
 from microguest.host_client.machines.folder import machines_root

@@ -13,9 +13,9 @@ from microguest.host_client.cli.environment import environment
 from microguest.host_client.cli.foreground import Detached, Interrupted, in_foreground
 from microguest.host_client.cli.tell import complain, say
 from microguest.host_client.cli.terminal import Terminal, size_of
+from microguest.host_client.client.request import Options, start_record, words
 from microguest.host_client.errors import MachineError
 from microguest.host_client.machines.find import agent_of
-from microguest.host_client.request import Options, start_record, words
 
 __all__ = ["main", "shell"]
 

@@ -8,7 +8,6 @@ from typing import Final
 
 from microguest.guest.errors import MicroguestError
 from microguest.guest.wire.messages import Attach, Exited, Start
-from microguest.host_client.agent import Agent
 from microguest.host_client.cli.killed import Killed
 from microguest.host_client.cli.stream import (
     FORWARDED,
@@ -20,9 +19,10 @@ from microguest.host_client.cli.stream import (
 )
 from microguest.host_client.cli.tell import complain
 from microguest.host_client.cli.terminal import Terminal, write_undo
-from microguest.host_client.deadline import Deadline
+from microguest.host_client.client.agent import Agent
+from microguest.host_client.client.deadline import Deadline
+from microguest.host_client.client.process import ProcessStream
 from microguest.host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
-from microguest.host_client.process import ProcessStream
 
 __all__ = ["Detached", "Interrupted", "in_foreground"]
 

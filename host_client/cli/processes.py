@@ -8,7 +8,6 @@ from typing import Final
 
 from microguest.guest.errors import MicroguestError, OperationError
 from microguest.guest.wire.messages import ProcessInfo
-from microguest.host_client.agent import Agent
 from microguest.host_client.cli import INTERRUPTED
 from microguest.host_client.cli.detachkeys import parse as parse_keys
 from microguest.host_client.cli.foreground import Detached, Interrupted, in_foreground
@@ -17,12 +16,13 @@ from microguest.host_client.cli.table import duration
 from microguest.host_client.cli.tell import complain
 from microguest.host_client.cli.template import Row, filtered
 from microguest.host_client.cli.terminal import Terminal
+from microguest.host_client.client.agent import Agent
+from microguest.host_client.client.request import attach_record, signal_number
 from microguest.host_client.errors import ConnectionLost, MachineError
 from microguest.host_client.machines.find import agent_of
 from microguest.host_client.machines.folder import is_alive
 from microguest.host_client.machines.named import find as find_machine
 from microguest.host_client.machines.named import is_another
-from microguest.host_client.request import attach_record, signal_number
 
 __all__ = ["attach", "kill", "list_processes", "wait"]
 

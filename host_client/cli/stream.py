@@ -16,7 +16,7 @@ from microguest.host_client.cli.detachkeys import HELD_FOR, DetachKeys
 from microguest.host_client.cli.killed import Killed
 from microguest.host_client.cli.output import Outputs
 from microguest.host_client.cli.terminal import Terminal
-from microguest.host_client.process import ProcessStream
+from microguest.host_client.client.process import ProcessStream
 
 __all__ = [
     "FORWARDED",

@@ -9,11 +9,11 @@ beside it that import nothing of the project, and the standard library only. See
 """
 
 from microguest.host_client.images.cache import Cache
+from microguest.host_client.images.config import ImageConfig, process_for
 from microguest.host_client.images.descriptors import Descriptor
 from microguest.host_client.images.image import Disk, Image, as_directory, as_disk, open_image
 from microguest.host_client.images.limits import Limits
 from microguest.host_client.images.manifest import Layer
-from microguest.host_client.images.process import ImageConfig, process_for
 from microguest.host_client.images.progress import OnProgress, Progress
 from microguest.host_client.images.reference import ImageReference, parse_reference
 

@@ -16,17 +16,17 @@ from microguest.host_client.errors import ImageError
 from microguest.host_client.images import recipes
 from microguest.host_client.images.budget import Budget
 from microguest.host_client.images.cache import Cache, Lease, default_directory
-from microguest.host_client.images.command import no_space
+from microguest.host_client.images.config import ImageConfig
 from microguest.host_client.images.descriptors import parse_platform
 from microguest.host_client.images.export import Merged
 from microguest.host_client.images.layers import spool_layer
 from microguest.host_client.images.layout import Layout, open_layout
 from microguest.host_client.images.limits import DEFAULT_LIMITS, Limits
 from microguest.host_client.images.manifest import Layer, resolve
-from microguest.host_client.images.process import ImageConfig
 from microguest.host_client.images.progress import OnProgress, Progress, Step
 from microguest.host_client.images.reference import ImageReference, parse_reference
 from microguest.host_client.images.tarformat import read_entries
+from microguest.host_client.images.tools import no_space
 from microguest.host_client.images.tree import Tree
 from microguest.host_client.shortage import explain
 from microguest.host_client.values import absolute_path

@@ -14,9 +14,9 @@ from typing import IO, BinaryIO, Protocol
 from microguest.host_client.errors import ImageError
 from microguest.host_client.images import limits
 from microguest.host_client.images.budget import Budget
-from microguest.host_client.images.command import filtered, require_command, run_command
 from microguest.host_client.images.layout import Extent, Layout
 from microguest.host_client.images.manifest import Layer
+from microguest.host_client.images.tools import filtered, require_command, run_command
 
 Told = Callable[[int], None]
 """Is told of so many bytes more that were read of a layer as it is stored."""

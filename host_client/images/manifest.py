@@ -13,6 +13,7 @@ from typing import Any
 from microguest.host_client.errors import ImageError
 from microguest.host_client.images import limits
 from microguest.host_client.images.choosing import MANIFESTS, choose
+from microguest.host_client.images.config import ImageConfig
 from microguest.host_client.images.descriptors import (
     Descriptor,
     Platform,
@@ -24,7 +25,6 @@ from microguest.host_client.images.descriptors import (
     some,
 )
 from microguest.host_client.images.layout import Layout, blob_path, read_json, read_small
-from microguest.host_client.images.process import ImageConfig
 from microguest.host_client.images.reference import ImageReference
 
 _CONFIGS = frozenset(

@@ -12,8 +12,8 @@ from typing import IO, Literal
 
 from microguest.host_client.errors import ImageError
 from microguest.host_client.images import export, limits, squashfs
-from microguest.host_client.images.command import find_command, require_command, run_command
 from microguest.host_client.images.export import Merged
+from microguest.host_client.images.tools import find_command, require_command, run_command
 from microguest.host_client.probe import probe
 
 VERSION = 2

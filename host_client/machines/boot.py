@@ -13,8 +13,8 @@ from microguest.host_client.log import DEBUG, INFO, note
 from microguest.host_client.machines.bundle import Bundle, find_bundle
 from microguest.host_client.machines.console import MARK_FILE
 from microguest.host_client.machines.folder import STATE_VARIABLE, Folder, claim, sweep
-from microguest.host_client.machines.link import Link
 from microguest.host_client.machines.machine import Machine
+from microguest.host_client.machines.monitor_link import Link
 from microguest.host_client.machines.namespaces import NamespacesBackend
 from microguest.host_client.machines.plan import CONSOLE_SHOWN, MachineState, Plan, cut
 from microguest.host_client.machines.prepare import Preparation

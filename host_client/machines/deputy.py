@@ -12,7 +12,7 @@ import base64
 import os
 from typing import Any, Final
 
-from microguest.host_client import seccomp
+from microguest.host_client.seccomp import profile
 
 __all__ = ["ATTRIBUTE_RULES", "capability_changes", "share_filter"]
 
@@ -51,7 +51,7 @@ def share_filter(*, suid: bool) -> str:
     if suid:
         return ""
     document = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": list(rules())}
-    program = seccomp.profile(document, arch=os.uname().machine)
+    program = profile.profile(document, arch=os.uname().machine)
     return base64.b64encode(program).decode("ascii")
 
 

@@ -10,8 +10,9 @@ from typing import Final, Self
 
 from microguest.guest import bounds
 from microguest.guest.record import Record
-from microguest.host_client.address import parse
-from microguest.host_client.agent import Agent
+from microguest.host_client.client.address import parse
+from microguest.host_client.client.agent import Agent
+from microguest.host_client.client.clock import STEP_BEYOND, GuestClock
 from microguest.host_client.errors import MachineError
 from microguest.host_client.machines import control
 from microguest.host_client.machines.folder import (
@@ -24,7 +25,6 @@ from microguest.host_client.machines.folder import (
 from microguest.host_client.machines.holder import monitor_of
 from microguest.host_client.machines.kin import end_descendants, pid_of
 from microguest.host_client.machines.plan import SIGNALLED, End, MachineState
-from microguest.host_client.renewal import STEP_BEYOND, GuestClock
 
 __all__ = ["FoundMachine", "agent_of", "find"]
 

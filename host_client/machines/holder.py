@@ -11,7 +11,7 @@ from microguest.host_client.machines.folder import check_name, machines_root
 
 __all__ = ["MONITOR_MODULE", "monitor_of"]
 
-MONITOR_MODULE: Final = "microguest.host_client.machines.monitor"
+MONITOR_MODULE: Final = "microguest.host_client.monitor.main"
 ARGUMENTS_MAX: Final = 64 * 1024  # bytes; a monitor's have a few hundred
 OURS: Final = 3  # the last arguments of a monitor: its folder, its link, its lock
 

@@ -7,13 +7,13 @@ from typing import Self
 
 from microguest.guest import bounds
 from microguest.guest.report import Step
-from microguest.host_client.address import parse
-from microguest.host_client.agent import Agent
+from microguest.host_client.client.address import parse
+from microguest.host_client.client.agent import Agent
+from microguest.host_client.client.clock import STEP_BEYOND, GuestClock
 from microguest.host_client.forking import Rooted, tell_children
 from microguest.host_client.machines import control
-from microguest.host_client.machines.link import Link
+from microguest.host_client.machines.monitor_link import Link
 from microguest.host_client.machines.plan import Detach, End, MachineState
-from microguest.host_client.renewal import STEP_BEYOND, GuestClock
 from microguest.host_client.values import check_seconds
 
 __all__ = ["Machine"]

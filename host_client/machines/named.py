@@ -11,7 +11,8 @@ from typing import Final, Self
 
 from microguest.guest import bounds
 from microguest.guest.record import Record
-from microguest.host_client.agent import Agent
+from microguest.host_client.client.agent import Agent
+from microguest.host_client.client.clock import GuestClock
 from microguest.host_client.errors import MachineError
 from microguest.host_client.forking import Rooted
 from microguest.host_client.machines.control import still_runs
@@ -27,7 +28,6 @@ from microguest.host_client.machines.folder import (
 from microguest.host_client.machines.logs import console_looks
 from microguest.host_client.machines.plan import MachineState
 from microguest.host_client.machines.when import Moment
-from microguest.host_client.renewal import GuestClock
 from microguest.host_client.values import check_flag, check_seconds, text
 
 __all__ = ["MachineInfo", "NamedMachine", "find", "is_another", "list_machines"]

@@ -9,7 +9,7 @@ from typing import Final
 from microguest.guest.boot.config import Endpoint
 from microguest.guest.boot.root import Lower, Volume
 from microguest.host_client import images
-from microguest.host_client.address import SUN_PATH_MAX, UnixAddress
+from microguest.host_client.client.address import SUN_PATH_MAX, UnixAddress
 from microguest.host_client.errors import MachineError
 from microguest.host_client.machines.mounts import Mount
 from microguest.host_client.machines.plan import Plan, blank

@@ -14,7 +14,7 @@ from microguest.guest.boot.config import AGENT_PORT, PATH, REPORT_PORT, Endpoint
 from microguest.guest.boot.root import Lower, Upper, Volume
 from microguest.guest.bundle import cpio
 from microguest.host_client import images
-from microguest.host_client.address import HybridAddress, VsockAddress
+from microguest.host_client.client.address import HybridAddress, VsockAddress
 from microguest.host_client.errors import MachineError
 from microguest.host_client.machines.capacity import check_enough, check_host
 from microguest.host_client.machines.deputy import share_filter

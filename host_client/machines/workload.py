@@ -20,10 +20,10 @@ from microguest.guest.privileges import (
     seccomp_program,
 )
 from microguest.guest.record import RecordError
-from microguest.host_client import seccomp
 from microguest.host_client.errors import MachineError
 from microguest.host_client.images import ImageConfig, process_for
 from microguest.host_client.machines.settings import Settings, restart_of
+from microguest.host_client.seccomp import profile
 
 __all__ = ["capabilities_of", "check_process", "check_workload", "defaults_of", "workload_of"]
 
@@ -167,7 +167,7 @@ def filter_of(settings: Settings) -> str:
         if isinstance(program, str):
             sets = capabilities_of(settings)
             kept = CAPABILITIES if sets is None else sets.bounding
-            program = seccomp.profile(program, arch=os.uname().machine, capabilities=kept)
+            program = profile.profile(program, arch=os.uname().machine, capabilities=kept)
         text = base64.b64encode(program).decode("ascii")
         if text:
             seccomp_program(text)

@@ -5,8 +5,8 @@ Firecracker's `CONNECT <port>` line. Needs no root, no kernel module and nothing
 standard library. `docs/vsock-device.md` has the design, the limits and the measurements.
 """
 
+from microguest.host_client.event_loop import EventLoop, Timer
 from microguest.host_client.vhost_vsock.device import VsockDevice
 from microguest.host_client.vhost_vsock.hybrid import unix_dialer
-from microguest.host_client.vhost_vsock.loop import EventLoop, Timer
 
 __all__ = ["EventLoop", "Timer", "VsockDevice", "unix_dialer"]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from select import EPOLLIN
 from typing import Final, Protocol
 
-from microguest.host_client.vhost_vsock.loop import EventLoop
+from microguest.host_client.event_loop import EventLoop
 from microguest.host_client.vhost_vsock.memory import MAX_REGIONS, GuestMemory, GuestMemoryError
 from microguest.host_client.vhost_vsock.virtqueue import MAX_SIZE, Virtqueue, VirtqueueError
 

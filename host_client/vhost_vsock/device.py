@@ -16,10 +16,9 @@ from collections.abc import Callable
 from select import EPOLLET, EPOLLIN
 from typing import Final
 
-from microguest.host_client.vhost_vsock.connection import Connection
+from microguest.host_client.event_loop import EventLoop, Timer
 from microguest.host_client.vhost_vsock.control import ControlChannel
 from microguest.host_client.vhost_vsock.hybrid import HybridListener
-from microguest.host_client.vhost_vsock.loop import EventLoop, Timer
 from microguest.host_client.vhost_vsock.memory import GuestMemoryError
 from microguest.host_client.vhost_vsock.packet import (
     CREDIT_REQUEST,
@@ -37,6 +36,7 @@ from microguest.host_client.vhost_vsock.packet import (
     SHUTDOWN,
     STREAM,
 )
+from microguest.host_client.vhost_vsock.stream import Connection
 from microguest.host_client.vhost_vsock.virtqueue import Virtqueue, VirtqueueError
 
 WINDOW: Final = 256 * 1024

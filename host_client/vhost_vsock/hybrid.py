@@ -11,7 +11,7 @@ from collections.abc import Callable
 from select import EPOLLET, EPOLLIN, EPOLLRDHUP
 from typing import Final
 
-from microguest.host_client.vhost_vsock.loop import EventLoop, Timer
+from microguest.host_client.event_loop import EventLoop, Timer
 from microguest.host_client.vhost_vsock.packet import PORT_MAX
 
 MAX_LINE: Final = 64

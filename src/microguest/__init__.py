@@ -29,8 +29,12 @@ if TYPE_CHECKING:
         Winsize,
     )
     from microguest.guest.wire.renewal import Renewed
-    from microguest.host_client.address import HybridAddress, UnixAddress, VsockAddress
-    from microguest.host_client.agent import Agent
+    from microguest.host_client.client.address import HybridAddress, UnixAddress, VsockAddress
+    from microguest.host_client.client.agent import Agent
+    from microguest.host_client.client.clock import GuestClock
+    from microguest.host_client.client.process import Process, ProcessStream
+    from microguest.host_client.client.request import Options
+    from microguest.host_client.client.result import CommandFailed, Result
     from microguest.host_client.connecting import connect
     from microguest.host_client.errors import (
         BootConfigError,
@@ -57,10 +61,6 @@ if TYPE_CHECKING:
     from microguest.host_client.machines.named import MachineInfo, NamedMachine, find, list_machines
     from microguest.host_client.machines.plan import Event, MachineState
     from microguest.host_client.machines.settings import MachineOptions
-    from microguest.host_client.process import Process, ProcessStream
-    from microguest.host_client.renewal import GuestClock
-    from microguest.host_client.request import Options
-    from microguest.host_client.result import CommandFailed, Result
 
 __all__ = [
     "Agent",
@@ -135,8 +135,8 @@ _HOMES = {
     "microguest.guest.boot.network": ("Interface", "Route"),
     "microguest.guest.wire.renewal": ("Renewed",),
     "microguest.guest.report": ("AgentExited", "Step", "WorkloadExited", "WorkloadFailed"),
-    "microguest.host_client.address": ("HybridAddress", "UnixAddress", "VsockAddress"),
-    "microguest.host_client.agent": ("Agent",),
+    "microguest.host_client.client.address": ("HybridAddress", "UnixAddress", "VsockAddress"),
+    "microguest.host_client.client.agent": ("Agent",),
     "microguest.host_client.connecting": ("connect",),
     "microguest.host_client.errors": (
         *("BootConfigError", "BootFailed", "ConnectError", "ConnectionLost"),
@@ -156,10 +156,10 @@ _HOMES = {
     ),
     "microguest.host_client.machines.plan": ("Event", "MachineState"),
     "microguest.host_client.machines.settings": ("MachineOptions",),
-    "microguest.host_client.process": ("Process", "ProcessStream"),
-    "microguest.host_client.renewal": ("GuestClock",),
-    "microguest.host_client.request": ("Options",),
-    "microguest.host_client.result": ("CommandFailed", "Result"),
+    "microguest.host_client.client.process": ("Process", "ProcessStream"),
+    "microguest.host_client.client.clock": ("GuestClock",),
+    "microguest.host_client.client.request": ("Options",),
+    "microguest.host_client.client.result": ("CommandFailed", "Result"),
 }
 # What the guest says of a failed boot, beside the error of that name.
 _RENAMED = {"BootFailure": ("microguest.guest.report", "BootFailed")}

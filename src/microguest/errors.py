@@ -21,6 +21,9 @@ MicroguestError
 Each survives pickle and copy with all of its fields.
 """
 
+from microguest.host_client.client.result import (
+    CommandFailed,
+)
 from microguest.host_client.errors import (
     BootConfigError,
     BootFailed,
@@ -38,9 +41,6 @@ from microguest.host_client.errors import (
     ProtocolError,
     RemoteProtocolError,
     StartError,
-)
-from microguest.host_client.result import (
-    CommandFailed,
 )
 
 __all__ = [

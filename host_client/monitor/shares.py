@@ -13,9 +13,9 @@ from collections.abc import Callable
 from select import EPOLLIN
 from typing import Final
 
+from microguest.host_client.event_loop import EventLoop
 from microguest.host_client.machines.plan import Share, filled
-from microguest.host_client.machines.vmm import has_ended, spawn
-from microguest.host_client.vhost_vsock.loop import EventLoop
+from microguest.host_client.monitor.vmm import has_ended, spawn
 
 __all__ = ["Shares"]
 

@@ -16,7 +16,7 @@ from microguest.guest.errors import OperationError
 from microguest.guest.record import Record
 from microguest.guest.wire.messages import Welcome
 from microguest.guest.wire.renewal import Clock, ClockResult, Renew, Renewed
-from microguest.host_client.steps import Steps
+from microguest.host_client.client.steps import Steps
 
 __all__ = ["STEP_BEYOND", "Asker", "GuestClock", "is_out", "measure", "renew", "step"]
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Generator
 from typing import TypeVar
 
-from microguest.host_client.deadline import Deadline
+from microguest.host_client.client.deadline import Deadline
 
 __all__ = ["Steps", "Wait", "run", "until", "wait_for"]
 

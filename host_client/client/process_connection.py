@@ -1,6 +1,6 @@
 """A process connection's events: what may be said to the process, and what it says.
 
-Shared by every kind of client; it waits by steps. `host_client.session` puts streams on top.
+Shared by every kind of client; it waits by steps. `host_client.client.streams` puts streams on top.
 """
 
 from collections import deque
@@ -29,11 +29,11 @@ from microguest.guest.wire.messages import (
     Started,
     Welcome,
 )
-from microguest.host_client.backlog import Backlog
-from microguest.host_client.channel import Broken, Channel
-from microguest.host_client.deadline import Deadline
+from microguest.host_client.client.backlog import Backlog
+from microguest.host_client.client.channel import Broken, Channel
+from microguest.host_client.client.deadline import Deadline
+from microguest.host_client.client.steps import Steps
 from microguest.host_client.errors import ConnectionLost, OutputTooLarge
-from microguest.host_client.steps import Steps
 
 __all__ = ["Exchange", "Output", "too_large"]
 

@@ -28,18 +28,18 @@ from microguest.guest.wire.messages import (
     Start,
     Wait,
 )
-from microguest.host_client import renewal
-from microguest.host_client.deadline import LAST_LOOK, Deadline
+from microguest.host_client.client import clock
+from microguest.host_client.client.clock import GuestClock
+from microguest.host_client.client.deadline import LAST_LOOK, Deadline
+from microguest.host_client.client.pool import Pool
+from microguest.host_client.client.process_connection import Exchange, Output
+from microguest.host_client.client.request import signal_number
+from microguest.host_client.client.result import Result
+from microguest.host_client.client.steps import Steps, until
+from microguest.host_client.client.steps import Wait as Pause
+from microguest.host_client.client.streams import command
 from microguest.host_client.errors import DeadlineExceeded
-from microguest.host_client.exchange import Exchange, Output
 from microguest.host_client.log import DEBUG, note
-from microguest.host_client.pool import Pool
-from microguest.host_client.renewal import GuestClock
-from microguest.host_client.request import signal_number
-from microguest.host_client.result import Result
-from microguest.host_client.session import command
-from microguest.host_client.steps import Steps, until
-from microguest.host_client.steps import Wait as Pause
 from microguest.host_client.values import Buffer, check_seconds, text
 
 __all__ = ["Driver"]
@@ -202,12 +202,12 @@ class Driver(Pool):
 
     def clock(self) -> Steps[GuestClock]:
         """What time is it there?"""
-        return (yield from renewal.measure(self))
+        return (yield from clock.measure(self))
 
     def step_clock(self, beyond: float) -> Steps[GuestClock]:
         """Set it by ours."""
         check_seconds(beyond, "beyond")
-        return (yield from renewal.step(self, beyond))
+        return (yield from clock.step(self, beyond))
 
 
 def _collected(exchange: Exchange, output: Output, deadline: Deadline) -> Steps[Exited]:

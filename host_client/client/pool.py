@@ -30,15 +30,15 @@ from microguest.guest.wire.messages import (
     Start,
     Welcome,
 )
-from microguest.host_client import renewal
-from microguest.host_client.address import Address, NotListening
-from microguest.host_client.channel import EXPLAIN_WITHIN, Channel, Obituary, ended
-from microguest.host_client.deadline import Deadline
+from microguest.host_client.client import clock as renewal
+from microguest.host_client.client.address import Address, NotListening
+from microguest.host_client.client.channel import EXPLAIN_WITHIN, Channel, Obituary, ended
+from microguest.host_client.client.deadline import Deadline
+from microguest.host_client.client.steps import Steps, until
+from microguest.host_client.client.steps import Wait as Pause
 from microguest.host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
 from microguest.host_client.forking import tell_children
 from microguest.host_client.log import DEBUG, INFO, note
-from microguest.host_client.steps import Steps, until
-from microguest.host_client.steps import Wait as Pause
 from microguest.host_client.values import check_seconds
 
 __all__ = ["Pool"]

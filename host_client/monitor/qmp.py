@@ -12,7 +12,7 @@ from collections.abc import Callable
 from select import EPOLLIN
 from typing import Any, Final
 
-from microguest.host_client.vhost_vsock.loop import EventLoop
+from microguest.host_client.event_loop import EventLoop
 
 __all__ = ["Qmp"]
 

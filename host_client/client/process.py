@@ -11,16 +11,16 @@ from typing import Final, Protocol, Self, TypeVar
 
 from microguest.guest.wire.connection import Event
 from microguest.guest.wire.messages import Resize, Signal
-from microguest.host_client.backlog import Taking
-from microguest.host_client.channel import Broken
-from microguest.host_client.deadline import Deadline
+from microguest.host_client.client.backlog import Taking
+from microguest.host_client.client.channel import Broken
+from microguest.host_client.client.deadline import Deadline
+from microguest.host_client.client.process_connection import Exchange
+from microguest.host_client.client.request import signal_number
+from microguest.host_client.client.result import Result
+from microguest.host_client.client.steps import Steps, run, wait_for
+from microguest.host_client.client.streams import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
 from microguest.host_client.errors import DeadlineExceeded
-from microguest.host_client.exchange import Exchange
 from microguest.host_client.forking import Rooted, tell_children
-from microguest.host_client.request import signal_number
-from microguest.host_client.result import Result
-from microguest.host_client.session import MAX_OUTPUT, MAX_UNREAD, STDERR, STDOUT, Session
-from microguest.host_client.steps import Steps, run, wait_for
 from microguest.host_client.values import Buffer
 
 __all__ = ["Process", "ProcessInput", "ProcessOutput", "ProcessStream"]

@@ -7,25 +7,25 @@ from microguest.guest import bounds
 from microguest.guest.boot.network import Interface
 from microguest.guest.wire.messages import Attach, InfoResult, PingResult, ProcessInfo, Start
 from microguest.guest.wire.renewal import Renewed
-from microguest.host_client import renewal
-from microguest.host_client.address import Address, parse
-from microguest.host_client.channel import Obituary
-from microguest.host_client.driver import Driver
-from microguest.host_client.errors import ConnectError
-from microguest.host_client.exchange import Exchange
-from microguest.host_client.forking import Rooted
-from microguest.host_client.process import Process, ProcessStream
-from microguest.host_client.renewal import GuestClock
-from microguest.host_client.request import (
+from microguest.host_client.client import clock as renewal
+from microguest.host_client.client.address import Address, parse
+from microguest.host_client.client.channel import Obituary
+from microguest.host_client.client.clock import GuestClock
+from microguest.host_client.client.operations import Driver
+from microguest.host_client.client.process import Process, ProcessStream
+from microguest.host_client.client.process_connection import Exchange
+from microguest.host_client.client.request import (
     Options,
     attach_record,
     check_reading,
     exec_record,
     start_record,
 )
-from microguest.host_client.result import Result
-from microguest.host_client.session import MAX_OUTPUT, MAX_UNREAD
-from microguest.host_client.steps import run
+from microguest.host_client.client.result import Result
+from microguest.host_client.client.steps import run
+from microguest.host_client.client.streams import MAX_OUTPUT, MAX_UNREAD
+from microguest.host_client.errors import ConnectError
+from microguest.host_client.forking import Rooted
 from microguest.host_client.values import Argument, Buffer, text
 
 __all__ = ["Agent"]

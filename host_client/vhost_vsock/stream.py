@@ -13,7 +13,7 @@ import socket
 from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from typing import Final, Protocol
 
-from microguest.host_client.vhost_vsock.loop import EventLoop, Timer
+from microguest.host_client.event_loop import EventLoop, Timer
 from microguest.host_client.vhost_vsock.packet import (
     CREDIT_UPDATE,
     MASK32,

@@ -22,7 +22,7 @@ from typing import Final
 from microguest.guest.errors import printable
 from microguest.guest.record import Record, RecordError
 from microguest.guest.report import BootFailed, Ready, Stopping
-from microguest.host_client.machines.boottime import BootTimeline
+from microguest.host_client.event_loop import EventLoop
 from microguest.host_client.machines.console import RotatingLog, printable_lines
 from microguest.host_client.machines.folder import (
     STATE_VARIABLE,
@@ -30,7 +30,6 @@ from microguest.host_client.machines.folder import (
     remove_running,
     write_file,
 )
-from microguest.host_client.machines.history import changes, left_out
 from microguest.host_client.machines.plan import (
     COMMANDS,
     CONSOLE_SHOWN,
@@ -46,13 +45,14 @@ from microguest.host_client.machines.plan import (
     clipped,
     cut,
 )
-from microguest.host_client.machines.qmp import Qmp
-from microguest.host_client.machines.reports import ReportReader
-from microguest.host_client.machines.shares import Shares
-from microguest.host_client.machines.verdict import failure_on_console, has_restarted, unexplained
-from microguest.host_client.machines.vmm import Device, Vmm
+from microguest.host_client.monitor.boottime import BootTimeline
+from microguest.host_client.monitor.history import changes, left_out
+from microguest.host_client.monitor.qmp import Qmp
+from microguest.host_client.monitor.reports import ReportReader
+from microguest.host_client.monitor.shares import Shares
+from microguest.host_client.monitor.verdict import failure_on_console, has_restarted, unexplained
+from microguest.host_client.monitor.vmm import Device, Vmm
 from microguest.host_client.shortage import cannot_start, explain
-from microguest.host_client.vhost_vsock.loop import EventLoop
 
 __all__ = ["Monitor", "main"]
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from microguest.guest.boot.config import AGENT_PORT
-from microguest.host_client.deadline import Deadline
+from microguest.host_client.client.deadline import Deadline
+from microguest.host_client.client.steps import Steps, Wait
 from microguest.host_client.errors import ConnectError
 from microguest.host_client.forking import close_in_children
 from microguest.host_client.shortage import explain
-from microguest.host_client.steps import Steps, Wait
 
 __all__ = ["Address", "HybridAddress", "NotListening", "UnixAddress", "VsockAddress", "parse"]
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Final
 
 from microguest.guest.wire.connection import Data, End, Event
-from microguest.host_client.backlog import Backlog, Taking
-from microguest.host_client.exchange import too_large
+from microguest.host_client.client.backlog import Backlog, Taking
+from microguest.host_client.client.process_connection import too_large
 
 __all__ = ["STDERR", "STDOUT", "Unread"]
 

@@ -11,7 +11,7 @@ from typing import Final
 from microguest.guest import bounds
 from microguest.guest.record import Record, RecordError
 from microguest.guest.report import REPORTS
-from microguest.host_client.vhost_vsock.loop import EventLoop
+from microguest.host_client.event_loop import EventLoop
 
 __all__ = ["ReportReader"]
 

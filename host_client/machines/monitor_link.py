@@ -37,7 +37,7 @@ MONITOR: Final = "a monitor process"
 HOME: Final = os.path.abspath(__file__).rpartition("/microguest/")[0]
 PROGRAM: Final = (
     "import sys; sys.path.append({home!r}); "
-    "from microguest.host_client.machines.monitor import main; sys.exit(main(sys.argv[1:]))"
+    "from microguest.host_client.monitor.main import main; sys.exit(main(sys.argv[1:]))"
 )
 
 

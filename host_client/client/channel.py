@@ -15,10 +15,10 @@ from typing import Final
 from microguest.guest import bounds
 from microguest.guest.errors import MicroguestError, OperationError, RemoteProtocolError
 from microguest.guest.wire.connection import Connection, Event, Role, State
-from microguest.host_client.deadline import Deadline
+from microguest.host_client.client.deadline import Deadline
+from microguest.host_client.client.steps import Steps, Wait, until
 from microguest.host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
 from microguest.host_client.log import WARNING, note
-from microguest.host_client.steps import Steps, Wait, until
 
 __all__ = ["Broken", "Channel", "Obituary", "Probe", "ended"]
 

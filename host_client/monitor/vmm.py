@@ -14,11 +14,11 @@ from select import EPOLLIN
 from typing import Final
 
 from microguest.guest import bounds
+from microguest.host_client.event_loop import EventLoop
 from microguest.host_client.machines.kin import end_descendants, running_descendants
 from microguest.host_client.machines.plan import HYBRID_SOCKET, Plan, blank, filled
-from microguest.host_client.machines.relay import relayed
-from microguest.host_client.machines.reports import ReportReader
-from microguest.host_client.vhost_vsock.loop import EventLoop
+from microguest.host_client.monitor.relay import relayed
+from microguest.host_client.monitor.reports import ReportReader
 
 __all__ = ["Device", "Vmm", "has_ended", "spawn"]
 

@@ -11,8 +11,8 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from microguest.host_client.seccomp_code import AUDIT, Condition, Rules, assemble
-from microguest.host_client.syscall_numbers import ELSEWHERE, NUMBERS
+from microguest.host_client.seccomp.numbers import ELSEWHERE, NUMBERS
+from microguest.host_client.seccomp.program import AUDIT, Condition, Rules, assemble
 
 __all__ = ["PRIVILEGED", "deny", "names", "profile"]
 

@@ -23,19 +23,19 @@ from microguest.guest.wire.messages import (
     Signal,
     Start,
 )
-from microguest.host_client.backlog import Taking
-from microguest.host_client.channel import CHECK_EVERY, Broken
-from microguest.host_client.deadline import Deadline
+from microguest.host_client.client.backlog import Taking
+from microguest.host_client.client.channel import CHECK_EVERY, Broken
+from microguest.host_client.client.deadline import Deadline
+from microguest.host_client.client.process_connection import Exchange
+from microguest.host_client.client.result import Result
+from microguest.host_client.client.steps import Steps, Wait
+from microguest.host_client.client.unread import STDERR, STDOUT, Unread
 from microguest.host_client.errors import (
     ConnectionLost,
     DeadlineExceeded,
     MicroguestError,
     OutputStalled,
 )
-from microguest.host_client.exchange import Exchange
-from microguest.host_client.result import Result
-from microguest.host_client.steps import Steps, Wait
-from microguest.host_client.unread import STDERR, STDOUT, Unread
 from microguest.host_client.values import (
     Buffer,
     check_bytes,

@@ -1,0 +1,1 @@
+"""Talking to an agent: from the URL to a process's streams."""
