@@ -282,12 +282,32 @@ def test_working_directory(tmp_path: Path) -> None:
     for words, message in (
         (["-w", "/etc/passwd"], "/etc/passwd"),
         (["-w", "relative"], "not an absolute path"),
-        (["--read-only"], "/made/for/it"),
+        (["--read-only", "-w", "/made/../for"], "/made/../for"),
+        (["--read-only", "-w", "/etc/passwd"], "/etc/passwd"),
     ):
         code, out, error = run(*words, own)
         assert (code, out) == (125, "")
         assert message in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        (["--read-only"], "/made/for/it\n0:755\nread-only\n"),
+        (["--read-only", "-w", "//new/./one/"], "/new/one\n0:755\nread-only\n"),
+        (["--read-only", "-w", "/etc"], "/etc\n0:755\nread-only\n"),
+        (["--read-only", "--writable", "/v", "-w", "/v/new"], "/v/new\n0:755\n"),
+        (["--read-only", "--tmpfs", "/t", "-w", "/t/new"], "/t/new\n0:755\n"),
+    ],
+)
+def test_working_directory_of_a_root_that_is_read_only(
+    tmp_path: Path, words: list[str], seen: str
+) -> None:
+    """It is made before the root is; nothing can be written to it that could not be elsewhere."""
+    show = "pwd; stat -c %u:%a .; (echo >x) 2>/dev/null || echo read-only"
+    own = shell_image(tmp_path, WorkingDir="/made/for/it", User="root", Cmd=["sh", "-c", show])
+    assert run(*words, own)[:2] == (0, seen)
 
 
 @pytest.mark.parametrize(

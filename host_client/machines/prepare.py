@@ -57,7 +57,7 @@ class Preparation:
                 upper=upper or Upper(size=settings.upper_size or TMPFS_SIZE),
                 read_only=settings.read_only,
                 writable=self._writable(),
-                directories=() if settings.read_only else self._volumes(),
+                directories=self._cwd() if settings.read_only else self._volumes(),
             )
             config = BootConfig(
                 machine=machine,
@@ -130,6 +130,14 @@ class Preparation:
         if not self.settings.read_only:
             return ()
         return tuple(dict.fromkeys((*self.settings.writable, *self._volumes())))
+
+    def _cwd(self) -> tuple[str, ...]:
+        """The working directory, to be made while the root can still be written to, as docker does.
+
+        Of one with `..` only the guest knows where it leads: there it has to exist.
+        """
+        path = os.path.normpath(f"/{self._defaults().cwd.lstrip('/')}")
+        return () if path == "/" or ".." in self._defaults().cwd.split("/") else (path,)
 
     def _volumes(self) -> tuple[str, ...]:
         """The image's volumes where nothing else is mounted: they are there and can be written to,
