@@ -141,7 +141,7 @@ def test_a_machine_whose_monitor_was_killed_is_one_that_has_ended(image: str) ->
     os.kill(machinekit.state_of("orphan").monitor, signal.SIGKILL)
     wait_until("nobody holds it", lambda: not is_alive("orphan"))
     done = microguest("stop", "orphan")
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"orphan\n", b"")
 
 
 def test_listings_by_template_and_filter(image: str) -> None:

@@ -18,7 +18,7 @@ from patience import PATIENCE
 from terminalkit import Person, root_of_programs
 
 from microguest.host_client.cli.detachkeys import DetachKeys, parse
-from microguest.host_client.cli.terminal import ScreenModes
+from microguest.host_client.cli.terminal import ScreenModes, Terminal
 
 PROMPT = "/ #"
 pytestmark = pytest.mark.usefixtures("module_machines_home")
@@ -156,9 +156,9 @@ def test_without_i_nothing_is_typed(box: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["exec", "-it", "box", "sh"], "not a TTY"),
-        (["shell", "box"], "not a TTY"),
-        (["run", "-it", "--machine", "namespaces", "IMAGE", "sh"], "not a TTY"),
+        (["exec", "-it", "box", "sh"], "not a TTY: leave out -t, or start this in a terminal"),
+        (["shell", "box"], "not a TTY: use microguest exec -i box sh, or start this in"),
+        (["run", "-it", "--machine", "namespaces", "IMAGE", "sh"], "not a TTY: leave out -t, or"),
     ],
 )
 def test_no_terminal(image: str, box: str, words: list[str], message: str) -> None:
@@ -168,6 +168,16 @@ def test_no_terminal(image: str, box: str, words: list[str], message: str) -> No
     assert text.startswith("microguest: ")
     assert text.count("\n") == 1
     assert message in text
+
+
+def test_attach_without_a_terminal(box: str) -> None:
+    process = microguest("exec", "-dt", box, "sh", "-c", "echo seen; exec sleep 1000")
+    name = process.stdout.decode().strip()
+    done = microguest("attach", box, name)
+    assert done.returncode == 125
+    assert b"not a TTY: add --no-stdin, or start this in a terminal" in done.stderr
+    assert microguest("kill", box, name).returncode == 0
+    assert microguest("attach", "-a", "--no-stdin", box, name).stdout == b"seen\r\n"
 
 
 @pytest.mark.parametrize(
@@ -244,6 +254,26 @@ def test_killed_in_an_editor(box: str, script: str, back: bool) -> None:
         while person.look():
             pass
         assert (BACK in person.raw[before:]) == back
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_guard_that_does_not_end_holds_nobody_up(number: int) -> None:
+    """Stopped by somebody, or gone already."""
+    ours, theirs = os.openpty()
+    try:
+        children = set(children_of(os.getpid()))
+        with Terminal(theirs):
+            (guard,) = set(children_of(os.getpid())) - children
+            os.kill(guard, number)
+        assert not os.path.exists(f"/proc/{guard}")
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def children_of(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        return [int(word) for word in file.read().split()]
 
 
 def test_window_closed(box: str) -> None:

@@ -57,6 +57,16 @@ def refused(*words: str) -> str:
         (["ps", "-n", "5"], "unknown option -n; ps -a lists all"),
         (["ps", "--last=5"], "--last=5; ps -a lists all"),
         (["kill", "x"], "required: ID; microguest stop -t 0 NAME"),
+        (["kill", "-9", "x"], "unknown option -9; that is -s 9 here, as in docker"),
+        (["kill", "-SIGTERM", "x", "p1"], "-SIGTERM; that is -s SIGTERM here"),
+        (["kill", "-RTMIN+3", "x", "p1"], "-RTMIN+3; that is -s RTMIN+3 here"),
+        (["logs", "--details", "x"], "--details; microguest ls --format '{{.Labels}}' shows"),
+        (["exec", "--privileged", "x", "true"], "run --privileged says it of the machine"),
+        (["rm", "-fl", "x"], "unknown option -l in -fl; no machine is linked"),
+        (["rm", "-fx", "x"], "unknown option -x in -fx: see"),
+        (["run", "-itp", "80:80", "x"], "unknown option -p in -itp; no connections come in"),
+        (["list"], "'list' is no command; that is microguest ls"),
+        (["stop", "-t", "7200", "x"], "'7200': at most 3600 seconds, which -1 is, too"),
     ],
 )
 def test_what_does_here_what_docker_s_word_does(words: list[str], message: str) -> None:
@@ -68,6 +78,75 @@ def test_what_does_here_what_docker_s_word_does(words: list[str], message: str) 
 @pytest.mark.parametrize("word", ["--zebra", "--cups-of-tea", "--", "--x"])
 def test_no_guess_is_better_than_a_wrong_one(word: str) -> None:
     assert "did you mean" not in refused("run", f"{word}-", "x")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("LS", "ls"), ("Run", "run"), ("Boot-Chart", "boot-")]
+)
+def test_capitals(typed: str, meant: str) -> None:
+    assert f"; did you mean {meant}" in refused(typed)
+
+
+# All that docker 27 has of the commands that have one of its names, and ours have not.
+OF_DOCKER = {
+    "exec": "--privileged",
+    "attach": "--sig-proxy",
+    "logs": "--details",
+    "rm": "-l --link",
+    "stop": "-s --signal --timeout",
+    "ps": "-n --last -l --latest -s --size",
+}
+
+
+@pytest.mark.parametrize("command", OF_DOCKER)
+def test_options_of_docker_s_are_no_slips(command: str) -> None:
+    for option in OF_DOCKER[command].split():
+        assert "did you mean" not in refused(command, option, "x", "y")
+
+
+@pytest.mark.parametrize(
+    "words", [("-h",), *(("-h", name)[::-1] for name in commands_of(make_parser()))]
+)
+def test_h_alone_is_help(words: tuple[str, ...]) -> None:
+    done = microguest(*words)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == microguest(*words[:-1], "--help").stdout
+
+
+def test_docker_s_spellings(image: str) -> None:
+    assert microguest(*KEPT, "-d", "--name", "spelt", image, "echo", "life").returncode == 0
+    assert microguest("wait", "spelt").returncode == 0
+    machinekit.wait_until("it is over", lambda: microguest("ls", "-q").stdout == b"")
+    assert microguest("logs", "--tail", "-1", "spelt").stdout == b"life\n"
+    assert microguest("logs", "--tail=-5", "spelt").stdout == b"life\n"
+    assert microguest("version", "-f", "{{.Version}}").stdout.count(b".")
+    assert microguest("info", "-f", "{{.Running}}").stdout == b"0\n"
+    stopped = microguest("stop", "-t", "-1", "spelt")  # it has ended
+    assert (stopped.returncode, stopped.stdout) == (0, b"spelt\n")
+    assert microguest("rm", "-fv", "spelt").stdout == b"spelt\n"
+    assert microguest(*KEPT, "-d", "--name", "spelt", image, "sleep", "1000").returncode == 0
+    assert microguest("stop", "-t", "-1", "spelt").stdout == b"spelt\n"
+    assert microguest("rm", "--volumes", "spelt").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words", [["-x"], ["--"], ["--", "-x"], ["--", "a", "--"], ["-x", "--", "--rm"], ["--rm=maybe"]]
+)
+def test_what_stands_behind_the_image_is_the_command_s(image: str, words: list[str]) -> None:
+    options = (*BOX, "--entrypoint", "echo")
+    said = (" ".join(words) + "\n").encode()
+    assert microguest(*options, image, *words).stdout == said
+    assert microguest(*options, "--", image, *words).stdout == said
+
+
+@pytest.mark.parametrize("words", [["--", "true"], ["-x"], ["--"]])
+def test_what_stands_behind_the_name_is_the_command_s(image: str, words: list[str]) -> None:
+    assert microguest(*BOX, "-d", "--name", "behind", image, "sleep", "1000").returncode == 0
+    done = microguest("exec", "behind", *words)
+    assert done.returncode == 127
+    assert f"{words[0]!r}" in done.stderr.decode()
+    assert microguest("exec", "--", "behind", "echo", "--", "-x").stdout == b"-- -x\n"
+    assert microguest("stop", "-t", "0", "behind").returncode == 0
 
 
 def test_docker_s_words_are_none_of_ours() -> None:

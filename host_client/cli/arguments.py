@@ -152,12 +152,13 @@ def _add_ls(parser: argparse.ArgumentParser) -> None:
 
 def _add_rm(parser: argparse.ArgumentParser) -> None:
     add_switch(parser, "-f", "--force", help="end those that run first")
+    add_switch(parser, "-v", "--volumes", help="nothing: a machine has no volumes of its own")
     parser.add_argument("names", nargs="+", metavar="NAME")
     parser.set_defaults(run=_command("machines", "remove"))
 
 
 def _add_about(parser: argparse.ArgumentParser, function: str) -> None:
-    parser.add_argument("--format", metavar="FORM", help="json, or a template")
+    parser.add_argument("-f", "--format", metavar="FORM", help="json, or a template")
     parser.set_defaults(run=_command("about", function))
 
 
@@ -178,12 +179,24 @@ def _add_completion(parser: argparse.ArgumentParser) -> None:
 def _add_stop(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         *("-t", "--time"),
-        type=seconds,
+        type=grace,
         default=bounds.STOP_GRACE,
-        help=f"seconds between TERM and KILL (default {bounds.STOP_GRACE:g})",
+        help=f"seconds between TERM and KILL (default {bounds.STOP_GRACE:g}; "
+        f"-1: {bounds.STOP_GRACE_MAX:g}, the most there is)",
     )
     parser.add_argument("names", nargs="+", metavar="NAME")
     parser.set_defaults(run=_command("machines", "stop"))
+
+
+def grace(text: str) -> float:
+    """The type of the time that processes have to end. As docker's, a negative one has no end, but
+    for ours."""
+    found = seconds(text)
+    if found > bounds.STOP_GRACE_MAX:
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.40}: at most {bounds.STOP_GRACE_MAX:g} seconds, which -1 is, too"
+        )
+    return found if found >= 0 else bounds.STOP_GRACE_MAX
 
 
 def _add_pause(parser: argparse.ArgumentParser, function: str) -> None:

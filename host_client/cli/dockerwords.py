@@ -3,10 +3,18 @@
 A sentence stands behind an error that names the word, so it is short, and true of this version.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["COMMANDS", "about_command", "about_missing", "about_option", "about_value"]
+__all__ = [
+    "COMMANDS",
+    "about_command",
+    "about_missing",
+    "about_option",
+    "about_signal",
+    "about_value",
+]
 
 COPY: Final = (
     "skopeo copy docker://NAME oci:DIR:TAG brings an image here, and run takes oci:DIR:TAG"
@@ -35,7 +43,10 @@ COMMANDS: Final = {
     **dict.fromkeys(("start", "restart"), NO_RESTART),
     "create": "run -d makes a machine and starts it",
     "cp": "run -v shares a directory; exec -i NAME sh -c 'cat >FILE' <FILE copies a file",
-    "export": "microguest exec NAME tar -c / writes out all files, where the image has tar",
+    # Without what the kernel has there, of which some files have no end. busybox's tar has no
+    # --one-file-system.
+    "export": "microguest exec NAME sh -c 'cd / && tar -c $(ls -A | grep -vxE \"proc|sys|dev\")' "
+    "writes out all files, where the image has tar",
     "inspect": "microguest ls -a --format json tells what there is to tell of machines",
     "top": "microguest exec NAME ps lists all that runs in a machine whose image has ps",
     "stats": "microguest exec NAME top shows what a machine whose image has top is busy with",
@@ -48,6 +59,7 @@ COMMANDS: Final = {
     "events": "microguest logs -f and microguest wait follow one machine",
     "rename": "run --name gives a machine its name",
     "update": "what a machine has is said at its run",
+    "list": "that is microguest ls",
     "compose": "each machine is run by itself",
 }
 OF_RUN: Final = {
@@ -92,8 +104,14 @@ OPTIONS: Final = {
         "-s": "run --stop-signal says which signal it is",
         "--signal": "run --stop-signal says which signal it is",
     },
-    "rm": {"-v": SHARES, "--volumes": SHARES},
+    "exec": {"--privileged": "run --privileged says it of the machine"},
+    "logs": {"--details": "microguest ls --format '{{.Labels}}' shows labels, ps what was run"},
+    "rm": {
+        "-l": "no machine is linked to another: " + ONE_NETWORK,
+        "--link": "no machine is linked to another: " + ONE_NETWORK,
+    },
 }
+SIGNAL: Final = re.compile(r"-([0-9]{1,2}|(SIG)?[A-Z][A-Z0-9]+([+-][0-9]+)?)")
 MISSING: Final = {("kill", "ID"): "microguest stop -t 0 NAME ends a machine at once"}
 NETWORKS: Final = "user is a network of the machine's own, with connections to the outside"
 
@@ -107,6 +125,12 @@ def about_option(command: str, option: str) -> str:
     """The same about an option of one of our commands, as it was typed: -p80:80, --net=host."""
     words: Mapping[str, str] = OPTIONS.get(command, {})
     return words.get(option.partition("=")[0] if option.startswith("--") else option[:2], "")
+
+
+def about_signal(command: str, word: str) -> str:
+    """The same about a signal that is written as kill(1) has it: -9, -TERM."""
+    match = SIGNAL.fullmatch(word) if command == "kill" else None
+    return f"that is -s {match[1]} here, as in docker" if match else ""
 
 
 def about_value(option: str) -> str:

@@ -36,7 +36,7 @@ def main(_options: argparse.Namespace) -> int:
         mark = "ok" if finding.good else "no" if finding.needed else "--"
         say(f"{mark}  {finding.what:<12} {finding.detail}")
     usable = all(finding.good for finding in findings if finding.needed)
-    say("machines can run here" if usable else "no machine can run here yet")
+    say("virtual machines can run here" if usable else "no virtual machine can run here yet")
     return 0 if usable else 1
 
 

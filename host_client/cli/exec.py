@@ -48,12 +48,15 @@ def main(options: argparse.Namespace) -> int:
 def shell(options: argparse.Namespace) -> int:
     """As `exec -it NAME` of the shell that the user has in the image."""
     options.interactive = options.tty = True
-    return attached(options, ("/bin/sh", "-c", SHELL_OF_USER))
+    instead = f"use microguest exec -i {options.target} sh"
+    return attached(options, ("/bin/sh", "-c", SHELL_OF_USER), without=instead)
 
 
-def attached(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    """The exit code of a process whose streams are ours."""
-    terminal = Terminal() if options.tty and options.interactive else None
+def attached(
+    options: argparse.Namespace, argv: Sequence[str], *, without: str = "leave out -t"
+) -> int:
+    """The exit code of a process whose streams are ours. without: as of `Terminal`."""
+    terminal = Terminal(without=without) if options.tty and options.interactive else None
     keys = parse_keys(options.detach_keys)  # also where they are of no use: they may be a slip
     if terminal is None:
         keys = b""

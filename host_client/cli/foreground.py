@@ -84,9 +84,10 @@ def tell_what_was_cut(exited: Exited, *, can_wait: bool) -> None:
     """Say that output may be missing. Of a terminal it is usual that something stays on it."""
     if exited.open_streams:
         names = " and ".join(exited.open_streams)
-        hint = ": --drain SECONDS waits longer for it" if can_wait else ""
-        cut = "was cut at its end" if len(exited.open_streams) == 1 else "were cut at their ends"
-        complain(f"{names} {cut}, as another process still held it open{hint}")
+        one = len(exited.open_streams) == 1
+        cut, it = ("was cut at its end", "it") if one else ("were cut at their ends", "them")
+        hint = f": --drain SECONDS waits longer for {it}" if can_wait else ""
+        complain(f"{names} {cut}, as another process still held {it} open{hint}")
 
 
 def opened(agent: Agent, request: Start | Attach, *, main: bool) -> ProcessStream:

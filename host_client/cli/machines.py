@@ -126,12 +126,12 @@ def with_each(words: Sequence[str], action: Callable[[str], str | None]) -> int:
 
 
 def stop(options: argparse.Namespace) -> int:
-    """End each; those that have ended already are fine."""
+    """End each and print its name; those that have ended already are fine."""
 
-    def end(name: str) -> str | None:
+    def end(name: str) -> str:
         check_name(name)
         if not is_alive(name) and read_state(name) is not None:
-            return None
+            return name
         find(name).stop(grace=options.time)
         return name
 
@@ -199,8 +199,10 @@ def logs(options: argparse.Namespace) -> int:
     return 0
 
 
-def whole_number(text: str) -> int:
-    """As docker's --tail. MachineError."""
+def whole_number(text: str) -> int | None:
+    """As docker's --tail, of which a negative one is all: None. MachineError."""
+    if text[:1] == "-" and text[1:].isascii() and text[1:].isdecimal():
+        return None
     if not (text.isascii() and text.isdecimal()):
         raise MachineError(f"tail {text!r:.40} is neither a number of lines nor all")
     return int(text[:9])

@@ -11,6 +11,7 @@ from microguest.host_client.cli.dockerwords import (
     about_command,
     about_missing,
     about_option,
+    about_signal,
     about_value,
 )
 from microguest.host_client.cli.tell import complain, say
@@ -42,6 +43,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; what a command does not know is an error of that command's own."""
+        if args == ["-h"]:  # also of `run`, whose -h has a value otherwise
+            args = ["--help"]
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             options = [word for word in unknown if word.startswith("-")]
@@ -75,14 +78,27 @@ class Parser(argparse.ArgumentParser):
         known = ", ".join(map(str, action.choices))
         raise argparse.ArgumentError(action, f"{value!r:.80} is none of: {known}{why}")
 
+    def _get_nargs_pattern(self, action: argparse.Action) -> str:
+        """A `--` is the end of options where it stands before a word of ours. Behind the last one
+        it is CMD's, as the rest is."""
+        pattern = super()._get_nargs_pattern(action)
+        if action.option_strings or action.nargs is not None:
+            return pattern
+        return pattern.replace("A-*", "A")
+
     def _parse_optional(self, arg_string: str) -> Any:
         """One tuple of (action, option, …, explicit value), or since Python 3.12 a list of them."""
-        found: Any = super()._parse_optional(arg_string)
-        if "=" not in arg_string:  # `-it` is -i with an explicit t as well
-            return found
+        found: Any
+        if about := about_signal(self.command, arg_string):
+            found = super()._parse_optional("-s")
+            refusal = _Refusal(f"unknown option {arg_string}; {about}")
+            return [(refusal, *found[0][1:])] if isinstance(found, list) else (refusal, *found[1:])
+        found = super()._parse_optional(arg_string)
+        # `-it` is -i with an explicit t as well.
+        change = self._switched if "=" in arg_string else self._joined
         if isinstance(found, list):
-            return [self._switched(*each) for each in found]
-        return found and self._switched(*found)
+            return [change(*each) for each in found]
+        return found and change(*found)
 
     def _switched(self, action: Any, *rest: Any) -> tuple[Any, ...]:
         """A switch with a truth value is the switch, or its opposite, without one.
@@ -98,9 +114,32 @@ class Parser(argparse.ArgumentParser):
             switches = [each for each in others if isinstance(each, _Switch)]
             if equals and len(switches) == len(others):
                 return (_Several(action, switches, value), rest[0], *(None for _ in rest[1:]))
+            return self._joined(action, *rest)
         if isinstance(action, _Switch) and rest[0].startswith("--") and rest[-1] is not None:
             return (action.refusing(rest[-1]), rest[0], *(None for _ in rest[1:]))
         return (action, *rest)
+
+    def _joined(self, action: Any, *rest: Any) -> tuple[Any, ...]:
+        """Switches that were typed together; where one is none, what says that in its turn."""
+        letters = rest[-1]
+        if not (isinstance(action, _Switch) and letters and rest[0][:2] != "--"):
+            return (action, *rest)
+        unknown = self._unknown_letter(letters)
+        if not unknown:
+            return (action, *rest)
+        about = f"unknown option -{unknown} in {rest[0]}{letters:.80}{self._meant(f'-{unknown}')}"
+        return (_Refusal(about), rest[0], *(None for _ in rest[1:]))
+
+    def _unknown_letter(self, letters: str) -> str:
+        """The first of options that were typed together that is none; "" where the others are, or
+        an option before it takes the rest for its value."""
+        for letter in letters:
+            action = self._option_string_actions.get(f"-{letter}")
+            if action is None:
+                return letter
+            if action.nargs != 0:
+                break
+        return ""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """argparse's own writes to a stream that may be closed, and hides that it is full."""
@@ -133,6 +172,17 @@ class _Switch(argparse.Action):
         if self.wrong is not None:
             raise argparse.ArgumentError(self, f"{self.wrong!r:.40} is neither true nor false")
         setattr(namespace, self.dest, self.const)
+
+
+class _Refusal(argparse.Action):
+    """What says, in its turn, that a word is no option."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__([], argparse.SUPPRESS, nargs=0)
+        self._message = message
+
+    def __call__(self, _parser: Any, _namespace: Any, _values: Any, _option: Any = None) -> None:
+        raise argparse.ArgumentError(None, self._message)
 
 
 class _Several(_Switch):
@@ -191,6 +241,8 @@ def hint(word: str, known: Iterable[str]) -> str:
     """What may have been meant, to be put behind a message; "" where nothing is much like it."""
     bare = {name.lstrip("-"): name for name in known}  # or any two options would be alike in these
     typed = word.lstrip("-")
+    if typed.lower() in bare:  # as LS
+        return f"; did you mean {bare[typed.lower()]}?"
     like = _swapped(typed, bare) or get_close_matches(typed, bare, n=3, cutoff=ALIKE)
     return f"; did you mean {' or '.join(bare[name] for name in like)}?" if like else ""
 

@@ -43,7 +43,7 @@ def attach(options: argparse.Namespace) -> int:
         if on_console(process):
             raise nothing_to_reach(options.target, process.id)
         writes = not options.no_stdin
-        terminal = Terminal() if process.tty and writes else None
+        terminal = Terminal(without="add --no-stdin") if process.tty and writes else None
         # What a terminal has shown would be a screen of long ago, and its questions would be
         # answered again: the program draws a new one when it is told the size.
         offsets = FROM_NOW if process.tty and not options.all else None

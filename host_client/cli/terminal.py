@@ -20,6 +20,8 @@ __all__ = ["NoTerminal", "ScreenModes", "Terminal", "size_of", "write_undo"]
 
 USUAL: Final = Winsize(rows=24, columns=80)  # where nobody knows better
 UNDO_MAX: Final = 256  # bytes, with their count: every mode below takes less than 10
+# Seconds for the guard to end by itself, and once it was killed; then init gets it.
+GUARD_WAITS: Final = (2.0, 1.0)
 LAST_FD: Final = os.sysconf("SC_OPEN_MAX")
 IFLAG, OFLAG, CFLAG, LFLAG, CC = 0, 1, 2, 3, 6  # indices of tcgetattr's list
 
@@ -43,14 +45,18 @@ def size_of(*descriptors: int) -> Winsize:
 class Terminal:
     """A context manager: raw inside, restored outside. Ctrl-C and the like are bytes meanwhile."""
 
-    def __init__(self, fd: int = 0) -> None:
-        """In the background it waits for the foreground. NoTerminal where `fd` is not one."""
+    def __init__(self, fd: int = 0, *, without: str = "leave out -t") -> None:
+        """In the background it waits for the foreground. NoTerminal where `fd` is not one.
+
+        without: what to do where there is none, for the message.
+        """
         self._fd = fd
+        self._without = without
         if not os.isatty(fd):
             raise NoTerminal(
-                "the input device is not a TTY: leave out -t, or start this in a terminal"
+                f"the input device is not a TTY: {without}, or start this in a terminal"
             )
-        await_foreground(fd)
+        await_foreground(fd, without)
         # Not earlier: until then it may have the modes of a shell that edits its line.
         self._before: list[Any] = termios.tcgetattr(fd)
         self._raw = raw_modes(self._before)
@@ -81,7 +87,7 @@ class Terminal:
 
     def resume(self) -> None:
         """Make it raw; in the background, when we are brought to the foreground."""
-        await_foreground(self._fd)
+        await_foreground(self._fd, self._without)
         self._set(self._raw)
 
     def suspend(self) -> None:
@@ -105,7 +111,7 @@ def in_foreground(fd: int) -> bool:
         return True  # not our controlling terminal: no job control
 
 
-def await_foreground(fd: int) -> None:
+def await_foreground(fd: int, without: str) -> None:
     """Stop as other programs do that want a terminal in the background, until `fg`.
 
     From there a change of the terminal makes the kernel send SIGTTOU to our process group, unless
@@ -120,8 +126,8 @@ def await_foreground(fd: int) -> None:
                 continue
         if not in_foreground(fd):
             raise NoTerminal(
-                "the terminal belongs to another job and this one cannot wait for it: leave out "
-                "-t, or start this in the foreground"
+                "the terminal belongs to another job and this one cannot wait for it: "
+                f"{without}, or start this in the foreground"
             )
 
 
@@ -163,8 +169,25 @@ class _Guard:
         """It is not needed any more; the screen is its owner's affair."""
         self._undo[0] = 0
         os.close(self._writer)
-        os.waitpid(self._pid, 0)
-        self._undo.close()
+        try:
+            for wait in GUARD_WAITS:
+                if has_ended(self._pid, wait):
+                    os.waitpid(self._pid, 0)
+                    break
+                os.kill(self._pid, signal.SIGKILL)  # somebody has stopped it, or the terminal does
+        finally:
+            self._undo.close()
+
+
+def has_ended(pid: int, seconds: float) -> bool:
+    """Whether a child of ours ends within that time; it is not reaped."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+    finally:
+        os.close(pidfd)
 
 
 def _watch(reader: int, fd: int, before: list[Any], raw: list[Any], undo: mmap.mmap) -> None:
