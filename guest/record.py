@@ -196,7 +196,8 @@ def misfit(value: "Any", kind: "Any", where: str) -> str:
 
     Beside the types of fields, `kind` may be a Sequence, a Mapping or a tuple of a fixed length.
     """
-    wrong = f"{where}: expected {_kind_name(kind)}, got {_name(value)}{_advice(value, kind)}"
+    got = "None" if value is None else type(value).__name__
+    wrong = f"{where}: expected {_kind_name(kind)}, got {got}{_advice(value, kind)}"
     if isinstance(kind, UnionType):
         found = [misfit(value, choice, where) for choice in kind.__args__]
         inside = [each for each in found if not each.startswith(f"{where}: expected ")]
@@ -242,8 +243,10 @@ def _advice(value: "Any", kind: "Any") -> str:
         return f': write "{value}"'
     if bytes in kinds and isinstance(value, str):
         return ": encode it"
-    if isinstance(value, str) and any(hasattr(each, "__origin__") for each in kinds):
-        return ": write a list"
+    for each in kinds:
+        origin: Any = each.__origin__ if isinstance(each, GenericAlias) else dict
+        if not issubclass(dict, origin) and type(value) in (str, each.__args__[0]):
+            return ": write a list"
     records = [each for each in kinds if isinstance(each, type) and issubclass(each, Record)]
     return f": write {records[0].__name__}(…)" if records else ""
 
@@ -331,10 +334,17 @@ def _finite(value: "Any", where: str) -> float:
 
 
 def _name(value: object) -> str:
+    """Its type, for who wrote a document."""
     return "null" if value is None else type(value).__name__
 
 
 def _kind_name(kind: "Any") -> str:
-    if isinstance(kind, GenericAlias | UnionType):
-        return str(kind).replace("collections.abc.", "")
-    return str(kind.__name__)
+    """As it is written where its name was imported."""
+    if isinstance(kind, UnionType):
+        return " | ".join(map(_kind_name, kind.__args__))
+    if isinstance(kind, GenericAlias):
+        inner = ", ".join(map(_kind_name, kind.__args__))
+        return f"{kind.__origin__.__name__}[{inner}]"
+    if kind is Ellipsis:
+        return "..."
+    return "None" if kind is type(None) else str(kind.__name__)

@@ -1,7 +1,7 @@
 """From a URL, or the name of a machine, to its agent."""
 
 from microguest.host_client.client.agent import Agent
-from microguest.host_client.values import text
+from microguest.host_client.values import check_flag, check_seconds, text
 
 __all__ = ["agent_at", "connect"]
 
@@ -17,6 +17,7 @@ def connect(
     A guest that is still booting is waited for; a socket that nobody serves is an error at once.
     Raises ConnectError; OperationError("unauthorized") for a wrong token.
     """
+    check_flag(step_clock, "step_clock")
     agent = agent_at(url, token=token, timeout=timeout)
     agent.driver.keeps_clock = step_clock
     try:
@@ -29,6 +30,7 @@ def connect(
 
 def agent_at(url: str, *, token: str | None = None, timeout: float = 10.0) -> Agent:
     """As `connect`, without dialling yet."""
+    check_seconds(timeout, "timeout")  # before a machine is looked for
     if "://" in text(url, "url"):
         return Agent.at(url, token=token, timeout=timeout)
     from microguest.host_client.machines.find import find  # only here, for what it imports

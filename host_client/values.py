@@ -1,14 +1,16 @@
 """What callers pass, checked: TypeError and ValueError that name the option and say what it takes.
 
-Imports nothing of the project.
+Imports nothing of the project but its limits.
 """
 
-import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
+
+from microguest.guest import bounds
 
 __all__ = [
+    "ALIKE",
     "Argument",
     "Buffer",
     "absolute_path",
@@ -17,6 +19,7 @@ __all__ = [
     "check_flag",
     "check_number",
     "check_seconds",
+    "check_timeout",
     "identity",
     "kind_of",
     "listed",
@@ -30,12 +33,15 @@ __all__ = [
 Buffer = bytes | bytearray | memoryview
 Argument = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
+# As SequenceMatcher.ratio; less makes --cpus of --publish, and dns_search of detach.
+ALIKE: Final = 0.7
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """What may have been meant, or all that there is."""
     import difflib
 
-    close = difflib.get_close_matches(name, list(known), 1)
+    close = difflib.get_close_matches(name, list(known), 1, cutoff=ALIKE)
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
 
 
@@ -68,12 +74,18 @@ def check_flag(value: object, name: str, instead: str = "") -> None:
         raise TypeError(f"{name}: expected True or False, got {kind_of(value)}{advice}")
 
 
-def check_seconds(value: object, name: str) -> None:
-    """TypeError, ValueError where it is neither None nor a time. One that is over is fine."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+def check_seconds(value: object, name: str, most: float = bounds.SECONDS_MAX) -> None:
+    """TypeError, ValueError where it is no time to wait for: 0 to `most` seconds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected seconds, got {kind_of(value)}")
-    if isinstance(value, float) and math.isnan(value):
-        raise ValueError(f"{name}: {value} is no time")
+    if not 0 <= value <= most:  # nor is NaN
+        raise ValueError(f"{name}: must be 0 to {most:.0f} seconds")
+
+
+def check_timeout(value: object, name: str = "timeout") -> None:
+    """As `check_seconds`; None is for ever."""
+    if value is not None:
+        check_seconds(value, name)
 
 
 def identity(value: object, name: str) -> str:

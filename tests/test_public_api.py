@@ -20,6 +20,7 @@ import types
 import typing
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import metadata
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext
 from pathlib import Path
@@ -304,11 +305,43 @@ def test_out_of_range_records_are_documented() -> None:
 
 def test_packages_say_what_is_in_them() -> None:
     for package in (microguest, aio):
+        named = {name for name in dir(package) if not name.startswith("_")}
+        inside = {name for name, value in vars(package).items() if inspect.ismodule(value)}
+        assert named - inside <= set(package.__all__)
         assert set(package.__all__) <= set(dir(package))
         for name in package.__all__:
             assert getattr(package, name) is not None
     version = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
     assert microguest.__version__ == guest.__version__ == version
+
+
+def test_what_aio_needs_is_said_where_it_is_not_there(tmp_path: Path) -> None:
+    """By a Python that has nothing but the project and msgpack."""
+    (tmp_path / "msgpack").symlink_to(Path(msgpack.__file__).parent)
+    for use in ("aio.connect", "aio.Process"):
+        program = f"from microguest import aio; print(aio.__doc__ and dir(aio)); {use}"
+        said = subprocess.run(
+            [sys.executable, "-S", "-c", program],
+            env={"PYTHONPATH": f"{PROJECT / 'src'}:{tmp_path}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "connect" in said.stdout
+        last = said.stderr.splitlines()[-1]
+        assert last.startswith("ModuleNotFoundError: "), said.stderr
+        assert last.endswith("needs anyio: pip install 'microguest[aio]'"), said.stderr
+
+
+def test_the_package_says_where_it_is_from() -> None:
+    """What `pip show -v` shows, and an index of packages."""
+    about = metadata("microguest")
+    assert about["Author"] == "The microguest authors"
+    assert about["License-Expression"] == "Apache-2.0"
+    links = dict(each.split(", ", 1) for each in about.get_all("Project-URL") or [])
+    assert set(links) == {"Documentation", "Source", "Changelog", "Issues"}
+    assert all(each.startswith(links["Source"]) for each in links.values())
+    assert any(each.startswith("Topic :: ") for each in about.get_all("Classifier") or [])
 
 
 # ── an installed wheel ───────────────────────────────────────────────────────────────────────────

@@ -198,6 +198,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("attach", {"write": "no"}, "write"),
     ("wait", {"process": "x", "timeout": "5"}, "timeout: expected seconds"),
     ("wait", {"process": 5}, "process"),
+    ("wait", {"process": "x", "timeout": -1}, "^timeout: must be 0 to 315360000 seconds"),
     ("signal", {"process": "x", "name": 1.5}, "signal: expected a name"),
     ("forget", {"process": None}, "process"),
     ("shutdown", {"grace": "5"}, "grace"),
@@ -244,7 +245,7 @@ def test_connect_takes_what_it_says(given: dict[str, Any], message: str) -> None
     ("given", "message"),
     [
         ({"memory": 512}, "memory: 512 of what"),
-        ({"timeout": None}, "timeout: expected float"),
+        ({"timeout": None}, "timeout: expected float, got None"),
         ({"cpus": "2"}, "cpus: expected int, got str"),
         ({"command": "sleep 5"}, "command: expected a list"),
         ({"command": ["sleep", 5]}, 'command: .*write "5"'),
@@ -259,6 +260,13 @@ def test_connect_takes_what_it_says(given: dict[str, Any], message: str) -> None
         ({"image": None}, "image: expected a name as oci:DIR:TAG, got None"),
         ({"shm_size": 64}, 'shm_size: 64 of what. Write "512M"'),
         ({"upper_size": 64}, "upper_size: 64 of what"),
+        ({"detach": True}, "no option detach: there are machine, memory"),
+        (
+            {"mounts": Mount(target="/x", kind="tmpfs")},
+            r"mounts: expected Sequence\[Mount\], got Mount: write a list",
+        ),
+        ({"hosts": 5}, r"hosts: expected Mapping\[str, str\], got int"),
+        ({"rlimits": {"nofile": (1, None)}}, r"rlimits: 'nofile'\[1\]: expected int, got None"),
         ({"progress": 5}, "progress: expected a callable, got int"),
         ({"abandoned": True}, "abandoned: expected a threading.Event, got bool"),
     ],
@@ -281,6 +289,7 @@ def test_boot_says_it_before_anything_is_made(
         ({"handoff": True}, "name a command"),
         ({"command": []}, "name a command"),
         ({"command": ["true"], "stop_signal": "NOPE"}, "signal"),
+        ({"hardening": "x"}, "^hardening 'x' is none of: default, strict, off"),
     ],
 )
 def test_what_a_workload_cannot_be_is_said_before_its_machine_is_made(

@@ -26,7 +26,7 @@ from microguest.host_client.client.result import Result
 from microguest.host_client.client.streams import MAX_OUTPUT, MAX_UNREAD
 from microguest.host_client.connecting import agent_at
 from microguest.host_client.forking import Rooted
-from microguest.host_client.values import Argument, Buffer
+from microguest.host_client.values import Argument, Buffer, check_flag
 
 __all__ = ["Agent", "connect"]
 
@@ -39,6 +39,7 @@ async def connect(
     step_clock: bool = True,
 ) -> "Agent":
     """As `microguest.connect`: the same URLs, names, waits and errors."""
+    check_flag(step_clock, "step_clock")
     agent = Agent(agent_at(url, token=token, timeout=timeout).driver)
     agent.driver.keeps_clock = step_clock
     try:
@@ -91,6 +92,7 @@ class Agent(Rooted):
         **options: Unpack[Options],
     ) -> Result:
         """Run a command in the guest and collect what it writes; cancelled, it is killed."""
+        check_flag(check, "check")
         start = exec_record(argv, options, input, max_output)
         result = await run(self.driver.exec(start, input, max_output))
         return result.check() if check else result
@@ -188,6 +190,7 @@ class Agent(Rooted):
         routes given here and no others. What was not possible is in `failed`, by part; check: that
         raises OperationError("not_renewed").
         """
+        check_flag(check, "check")
         renewed = await run(
             renewal.renew(
                 self.driver,

@@ -29,7 +29,7 @@ from microguest.host_client.machines.plan import MachineState
 from microguest.host_client.machines.settings import MachineOptions
 from microguest.host_client.machines.when import Moment
 from microguest.host_client.shortage import cannot_start, is_short_of_threads, no_thread
-from microguest.host_client.values import check_seconds
+from microguest.host_client.values import check_seconds, check_timeout
 
 __all__ = ["Machine", "NamedMachine", "boot", "find", "list_machines"]
 
@@ -137,6 +137,7 @@ class Held(Rooted, Generic[M]):
 
     async def stop(self, grace: float = bounds.STOP_GRACE) -> MachineState:
         """End it as `microguest.Machine.stop` does; once begun, also where it is cancelled."""
+        check_seconds(grace, "grace", bounds.STOP_GRACE_MAX)
         return await in_thread(self._machine.stop, grace)
 
     async def kill(self) -> MachineState:
@@ -259,7 +260,7 @@ class Lines:
 
 async def sliced(wait: Callable[[float], R], timeout: float | None) -> R:  # noqa: ASYNC109
     """What a blocking wait gives, in pieces, between which a cancellation is seen."""
-    check_seconds(timeout, "timeout")
+    check_timeout(timeout)
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
         left = SLICE if deadline is None else min(SLICE, max(0.0, deadline - time.monotonic()))

@@ -15,6 +15,7 @@ from microguest.host_client.cli.dockerwords import (
     about_value,
 )
 from microguest.host_client.cli.tell import complain, say
+from microguest.host_client.values import ALIKE
 
 __all__ = ["Parser", "add_list", "add_switch", "hint", "seconds", "whole"]
 
@@ -24,7 +25,6 @@ WORDS: Final = {
     **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
 }
 OURS: Final = 125
-ALIKE: Final = 0.7  # as SequenceMatcher.ratio; less makes --cpus of --publish
 
 
 class Parser(argparse.ArgumentParser):

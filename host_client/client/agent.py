@@ -26,7 +26,7 @@ from microguest.host_client.client.steps import run
 from microguest.host_client.client.streams import MAX_OUTPUT, MAX_UNREAD
 from microguest.host_client.errors import ConnectError
 from microguest.host_client.forking import Rooted
-from microguest.host_client.values import Argument, Buffer, text
+from microguest.host_client.values import Argument, Buffer, check_flag, text
 
 __all__ = ["Agent"]
 
@@ -102,6 +102,7 @@ class Agent(Rooted):
         Raises StartError where the command could not be started (`code` says why), DeadlineExceeded
         with the output so far, OutputTooLarge, ConnectionLost, ConnectError.
         """
+        check_flag(check, "check")
         start = exec_record(argv, options, input, max_output)
         result = run(self.driver.exec(start, input, max_output))
         return result.check() if check else result
@@ -222,6 +223,7 @@ class Agent(Rooted):
         routes given here and no others. What was not possible is in `failed`, by part; check: that
         raises OperationError("not_renewed").
         """
+        check_flag(check, "check")
         renewed = run(
             renewal.renew(
                 self.driver,

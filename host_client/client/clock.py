@@ -17,6 +17,7 @@ from microguest.guest.record import Record
 from microguest.guest.wire.messages import Welcome
 from microguest.guest.wire.renewal import Clock, ClockResult, Renew, Renewed
 from microguest.host_client.client.steps import Steps
+from microguest.host_client.values import check_flag
 
 __all__ = ["STEP_BEYOND", "Asker", "GuestClock", "is_out", "measure", "renew", "step"]
 
@@ -99,6 +100,8 @@ def renew(
     interfaces: Sequence[Interface],
 ) -> Steps[Renewed]:
     """As `Agent.renew` says."""
+    check_flag(clock, "clock")
+    check_flag(random, "random")
     found = (yield from measure(asker)) if clock else None
     asked = Renew(
         realtime=found.realtime if found else None,

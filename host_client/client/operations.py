@@ -5,7 +5,6 @@ from typing import Final, TypeVar
 
 from microguest.guest import bounds
 from microguest.guest.errors import OperationError
-from microguest.guest.record import RecordError
 from microguest.guest.wire.connection import Data
 from microguest.guest.wire.messages import (
     FEATURES,
@@ -40,7 +39,7 @@ from microguest.host_client.client.steps import Wait as Pause
 from microguest.host_client.client.streams import command
 from microguest.host_client.errors import DeadlineExceeded
 from microguest.host_client.log import DEBUG, note
-from microguest.host_client.values import Buffer, check_seconds, text
+from microguest.host_client.values import Buffer, check_flag, check_seconds, check_timeout, text
 
 __all__ = ["Driver"]
 
@@ -134,9 +133,9 @@ class Driver(Pool):
     def wait(self, process: str, timeout: float | None) -> Steps[Result]:
         """Until the process has ended. DeadlineExceeded after `timeout` seconds."""
         text(process, "process")
-        check_seconds(timeout, "timeout")
+        check_timeout(timeout)
         # The agent says "not yet" at the end of `timeout`, which takes a moment to come here.
-        bound = Deadline(None if timeout is None else max(0.0, timeout) + LAST_LOOK)
+        bound = Deadline(None if timeout is None else timeout + LAST_LOOK)
         result = yield from until(bound, self._wait(process, Deadline(timeout)))
         if result is None:
             raise DeadlineExceeded(
@@ -192,11 +191,9 @@ class Driver(Pool):
 
     def shutdown(self, grace: float, *, reboot: bool = False) -> Steps[None]:
         """Ask for the machine's end."""
-        try:
-            request = Shutdown(grace=grace, reboot=reboot)
-        except RecordError as error:
-            raise ValueError(str(error)) from None
-        yield from self.request("shutdown", request, ShutdownResult)
+        check_seconds(grace, "grace", bounds.STOP_GRACE_MAX)
+        check_flag(reboot, "reboot")
+        yield from self.request("shutdown", Shutdown(grace=grace, reboot=reboot), ShutdownResult)
 
     # ── the clock ────────────────────────────────────────────────────────────────────────────────
 

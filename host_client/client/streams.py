@@ -41,7 +41,7 @@ from microguest.host_client.values import (
     check_bytes,
     check_count,
     check_number,
-    check_seconds,
+    check_timeout,
 )
 
 __all__ = ["MAX_OUTPUT", "MAX_UNREAD", "STDERR", "STDOUT", "Session"]
@@ -237,7 +237,7 @@ class Session:
 
     def wait(self, timeout: float | None) -> Steps[Result]:
         """Until it has ended. DeadlineExceeded after `timeout` seconds."""
-        check_seconds(timeout, "timeout")
+        check_timeout(timeout)
         deadline = Deadline(timeout)
         while self.exited is None:
             if deadline.passed:
@@ -260,7 +260,7 @@ class Session:
         self, stdin: Buffer | None, timeout: float | None, max_output: int, taking: Taking
     ) -> Steps[Result]:
         """Feed all of stdin and end it, collect both outputs, wait for the end: all at once."""
-        check_seconds(timeout, "timeout")
+        check_timeout(timeout)
         check_count(max_output, "max_output")
         if stdin is not None:
             check_bytes(stdin, "input")

@@ -14,7 +14,7 @@ from microguest.host_client.forking import Rooted, tell_children
 from microguest.host_client.machines import control
 from microguest.host_client.machines.monitor_link import Link
 from microguest.host_client.machines.plan import Detach, End, MachineState
-from microguest.host_client.values import check_seconds
+from microguest.host_client.values import check_seconds, check_timeout
 
 __all__ = ["Machine"]
 
@@ -77,6 +77,7 @@ class Machine(Rooted):
 
     def await_change(self, seconds: float) -> MachineState:
         """The state after its next change, or after `seconds`."""
+        check_seconds(seconds, "seconds")
         return self._link.listen(seconds)
 
     def timeline(self) -> list[Step]:
@@ -115,6 +116,7 @@ class Machine(Rooted):
         A machine that does not manage is killed POWER_OFF_WAIT seconds later. Returns the last
         state. May be called again.
         """
+        check_seconds(grace, "grace", bounds.STOP_GRACE_MAX)
         self._link.check_owner()
         if not self._link.over and not self.state.ended:
             control.end_well(self._link, lambda: self.agent.shutdown(grace=grace), grace)
@@ -134,7 +136,7 @@ class Machine(Rooted):
 
     def wait(self, timeout: float | None = None) -> MachineState:
         """Until it has ended by itself. DeadlineExceeded after `timeout` seconds."""
-        check_seconds(timeout, "timeout")
+        check_timeout(timeout)
         self._link.check_owner()
         if not self._link.wait(math.inf if timeout is None else timeout):
             raise control.still_runs(self.name, timeout)

@@ -28,7 +28,7 @@ from microguest.host_client.machines.folder import (
 from microguest.host_client.machines.logs import console_looks
 from microguest.host_client.machines.plan import MachineState
 from microguest.host_client.machines.when import Moment
-from microguest.host_client.values import check_flag, check_seconds, text
+from microguest.host_client.values import check_flag, check_seconds, check_timeout, text
 
 __all__ = ["MachineInfo", "NamedMachine", "find", "is_another", "list_machines"]
 
@@ -202,7 +202,7 @@ class NamedMachine(Rooted):
 
     def stop(self, grace: float = bounds.STOP_GRACE) -> MachineState:
         """End it as `Machine.stop` does; returns the last state. One that has ended is fine."""
-        check_seconds(grace, "grace")
+        check_seconds(grace, "grace", bounds.STOP_GRACE_MAX)
         if is_alive(self.name):
             machine = self._running()
             self.close()
@@ -223,7 +223,7 @@ class NamedMachine(Rooted):
         The state says how, and has the exit code in `workload_exited`. Of a machine that keeps
         nothing it is what was known last, and so it is where another one has got its name since.
         """
-        check_seconds(timeout, "timeout")
+        check_timeout(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         last = self.state
 

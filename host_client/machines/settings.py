@@ -23,6 +23,7 @@ CPUS_MAX: Final = 256
 TMPFS_SIZE: Final = "50%"
 UPPER_SIZE: Final = "8G"
 SHM_SIZE: Final = "64M"
+HARDENINGS: Final = ("default", "strict", "off")
 COUNT: Final = re.compile("[0-9]{1,9}")
 LABELS_MAX: Final = 4 * 1024  # bytes of JSON; they are in the machine's state
 
@@ -208,7 +209,8 @@ class Settings:
         if len(json.dumps(dict(self.labels))) > LABELS_MAX:
             raise MachineError(f"labels: more than {LABELS_MAX} bytes, as JSON")
         if not 0 < self.timeout <= bounds.SECONDS_MAX:
-            raise MachineError(f"timeout: {self.timeout:g} is no time that a boot can take")
+            most = f"{bounds.SECONDS_MAX:.0f} seconds"
+            raise MachineError(f"timeout: must be more than 0, and at most {most}")
         if not 1 <= self.cpus <= CPUS_MAX:
             raise MachineError(f"cpus must be 1 to {CPUS_MAX}, not {self.cpus}")
         self._check_environment()
@@ -217,6 +219,9 @@ class Settings:
         check_network(self)
         if self.writable and not self.read_only:
             raise MachineError("writable: the root is not read_only, all of it can be written to")
+        if self.hardening not in HARDENINGS:
+            names = ", ".join(HARDENINGS)
+            raise MachineError(f"hardening {self.hardening!r:.40} is none of: {names}")
         restart_of(self.restart)
         if self.restart != "no" and self.stdio != "console":
             raise MachineError(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from microguest import aio, errors, seccomp
     from microguest.guest import __version__
     from microguest.guest.boot.network import Interface, Route
+    from microguest.guest.record import RecordError
     from microguest.guest.report import AgentExited, Step, WorkloadExited, WorkloadFailed
     from microguest.guest.report import BootFailed as BootFailure
     from microguest.guest.wire.messages import (
@@ -102,6 +103,7 @@ __all__ = [
     "ProcessStream",
     "Progress",
     "ProtocolError",
+    "RecordError",
     "RemoteProtocolError",
     "Renewed",
     "Result",
@@ -133,6 +135,7 @@ _HOMES = {
         *("StagedFile", "Start", "Winsize"),
     ),
     "microguest.guest.boot.network": ("Interface", "Route"),
+    "microguest.guest.record": ("RecordError",),
     "microguest.guest.wire.renewal": ("Renewed",),
     "microguest.guest.report": ("AgentExited", "Step", "WorkloadExited", "WorkloadFailed"),
     "microguest.host_client.client.address": ("HybridAddress", "UnixAddress", "VsockAddress"),
@@ -180,4 +183,4 @@ if not TYPE_CHECKING:  # who reads the types shall not take any name for one of 
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__} - {"TYPE_CHECKING"})

@@ -44,8 +44,15 @@ if not TYPE_CHECKING:  # as in microguest
 
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(_HOME[name]), name)
+        try:
+            home = importlib.import_module(_HOME[name])
+        except ModuleNotFoundError as error:
+            if error.name != "anyio":
+                raise
+            what = f"{__name__} needs anyio: pip install 'microguest[aio]'"
+            raise ModuleNotFoundError(what, name="anyio") from None
+        return getattr(home, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__} - {"TYPE_CHECKING"})
