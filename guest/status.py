@@ -29,10 +29,15 @@ class ExitStatus(Record):
 
 
 def exit_fields(wait_status: int) -> dict[str, int | bool]:
-    """The fields of an ExitStatus for a status as wait(2) gives it."""
+    """The fields of an ExitStatus for a status as wait(2) gives it.
+
+    Raises ValueError for one that tells no end: who is traced by its parent has its stops told too.
+    """
     if os.WIFSIGNALED(wait_status):
         return {
             "signal": os.WTERMSIG(wait_status),
             "core_dumped": os.WCOREDUMP(wait_status),
         }
+    if not os.WIFEXITED(wait_status):
+        raise ValueError(f"wait status {wait_status:#x} is not that of an end")
     return {"code": os.WEXITSTATUS(wait_status)}

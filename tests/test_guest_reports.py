@@ -144,6 +144,19 @@ def test_signals_of_real_processes(number: int) -> None:
     assert status.shell_code == 128 + number
 
 
+def test_what_tells_no_end_is_no_exit_status() -> None:
+    pid = os.posix_spawn("/bin/sleep", ("sleep", "60"), {})
+    try:
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            os.kill(pid, number)
+            _, status = os.waitpid(pid, os.WUNTRACED | os.WCONTINUED)
+            with pytest.raises(ValueError, match="not that of an end"):
+                exit_fields(status)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 @pytest.mark.parametrize(
     "fields", [{}, {"code": 0, "signal": 9}, {"code": -1}, {"code": 256}, {"signal": 0}]
 )

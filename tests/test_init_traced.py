@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,19 @@ from microguest.guest.wire.connection import Data
 
 NOTHING, TRACEEXIT = 0, 0x40  # options of ptrace(2)
 WALL = 0x40000000  # __WALL of wait(2): threads as well
-TRACER = Path(__file__).parent / "data" / "tracer.c"
+DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a program that traces its parent."""
+    """With a program that traces its parent, and one that has its parent trace it."""
     require_program()
     if shutil.which("gcc") is None:
         pytest.skip("needs a C compiler: apt install gcc")
     root = make_root(tmp_path_factory.mktemp("image"))
-    subprocess.run(["gcc", "-static", "-o", str(root / "bin" / "tracer"), str(TRACER)], check=True)
+    for name in ("tracer", "traceme"):
+        program, source = str(root / "bin" / name), str(DATA / f"{name}.c")
+        subprocess.run(["gcc", "-static", "-o", program, source], check=True)
     return root
 
 
@@ -144,6 +146,42 @@ def test_what_an_earlier_agent_kept_and_is_traced_from_outside_has_an_end(root: 
             assert wait(machine, kept.id).signal == signal.SIGKILL
         wait_for(lambda: not state_of(pid), "it is reaped")
         assert wait(machine, kept.id).signal == signal.SIGKILL
+
+
+@pytest.mark.parametrize("words", [(), ("exec",)], ids=["", "exec"])
+def test_a_workload_that_has_pid_1_trace_it_stops_and_ends_as_others_do(
+    root: Path, words: tuple[str, ...]
+) -> None:
+    """To its tracer alone wait4(2) tells a stop as well. PID 1 does not take it for an end."""
+    config = boot_config(["traceme", *words, "0"], user="tester", stdio="attached")
+    with Machine(root, config) as machine:
+        machine.report("ready")
+        machine.report("workload_started")
+        go_on_after_its_stop(machine)
+        assert machine.report("workload_exited")["code"] == 6
+
+
+def test_what_an_earlier_agent_kept_and_has_pid_1_trace_it_runs_on(root: Path) -> None:
+    with Machine(root, boot_config()) as machine:
+        machine.report("ready")
+        script = "read go; exec traceme 0"
+        kept = start(machine, "sh", "-c", script, stdin=True, user="tester")
+        kill_agent(machine)
+        host, _ = attach(machine, kept.id)
+        with host:
+            host.write(b"\n")
+            stopped = go_on_after_its_stop(machine, then=lambda: listed(machine)[kept.id].exited)
+            assert stopped is None
+            assert wait(machine, kept.id).code == 6
+
+
+def go_on_after_its_stop(machine: Machine, then: Callable[[], Any] = lambda: None) -> Any:
+    """What `then` says while the traceme of a machine stands, as if it was not traced."""
+    pid = wait_for(lambda: process_of(machine, "traceme"), "traceme")
+    wait_for(lambda: state_of(pid) == "T", "it has stopped")
+    said = then()
+    os.kill(pid, signal.SIGCONT)
+    return said
 
 
 def process_of(machine: Machine, words: str) -> int:

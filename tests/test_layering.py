@@ -68,7 +68,16 @@ IO_MODULES = {
     "selectors", "shutil", "signal", "socket", "ssl", "subprocess", "tempfile", "threading", "time",
 }  # fmt: skip
 # What of `os` only computes: wait statuses, names of errors, and paths as text.
-OS_NAMES = {"WIFSIGNALED", "WTERMSIG", "WCOREDUMP", "WEXITSTATUS", "fsencode", "path", "strerror"}
+OS_NAMES = {
+    "WIFEXITED",
+    "WIFSIGNALED",
+    "WTERMSIG",
+    "WCOREDUMP",
+    "WEXITSTATUS",
+    "fsencode",
+    "path",
+    "strerror",
+}
 PATH_NAMES = {"basename", "dirname", "isabs", "join", "normpath"}
 
 # What PID 1 imports before the agent runs. Each of these costs it milliseconds.

@@ -21,6 +21,13 @@ def fork() -> int:
     The caller has one thread.
     """
 
+def let_go(pid: int, signal: int) -> None:
+    """Trace it no more, and let it have the signal that it stopped for: PTRACE_DETACH of ptrace(2).
+
+    For who has become a tracer by another's PTRACE_TRACEME. SIGTRAP is dropped: without a tracer
+    execve(2) sends none. Who was killed meanwhile, or is not traced by this thread, is no error.
+    """
+
 def unshare(flags: int) -> None: ...
 def setns(fd: int, nstype: int = 0) -> None: ...
 def reset_signals() -> None:

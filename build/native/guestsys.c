@@ -32,6 +32,7 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/random.h>
 #include <sys/reboot.h>
 #include <sys/resource.h>
@@ -126,6 +127,20 @@ sys_reboot(PyObject *module, PyObject *args)
     failed = reboot((int)command);
     Py_END_ALLOW_THREADS
     if (failed)
+        return os_error();
+    Py_RETURN_NONE;
+}
+
+/* let_go(pid, signal): PTRACE_DETACH of what this thread traces and was told the stop of; see the stub */
+static PyObject *
+sys_let_go(PyObject *module, PyObject *args)
+{
+    int pid, signal;
+    if (!PyArg_ParseTuple(args, "ii:let_go", &pid, &signal))
+        return NULL;
+    if (signal == SIGTRAP)
+        signal = 0;
+    if (ptrace(PTRACE_DETACH, pid, NULL, (void *)(intptr_t)signal) && errno != ESRCH)
         return os_error();
     Py_RETURN_NONE;
 }
@@ -719,7 +734,8 @@ reap_failed(pid_t pid, int pidfd)
     sigset_t everything; /* no signal makes the time begin anew */
     sigfillset(&everything);
     ppoll(&end, 1, &time, &everything);
-    return waitpid(pid, NULL, WNOHANG) != 0;
+    siginfo_t reaped = {0}; /* waitpid(2) would tell of stops as well, were we the debugger */
+    return waitid(P_PID, pid, &reaped, WEXITED | WNOHANG) != 0 || reaped.si_pid != 0;
 }
 
 /* Turn a plan into (pid, pidfd) or SpawnError. */
@@ -893,6 +909,7 @@ static PyMethodDef guestsys_methods[] = {
     {"act_as", sys_act_as, METH_VARARGS, NULL},
     {"finit_module", sys_finit_module, METH_VARARGS, NULL},
     {"fork", sys_fork, METH_NOARGS, NULL},
+    {"let_go", sys_let_go, METH_VARARGS, NULL},
     {"mount", sys_mount, METH_VARARGS, NULL},
     {"mount_setattr", sys_mount_setattr, METH_VARARGS, NULL},
     {"openat2", sys_openat2, METH_VARARGS, NULL},

@@ -8,6 +8,8 @@ import os
 import time
 from resource import struct_rusage
 
+import _guestsys
+
 from microguest.guest import bounds
 from microguest.guest.report import AgentServes, FirstExec, WorkloadFailed
 from microguest.guest.supervision import (
@@ -152,10 +154,9 @@ class Supervisor:
         for number in self.signals.take():
             if self.main is not None:
                 self.main.signal(number)
-        ended = reap()
+        ended, self._more_to_reap = reap()
         if self.agent is not None:
             self._attend(self.agent, ready, ended)
-        self._more_to_reap = len(ended) == REAPED_AT_ONCE
         for pid, status, usage in ended:
             self._reaped(pid, status, usage)
         self._act_in_time()
@@ -340,18 +341,25 @@ def is_due(moment: float | None, now: float) -> bool:
     return moment is not None and now >= moment
 
 
-def reap(most: int = REAPED_AT_ONCE) -> list[tuple[int, int, struct_rusage]]:
-    """(pid, wait status, usage) of children that ended, at most `most`."""
+def reap(most: int = REAPED_AT_ONCE) -> tuple[list[tuple[int, int, struct_rusage]], bool]:
+    """(pid, wait status, usage) of children that ended, and whether there may be more.
+
+    At most `most` are looked at. A child may have asked to be traced by its parent (ptrace(2),
+    PTRACE_TRACEME): then wait4(2) tells its stops as well, and each time it is let go.
+    """
     ended: list[tuple[int, int, struct_rusage]] = []
-    while len(ended) < most:
+    for _ in range(most):
         try:
             pid, status, usage = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
-            break
+            return ended, False
         if pid == 0:
-            break
-        ended.append((pid, status, usage))
-    return ended
+            return ended, False
+        if os.WIFSTOPPED(status):
+            _guestsys.let_go(pid, os.WSTOPSIG(status))
+        else:
+            ended.append((pid, status, usage))
+    return ended, True
 
 
 def nobody_is_left() -> bool:
