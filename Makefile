@@ -1,6 +1,6 @@
 # What people and CI both run. Every target installs what it needs: Debian or Ubuntu packages when run
 # as root, Python packages into .venv, nothing anywhere else. Built things live in dist/ and in
-# $XDG_CACHE_HOME/microguest (default ~/.cache/microguest).
+# $XDG_CACHE_HOME/microguest (default ~/.cache/microguest). What stands behind ## is what `make help` says.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,9 +14,13 @@ TEST_WORKERS ?= 3
 SIDE_BY_SIDE := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST_OPTIONS ?=
 
-.PHONY: setup demo test test-slowed soak man check guest bench clean
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slowed soak man check guest bench clean
 
-setup: $(VENV)/.ready $(VENV)/.guestsys
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(VENV)/.ready $(VENV)/.guestsys ## the Python environment in .venv, with everything that the other targets use
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) build/packages.py setup
@@ -29,7 +33,7 @@ $(VENV)/.guestsys: $(VENV)/.ready build/host_module.py build/native/guestsys.c
 	$(BIN)/python build/host_module.py $@
 
 # The stages behind this are cached by a hash of their inputs: with nothing changed it takes no time.
-guest: setup
+guest: setup ## the guest's program, kernel and initramfs, in dist/guest
 	$(PYTHON) build/packages.py guest
 	$(BIN)/python build/make.py guest
 
@@ -37,11 +41,11 @@ $(DEMO_IMAGE)/index.json: build/demo_image.py
 	$(PYTHON) build/packages.py image
 	$(BIN)/python build/demo_image.py $(DEMO_IMAGE)
 
-demo: guest $(DEMO_IMAGE)/index.json
+demo: guest $(DEMO_IMAGE)/index.json ## boot a machine from an image and run commands in it
 	$(PYTHON) build/packages.py run
 	$(BIN)/python docs/examples/demo.py oci:$(DEMO_IMAGE):busybox
 
-test: guest $(DEMO_IMAGE)/index.json
+test: guest $(DEMO_IMAGE)/index.json ## all tests; TEST=tests/test_log.py takes a file, TEST_WORKERS=1 one at a time
 	$(PYTHON) build/packages.py run
 	$(PYTHON) build/packages.py test
 	$(BIN)/pytest $(SIDE_BY_SIDE) --durations 10 $(PYTEST_OPTIONS) $(TEST)
@@ -53,22 +57,22 @@ SLOWED_TESTS := $(addprefix tests/test_,machine_agent.py machine_end.py machine_
 	cli_processes.py agent_exec.py agent_service.py agent_streams.py guest_reports.py init_boot.py \
 	init_supervision.py)
 
-test-slowed: guest $(DEMO_IMAGE)/index.json
+test-slowed: guest $(DEMO_IMAGE)/index.json ## some tests of each part on a fifth of this machine, as root
 	$(PYTHON) build/packages.py run
 	$(PYTHON) build/packages.py test
 	$(SLOWED) $(BIN)/python docs/examples/demo.py oci:$(DEMO_IMAGE):busybox
 	$(SLOWED) $(BIN)/pytest -m "not qemu and not slow" $(SLOWED_TESTS)
 
-soak: guest $(DEMO_IMAGE)/index.json
+soak: guest $(DEMO_IMAGE)/index.json ## boot machines for a long time, and count what each leaves
 	$(PYTHON) build/packages.py run
 	$(PYTHON) build/packages.py test
 	MICROGUEST_SOAK=5 $(BIN)/pytest -s tests/test_many_boots.py
 
-man: setup
+man: setup ## docs/microguest.1 anew, from the command line's parser
 	$(BIN)/python build/man_page.py docs/microguest.1
 
 # The wheel is tried with a machine, for which the guest is made first.
-check: guest $(DEMO_IMAGE)/index.json
+check: guest $(DEMO_IMAGE)/index.json ## format, lint, types, and the wheel in an empty environment
 	$(PYTHON) build/packages.py run
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -76,12 +80,12 @@ check: guest $(DEMO_IMAGE)/index.json
 	MYPYPATH=src:build:build/native $(BIN)/mypy build/*.py docs/examples/*.py benchmarks/*.py
 	$(BIN)/python build/check_wheel.py
 
-bench: guest $(DEMO_IMAGE)/index.json
+bench: guest $(DEMO_IMAGE)/index.json ## measure start, boot and exec; prints tables
 	$(PYTHON) build/packages.py run
 	$(PYTHON) build/packages.py bench
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/boot.py
 	$(BIN)/python benchmarks/exec.py
 
-clean:
+clean: ## remove dist, .venv and the tools' caches here; the cache of built things stays
 	rm -rf dist $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
