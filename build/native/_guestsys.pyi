@@ -49,8 +49,8 @@ def act_as(uid: int, gid: int, groups: Sequence[int], capabilities: int = -1) ->
 class SpawnError(OSError):
     """The child failed between clone and exec. `step` is the call that failed, as in "chdir".
 
-    Steps: clone, cgroup, setsid, setpgid, tty, fds, oom_score_adj, rlimit, setgroups,
-    capabilities, setgid, setuid, chdir, no_new_privs, close_range, signals, seccomp, exec.
+    Steps: clone, cgroup, setsid, setpgid, tty, fds, close_range, oom_score_adj, rlimit, setgroups,
+    capabilities, setgid, setuid, dumpable, chdir, no_new_privs, signals, seccomp, exec.
     `filename` is set for exec: the candidate.
 
     `pid` is the child where it is the caller's to reap, later: it has not ended in 0.1 s, or a

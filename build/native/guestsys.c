@@ -410,6 +410,15 @@ place_standard_fds(int *fds)
     return 0;
 }
 
+/* From here on /proc/PID/mem and its like are for CAP_SYS_PTRACE alone, until an exec. Without it,
+ * whoever has this process's user and its capabilities could read and write the memory: the agent's.
+ * A change of the user or group sets what /proc/sys/fs/suid_dumpable says, which may be 1. */
+static long
+close_memory(void)
+{
+    return syscall(SYS_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0);
+}
+
 /* Every descriptor of the agent is close-on-exec already; this holds whatever a library opened. */
 static long
 close_other_fds(void)
@@ -478,7 +487,11 @@ execute(struct plan *plan)
 #define STEP(name, call) do { plan->step = (name); if ((call) < 0) return errno; } while (0)
 /* clang-format on */
 
-/* The child's way to exec, in order. Returns the errno of the step that failed. */
+/* The child's way to exec, in order. Returns the errno of the step that failed.
+ *
+ * It has the parent's memory, or a copy, and everybody else may stop it at each step as soon as it is
+ * theirs. So all that it began with is permitted to it, whoever it is, until its memory is closed:
+ * PR_SET_KEEPCAPS. Exec takes that away, and gives what it would have given. */
 static int
 prepare_and_execute(struct plan *plan)
 {
@@ -491,6 +504,7 @@ prepare_and_execute(struct plan *plan)
     if (plan->tty >= 0)
         STEP("tty", syscall(SYS_ioctl, plan->tty, TIOCSCTTY, 0));
     STEP("fds", place_standard_fds(plan->fds));
+    STEP("close_range", close_other_fds()); /* nobody can open them again in /proc/PID/fd */
     STEP("oom_score_adj", set_oom_score_adj(plan->oom_score_adj));
     for (size_t i = 0; i < plan->limit_count; i++)
         STEP("rlimit", syscall(SYS_prlimit64, 0, plan->limits[i].resource, plan->limits[i].values, NULL));
@@ -499,14 +513,17 @@ prepare_and_execute(struct plan *plan)
     STEP("setgroups", set_groups(plan->group_count, plan->groups, plan->gid));
     if (plan->capabilities >= 0)
         STEP("capabilities", drop_bounding_set((uint64_t)plan->capabilities));
-    if (plan->sets) {
+    if (plan->sets)
         STEP("capabilities", drop_bounding_set(plan->sets->bounding));
+    if (plan->sets)
         STEP("capabilities", syscall(SYS_prctl, PR_SET_KEEPCAPS, 1, 0, 0, 0)); /* over setresuid */
-    }
+    else if (plan->uid)
+        syscall(SYS_prctl, PR_SET_KEEPCAPS, 1, 0, 0, 0); /* may be locked: PR_SET_SECUREBITS */
     /* As runc: a working directory that only root may enter is no obstacle. */
     int inside = plan->enter_first && syscall(SYS_chdir, plan->cwd) == 0;
     STEP("setgid", syscall(SYS_setresgid, plan->gid, plan->gid, plan->gid));
     STEP("setuid", syscall(SYS_setresuid, plan->uid, plan->uid, plan->uid));
+    STEP("dumpable", close_memory());
     if (plan->capabilities >= 0)
         STEP("capabilities", keep_capabilities((uint64_t)plan->capabilities));
     if (plan->sets)
@@ -517,7 +534,6 @@ prepare_and_execute(struct plan *plan)
     const int filter_last = plan->filter.len && !plan->filter_first;
     if (plan->no_new_privs || filter_last) /* without it a filter is for the privileged */
         STEP("no_new_privs", syscall(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
-    STEP("close_range", close_other_fds());
     STEP("signals", default_signals());
     if (filter_last) /* so that it has to allow no other call than execve */
         STEP("seccomp", set_filter(&plan->filter));
@@ -797,7 +813,7 @@ sys_act_as(PyObject *module, PyObject *args)
     if (!read_groups(fast, &groups, &count)) {
         failed = set_effective(1, 0) < 0 || set_groups(count, groups, (gid_t)gid) < 0 ||
                  set_file_id(SYS_setfsgid, (uint32_t)gid) < 0 ||
-                 set_file_id(SYS_setfsuid, (uint32_t)uid) < 0 ||
+                 set_file_id(SYS_setfsuid, (uint32_t)uid) < 0 || close_memory() < 0 ||
                  (capabilities >= 0 && set_effective(0, (uint64_t)capabilities) < 0);
         if (failed)
             os_error();
@@ -1073,10 +1089,20 @@ name_process(const char *name)
         prctl(PR_SET_NAME, slash ? slash + 1 : name, 0, 0, 0);
 }
 
+/* PID 1 and the agent know the machine's token. The launcher of namespaces is its user's, as whom it
+ * writes files of its own in /proc: they would be root's. */
+static void
+keep_memory_private(int argc, char **argv)
+{
+    if (getpid() == 1 || argc < 2 || strcmp(argv[1], "namespaces") != 0)
+        close_memory();
+}
+
 int
 main(int argc, char **argv)
 {
     PyStatus status;
+    keep_memory_private(argc, argv);
     name_process(argv[0]);
     fill_standard_fds();
     status = start_interpreter(argc, argv);
