@@ -24,12 +24,13 @@ from microguest.errors import StartError
 from microguest.host_client.cli.arguments import parse
 
 PROJECT = Path(__file__).parent.parent
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md"))]
 PAGE = PROJECT / "docs" / "host.md"
 IMAGE = re.compile(r'"oci:dist/demo:busybox"(, memory="512M")?')
 PROGRAM = re.compile(r"(?m)^(?:<!-- not run: (.+) -->\n)?```python\n((?:.*\n)*?)```$")
 NOT_RUN = {"restore.md"}  # pages whose programs say why they are not run
-RUN = {"README.md", "host.md", "images.md", "vsock-device.md"}  # the others, each with a test here
+IN_GUIDE = {"getting-started.md", "troubleshooting.md"}  # tests/test_guide.py
+RUN = {"README.md", "host.md", "images.md", "vsock-device.md", *IN_GUIDE}  # each with a test here
 
 
 def programs(page: Path) -> list[str]:
