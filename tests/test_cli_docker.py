@@ -16,6 +16,7 @@ from patience import PATIENCE
 
 from microguest.host_client.cli.arguments import parse
 from microguest.host_client.machines.folder import is_alive
+from microguest.host_client.machines.named import shortened
 
 pytestmark = pytest.mark.usefixtures("machines_home")
 PROJECT = Path(__file__).parent.parent
@@ -144,6 +145,25 @@ def test_a_machine_whose_monitor_was_killed_is_one_that_has_ended(image: str) ->
     assert (done.returncode, done.stdout, done.stderr) == (0, b"orphan\n", b"")
 
 
+@pytest.mark.parametrize("kind", machinekit.KINDS)
+def test_a_machine_that_was_killed_says_so_first(image: str, kind: str) -> None:
+    """A list has little room for how one ended."""
+    words = ("--name", "killed", "--machine", kind, image, "sleep", "1000")
+    assert microguest("run", "-d", *words).returncode == 0
+    os.kill(machinekit.state_of("killed").vmm, signal.SIGKILL)
+    wait_until("nobody holds it", lambda: not is_alive("killed"))
+    name = {"qemu": "qemu", "namespaces": "microguest"}[kind]
+    assert output("ls", "-a", "--format", "{{.Status}}") == f"{name} was killed (signal 9)\n"
+
+
+def test_how_one_ended_is_cut_between_words() -> None:
+    assert shortened("as long as there is room") == "as long as there is room"
+    assert shortened("the guest switched itself off, or was restarted") == (
+        "the guest switched itself off, or was…"
+    )
+    assert shortened("x" * 41) == "x" * 39 + "…"
+
+
 def test_listings_by_template_and_filter(image: str) -> None:
     start(image, "My_App.1", "-l", "tier=web", "-l", "new")
     start(image, "db", "--label", "tier=db")
@@ -161,6 +181,12 @@ def test_listings_by_template_and_filter(image: str) -> None:
     rows = [json.loads(line) for line in output("ls", "--format", "json").splitlines()]
     assert [row["Labels"] for row in rows] == [{"tier": "web", "new": ""}, {"tier": "db"}]
     assert rows[0]["Image"] == image
+    assert output("ls", "--format", "{{.Labels}}") == "tier=web,new=\ntier=db\n"
+    assert output("ls", "--format", "table {{upper .Labels}}").splitlines() == [
+        "LABELS",
+        "TIER=WEB,NEW=",
+        "TIER=DB",
+    ]
     assert output("ls", "--format", "{{json .Labels}} {{upper .Name}}", "-f", "name=db") == (
         '{"tier": "db"} DB\n'
     )

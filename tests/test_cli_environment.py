@@ -437,6 +437,44 @@ def test_ls_fits_into_a_terminal(box: str, image: str) -> None:
     assert microguest("stop", "-t", "0", "talkative").returncode == 0
 
 
+def test_long_names_are_cut_at_a_terminal_only(image: str) -> None:
+    name = "a-name-that-is-as-long-as-one-may-be-" + "x" * 26
+    words = ("--rm", "--name", name, "--machine", "namespaces", image, "sleep", "1000")
+    assert microguest("run", "-d", *words).returncode == 0
+    label = ("--label", "y" * 100)
+    process = microguest("exec", "-d", *label, name, "sleep", "1000").stdout.decode().strip()
+    for listing in (["ls"], ["ps", name]):
+        with Person([PROGRAM, *listing], columns=60) as person:
+            assert person.end() == 0
+        shown = bytes(person.raw).decode().splitlines()
+        assert max(map(len, shown)) <= 60
+        with Person([PROGRAM, *listing, "--no-trunc"], columns=60) as person:
+            assert person.end() == 0
+        assert max(map(len, bytes(person.raw).decode().splitlines())) > 60
+    for listing in (["ls"], ["ls", "-q"], ["ls", "--format", "{{.Name}}"]):
+        assert f"{name}" in microguest(*listing).stdout.decode().split()
+    with Person([PROGRAM, "ls", "-q"], columns=60) as person:
+        assert person.end() == 0
+    assert name in bytes(person.raw).decode().split()
+    assert process in microguest("ps", "-q", name).stdout.decode().split()
+    assert microguest("stop", "-t", "0", name).returncode == 0
+
+
+def test_what_is_cut_last() -> None:
+    """The names, where the rest cannot be narrower."""
+    heads, cells = ("NAME", "IMAGE"), [("n" * 30, "i" * 30)]
+    program = (
+        "from microguest.host_client.cli import table\n"
+        f"table.show({heads}, {cells}, cut=['IMAGE'], cut_last=['NAME'])"
+    )
+    found = []
+    for columns in (45, 30):
+        with Person([sys.executable, "-c", program], columns=columns) as person:
+            assert person.end() == 0
+        found.append(bytes(person.raw).decode().splitlines()[1])
+    assert found == [f"{'n' * 30}  {'i' * 12}…", f"{'n' * 19}…  {'i' * 7}…"]
+
+
 def test_columns_shrink_from_the_widest() -> None:
     widths = [10, 50, 30]
     table.shrink(widths, [1, 2], 60)

@@ -60,6 +60,29 @@ def test_input_of_a_detached_process(box: str) -> None:
     assert (done.returncode, done.stdout) == (3, b"got word\n")
 
 
+def test_input_that_nobody_reads_is_told_of(box: str) -> None:
+    """Once, and only where there is some."""
+    name = start(box, "until test -e /tmp/told; do sleep 0.05; done; echo end; exit 4")
+    with subprocess.Popen(
+        [PROGRAM, "attach", box, name], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as attached:
+        assert attached.stdin is not None
+        assert attached.stderr is not None
+        attached.stdin.write(b"one\n")
+        attached.stdin.flush()
+        told = attached.stderr.readline().decode()
+        attached.stdin.write(b"two\n")
+        attached.stdin.close()
+        assert microguest("exec", box, "touch", "/tmp/told").returncode == 0
+        assert attached.stderr.read() == b""
+        assert attached.wait(PATIENCE) == 4
+    assert told == (
+        f"microguest: process {name} has no stdin that could be written to: what comes on ours is "
+        "dropped\n"
+    )
+    assert microguest("attach", box, name, stdin=b"").stderr == b""
+
+
 def test_watching(box: str) -> None:
     name = start(box, "trap '' INT; echo seen; sleep 1000")
     with subprocess.Popen(

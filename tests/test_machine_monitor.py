@@ -127,7 +127,7 @@ def test_busy_caller_still_gets_the_last_lines(tmp_path: Path, root: str) -> Non
 
 def test_killed_before_ready(tmp_path: Path, root: str) -> None:
     error = refused(tmp_path, root, "os.kill(os.getpid(), signal.SIGSEGV)")
-    assert "killed by signal 11" in str(error)
+    assert "microguest was killed (signal 11) before the guest was ready" in str(error)
 
 
 def test_failure_that_is_only_on_the_console(tmp_path: Path, root: str) -> None:

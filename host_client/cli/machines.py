@@ -47,6 +47,8 @@ KNOWN: Final = {
     "status": ("created", "running", "restarting", "paused", "stopping", "exited"),
     "machine": ("qemu", "namespaces"),
 }
+CUT: Final = ("IMAGE", "LABEL", "COMMAND")  # on a terminal that has no room for them
+CUT_LAST: Final = ("NAME", "ID", "STATUS")
 COLUMNS: Final = ("Name", "Machine", "Status", "Image", "Command")
 
 
@@ -69,9 +71,14 @@ def print_rows(
         formatted(rows, options.format, fields)
     else:
         heads = [column.upper() for column in columns]
-        cut = () if options.no_trunc else ("IMAGE", "LABEL", "COMMAND")
+        cut, last = ((), ()) if options.no_trunc else (CUT, CUT_LAST)
         cells = [[str(row[column]) for column in columns] for row in rows]
-        show(heads, cells, cut=[head for head in heads if head in cut])
+        show(
+            heads,
+            cells,
+            cut=[head for head in heads if head in cut],
+            cut_last=[head for head in heads if head in last],
+        )
 
 
 def row_of(machine: MachineInfo) -> Row:

@@ -15,6 +15,7 @@ from microguest.guest.wire.messages import Exited
 from microguest.host_client.cli.detachkeys import HELD_FOR, DetachKeys
 from microguest.host_client.cli.killed import Killed
 from microguest.host_client.cli.output import Outputs
+from microguest.host_client.cli.tell import complain
 from microguest.host_client.cli.terminal import Terminal
 from microguest.host_client.client.process import ProcessStream
 
@@ -43,6 +44,9 @@ ENDING_TERMINALS: Final = (signal.SIGTERM, signal.SIGHUP)
 TWICE_WITHIN: Final = {signal.SIGINT: 2.0, signal.SIGTERM: 10.0}
 ONCE_WITHIN: Final = 0.1  # and these are one: timeout(1) sends it to us, and again to our group
 STDIN_CHUNK: Final = 64 * 1024
+NO_STDIN: Final = (
+    "process {id} has no stdin that could be written to: what comes on ours is dropped"
+)
 CHECK_EVERY: Final = 1.0  # seconds between looks at whether the machine lives
 # Seconds without a byte that our readers take, after a TERM, until it ends us: how the process has
 # ended is behind what they do not read.
@@ -152,6 +156,8 @@ class _Joint:
         self._process = process
         self._signals = signals
         self._stdin = stdin  # more may come
+        assert process.started is not None
+        self._started = process.started
         self._terminal = terminal
         self._keys = DetachKeys(keys)
         self._release_at = math.inf  # when keys that are held back have waited long enough
@@ -225,7 +231,10 @@ class _Joint:
             if self._terminal is None:
                 raise
             data = b""  # EIO: it hung up
-        if data:
+        if data and not self._started.stdin:
+            complain(NO_STDIN.format(id=self._started.id))
+            self._stdin = False
+        elif data:
             self._type(self._keys.feed(data))
             self._release_at = time.monotonic() + HELD_FOR if self._keys.holding else math.inf
         elif self._terminal is not None:

@@ -18,17 +18,24 @@ PADDED: Final = 64  # columns that a cell is filled up to, where stdout is no te
 CUT: Final = "…"
 
 
-def show(heads: Sequence[str], rows: Sequence[Sequence[str]], *, cut: Sequence[str] = ()) -> None:
+def show(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    cut: Sequence[str] = (),
+    cut_last: Sequence[str] = (),
+) -> None:
     """Print a table; the last column is as long as it likes to be.
 
     cut: heads of columns that may be shortened where stdout is a terminal, so that a row is a line
-    of it. Widths are counted in characters.
+    of it. cut_last: those that may be where that is not enough. Widths are counted in characters.
     """
     table = [heads, *([printable(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(heads))]
     width = terminal_width()
     if width is not None:
-        shrink(widths, [heads.index(head) for head in cut], width - GAP * (len(heads) - 1))
+        for some in (cut, cut_last):
+            shrink(widths, [heads.index(head) for head in some], width - GAP * (len(heads) - 1))
         table = [
             [shortened(cell, most) for cell, most in zip(row, widths, strict=True)] for row in table
         ]

@@ -76,7 +76,10 @@ def value_of(action: str, row: Row) -> str:
     value = row[name] if name else dict(row)
     if function == "json":
         return json.dumps(value)
-    text = value if isinstance(value, str) else json.dumps(value)
+    if name and isinstance(value, Mapping):  # as docker has labels
+        text = ",".join(f"{key}={of}" for key, of in value.items())
+    else:
+        text = value if isinstance(value, str) else json.dumps(value)
     return {"upper": text.upper, "lower": text.lower}.get(function or "", lambda: text)()
 
 

@@ -96,7 +96,7 @@ def status(state: MachineState, *, running: bool) -> str:
     if not running:
         if exited is not None:
             return f"exited ({exited.shell_code})"
-        return " ".join((state.error or state.status or "gone").split())[:ENDED_SHOWN]
+        return shortened(" ".join((state.error or state.status or "gone").split()))
     if state.phase != "running":
         return state.phase
     if exited is not None and exited.restart_in is not None:
@@ -104,6 +104,14 @@ def status(state: MachineState, *, running: bool) -> str:
     if state.paused:
         return "up (paused)"
     return "up" if state.agent == "serving" else f"up (agent {state.agent})"
+
+
+def shortened(text: str) -> str:
+    """At most ENDED_SHOWN characters, and whole words where it has any."""
+    if len(text) <= ENDED_SHOWN:
+        return text
+    kept = text[: ENDED_SHOWN - 1]
+    return f"{kept[: kept.rfind(' ')] if ' ' in kept else kept}…"
 
 
 def find(name: str) -> "NamedMachine":

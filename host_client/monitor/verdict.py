@@ -1,5 +1,7 @@
 """How a machine ended, where its VMM's exit and its console have to tell. Pure."""
 
+import os
+
 from microguest.guest import bounds
 from microguest.guest.record import RecordError
 from microguest.guest.report import CONSOLE_MARK, REPORTS, BootFailed
@@ -45,12 +47,19 @@ def unexplained(
         return "crashed", "the guest switched itself off, or was restarted"
     if restarted and state.machine == "namespaces":
         return "reboot", ""
-    how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+    how = f"ended (exit code {code})"
+    if code is not None and code < 0:
+        how = f"was killed (signal {-code})"
     words = panicked[-1:] or last.strip().splitlines()[-1:]
-    when = "before the guest was ready" if state.phase == "starting" else "unexpectedly"
+    when = " before the guest was ready" if state.phase == "starting" else ""
     status = "boot-failed" if state.phase == "starting" else "crashed"
     said = f": {words[0]}"[:LAST_WORDS] if words else ""
-    return status, f"{program} ended {when} ({how}){said}"
+    return status, f"{short_name(program)} {how}{when}{said}"
+
+
+def short_name(program: str) -> str:
+    """A list of machines has little room for it: qemu, for /usr/bin/qemu-system-x86_64."""
+    return os.path.basename(program).partition("-system-")[0]
 
 
 def panics(console: str) -> list[str]:
