@@ -1,8 +1,11 @@
 """Words that this program does not have, and values that nothing can be made of: what it says."""
 
+import io
 import os
 import re
+import shlex
 import subprocess
+import tarfile
 from pathlib import Path
 
 import machinekit
@@ -73,6 +76,23 @@ def test_what_does_here_what_docker_s_word_does(words: list[str], message: str) 
     text = refused(*words)
     assert message in text
     assert "did you mean" not in text
+
+
+@pytest.mark.parametrize("kind", machinekit.KINDS)
+def test_what_is_said_of_export_ends_and_has_all_files(image: str, kind: str) -> None:
+    """As it stands there: without what the kernel has in the root, some of it without end."""
+    words = ("-d", "--rm", "--name", "out", "--machine", kind, image, "sleep", "1000")
+    assert microguest("run", *words).returncode == 0
+    program, *typed = shlex.split(COMMANDS["export"].partition(" writes out")[0])
+    assert program == "microguest"
+    done = microguest(*("out" if word == "NAME" else word for word in typed))
+    assert (done.returncode, done.stderr) == (0, b"")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        names = {name.partition("/")[0] for name in archive.getnames()}
+    there = set(microguest("exec", "out", "ls", "-A", "/").stdout.decode().split())
+    assert names == there - {"proc", "sys", "dev"}
+    assert names >= {"bin", "etc"}
+    assert microguest("stop", "-t", "0", "out").returncode == 0
 
 
 @pytest.mark.parametrize("word", ["--zebra", "--cups-of-tea", "--", "--x"])

@@ -57,6 +57,17 @@ def test_deadline_ends_a_command_that_does_not_write() -> None:
         run_command(["sleep", "60"], exchange=exchange, seconds=0.2)
 
 
+def test_deadline_of_a_filter_whose_output_another_process_holds(sleeper: Sleeper) -> None:
+    def exchange(stdin: IO[bytes], stdout: IO[bytes]) -> None:
+        assert list(filtered(iter([b"x"]), stdin, stdout, seconds=1)) == []
+
+    begin = time.monotonic()
+    script = f"setsid sleep {sleeper.argument} & exec sleep 60"
+    with pytest.raises(ImageError, match=r"not done after 0\.5 s"):
+        run_command(["sh", "-c", script], exchange=exchange, seconds=0.5)
+    assert time.monotonic() - begin < 2 * SLACK
+
+
 def test_filter_gets_all_and_gives_all() -> None:
     given = [bytes([number]) * (1 << 20) for number in range(8)]
     got: list[bytes] = []

@@ -240,9 +240,11 @@ _STEPS_A_STREAM = 20  # what setting up a decompressor takes
 def _unzstd(layer: Layer, chunks: Iterator[bytes], sink: _Sink, budget: Budget) -> None:
     """By the zstd command: it is on every Linux, a module for it is not before Python 3.14."""
 
+    seconds = min(limits.COMMAND_SECONDS, budget.seconds_left())
+
     def exchange(stdin: IO[bytes], stdout: IO[bytes]) -> None:
         try:
-            for data in filtered(chunks, stdin, stdout):
+            for data in filtered(chunks, stdin, stdout, seconds):
                 sink.write(data)
         except BrokenPipeError:
             _read_on(layer, chunks)
@@ -251,5 +253,5 @@ def _unzstd(layer: Layer, chunks: Iterator[bytes], sink: _Sink, budget: Budget) 
     run_command(
         [require_command("zstd"), "-d", "-c", "-q", "--no-progress"],
         exchange=exchange,
-        seconds=min(limits.COMMAND_SECONDS, budget.seconds_left()),
+        seconds=seconds,
     )

@@ -83,6 +83,7 @@ def run_command(
     except OSError as error:
         raise ImageError(cannot_start(argv[0], error)) from error
     late = threading.Event()
+    until = time.monotonic() + seconds + _WORDS_SECONDS  # it is killed before
 
     def expire() -> None:
         late.set()
@@ -108,7 +109,7 @@ def run_command(
                 with process.stdin, process.stdout:
                     exchange(process.stdin, process.stdout)
                     fed = True
-        _wait(process, told)
+        _wait(process, told, until)
     finally:
         timer.cancel()
         try:
@@ -129,12 +130,19 @@ def run_command(
     return said
 
 
-def filtered(chunks: Iterator[bytes], stdin: IO[bytes], stdout: IO[bytes]) -> Iterator[bytes]:
+def filtered(
+    chunks: Iterator[bytes],
+    stdin: IO[bytes],
+    stdout: IO[bytes],
+    seconds: float = limits.COMMAND_SECONDS,
+) -> Iterator[bytes]:
     """What a command writes to `stdout` for the `chunks` that it is given; closes `stdin` in time.
 
-    BrokenPipeError, behind all that it wrote, where it did not take everything. Both pipes are
+    BrokenPipeError, behind all that it wrote, where it did not take everything, and after `seconds`
+    whatever it does: it may be dead, and a process that has left its group hold its pipes. Both are
     served at once: a filter reads no more while nobody takes what it has written.
     """
+    until = time.monotonic() + seconds
     os.set_blocking(stdin.fileno(), False)
     poll = select.poll()
     poll.register(stdout, select.POLLIN)
@@ -142,7 +150,10 @@ def filtered(chunks: Iterator[bytes], stdin: IO[bytes], stdout: IO[bytes]) -> It
     rest: memoryview | None = memoryview(b"")  # None: it is closed
     broken = False
     while True:
-        ready = {fd for fd, _ in poll.poll()}
+        left = until - time.monotonic()
+        if left <= 0:
+            raise BrokenPipeError
+        ready = {fd for fd, _ in poll.poll(left * 1000)}
         if stdout.fileno() in ready:
             written = os.read(stdout.fileno(), limits.CHUNK_BYTES)
             if not written:
@@ -172,13 +183,18 @@ def limit_processor_time(pid: int, seconds: float) -> None:
         resource.prlimit(pid, resource.RLIMIT_CPU, (most, most))
 
 
-def _wait(process: "subprocess.Popen[bytes]", told: Callable[[], None] | None) -> None:
-    """Until it has ended; it is not reaped, so that its number stays its group's."""
+def _wait(
+    process: "subprocess.Popen[bytes]", told: Callable[[], None] | None, until: float
+) -> None:
+    """Until it has ended, or is not to be waited for any longer, though it was killed.
+
+    It is not reaped, so that its number stays its group's.
+    """
     pidfd = os.pidfd_open(process.pid)
     try:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
-        while not poll.poll(_TOLD_EVERY * 1000 if told else None):
+        while not poll.poll(_TOLD_EVERY * 1000) and time.monotonic() < until:
             if told:
                 told()
     finally:
