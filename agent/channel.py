@@ -3,7 +3,7 @@
 Output is queued as pieces and written with as few calls as possible. Bulk is not copied into the
 queue: the kernel moves it from a pipe, or it is written out of the buffer that it was read into.
 Nobody queues more than one read of each stream before it is written, so the queue is bounded by its
-users, and what all connections hold of bulk together by `limits.HELD_BULK`. What a host may send of
+users, and what all connections hold of bulk together by `bounds.HELD_BULK`. What a host may send of
 a process's input has a window, which is wider while the process keeps up.
 """
 

@@ -1,7 +1,7 @@
 """From the listener to a handler: who may connect, and who is told no.
 
 A connection that has not said hello costs one task and at most one read of memory, and there are
-never more than `limits.UNAUTHENTICATED` of them. Everything that can go wrong with one connection
+never more than `bounds.UNAUTHENTICATED` of them. Everything that can go wrong with one connection
 ends here, at most that connection with it.
 """
 

@@ -23,7 +23,7 @@ __all__ = ["NoTerminal", "advice", "end_of_file", "open_terminal", "resize"]
 MULTIPLEXERS = ("/dev/pts/ptmx", "/dev/ptmx")
 MULTIPLEXER_DEVICE = os.makedev(5, 2)  # admin-guide/devices.txt; devpts's own ptmx has it as well
 # Where users have taken all terminals of the image's devpts, hosts' come from one of their own: PID
-# 1 leaves it room (limits.HOSTS_TERMINALS). The image sees it, so that ttyname(3) finds a name.
+# 1 leaves it room (bounds.HOSTS_TERMINALS). The image sees it, so that ttyname(3) finds a name.
 RESERVE = "/dev/microguest-pts"
 RESERVE_MULTIPLEXER = f"{RESERVE}/ptmx"
 RESERVE_OPTIONS = "mode=0620,ptmxmode=0000"

@@ -370,7 +370,7 @@ class ProcessInfo(Record):
 
     id: str
     pid: int
-    argv: tuple[str, ...]  # cut to limits.LISTED_ARGV characters together
+    argv: tuple[str, ...]  # cut to bounds.LISTED_ARGV characters together
     label: str = ""
     kept: bool = False
     tty: bool = False
