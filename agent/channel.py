@@ -7,6 +7,7 @@ users, and what all connections hold of bulk together by `bounds.HELD_BULK`. Wha
 a process's input has a window, which is wider while the process keeps up.
 """
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -35,6 +36,7 @@ class Channel:
     """The connection is closed by whoever accepted it, not here."""
 
     held = 0  # bytes that could not be written yet, of all channels
+    piped = 0  # bytes in their pipes, of all channels
     widened = 0  # bytes of their windows above INPUT_WINDOW, of all channels
 
     def __init__(self, sock: socket.socket) -> None:
@@ -47,8 +49,8 @@ class Channel:
         self.urgent = False  # something queued has to be followed by `flush_now` at once
         self._held = 0
         self._window = bounds.INPUT_WINDOW
-        self._pipe = -1
-        self._pipe_bytes = 0  # of the last data frame, after all of `outgoing`; still in the pipe
+        self._pipe: tuple[int, int] | None = None  # for `queue_pipe`, once it is needed
+        self._pipe_bytes = 0  # of the last data frame, after all of `outgoing`; in our pipe
 
     @classmethod
     def bulk_read(cls) -> int:
@@ -85,15 +87,30 @@ class Channel:
         self.queue_data(stream, BUFFER[:count])
         self.urgent = True
 
-    def queue_pipe(self, stream: int, pipe: int, count: int) -> None:
-        """As `queue_data`, for bytes that a pipe holds now: they stay there until they are written.
+    def queue_pipe(self, stream: int, pipe: int, most: int) -> int:
+        """As `queue_data`, for what a pipe holds now, at most `most` bytes: how many that are.
+
+        They are moved into a pipe of our own, without a copy. Others may have opened theirs through
+        /proc: a frame is announced only once nobody can take it away. 0 where it is to be read
+        instead: nothing is there any more, or there is no room here.
 
         `urgent` is set, and until all of them are written nothing else may be queued.
         """
         assert not self._pipe_bytes
-        self.outgoing.append(self.connection.send_data_header(stream, count))
-        self._pipe, self._pipe_bytes = pipe, count
-        self.urgent = True
+        if Channel.piped + most > bounds.HELD_PIPES:
+            return 0
+        try:
+            if self._pipe is None:
+                self._pipe = own_pipe()
+            count = os.splice(pipe, self._pipe[1], most, flags=os.SPLICE_F_NONBLOCK)
+        except OSError:  # somebody was faster, or there are no more descriptors
+            return 0
+        if count:
+            self.outgoing.append(self.connection.send_data_header(stream, count))
+            self._pipe_bytes = count
+            Channel.piped += count
+            self.urgent = True
+        return count
 
     def input_room(self, held: int) -> int:
         """How much may be read, where `held` bytes of input wait for the process.
@@ -162,28 +179,23 @@ class Channel:
     def drop(self) -> None:
         """Forget what was not written: the connection is over."""
         self.outgoing.clear()
+        Channel.piped -= self._pipe_bytes
         self._pipe_bytes = 0
+        for fd in self._pipe or ():
+            os.close(fd)
+        self._pipe = None
         Channel.widened -= self._window - bounds.INPUT_WINDOW
         self._window = bounds.INPUT_WINDOW
         self._hold()
 
     def _splice(self) -> None:
-        """splice(2) says EAGAIN for a socket that takes no more, and for a pipe that is empty.
-
-        The pipe can be empty only if another process has opened it through /proc and was faster.
-        Then the frame that was announced cannot be completed.
-        """
-        try:
-            moved = os.splice(
-                self._pipe, self.sock.fileno(), self._pipe_bytes, flags=os.SPLICE_F_NONBLOCK
-            )
-        except BlockingIOError:
-            if readable_bytes(self._pipe):
-                raise
-            moved = 0
-        if not moved:
-            raise ConnectionLost
+        """BlockingIOError where the socket takes no more."""
+        assert self._pipe is not None
+        moved = os.splice(
+            self._pipe[0], self.sock.fileno(), self._pipe_bytes, flags=os.SPLICE_F_NONBLOCK
+        )
         self._pipe_bytes -= moved
+        Channel.piped -= moved
 
     async def flush(self) -> None:
         """Write everything, waiting for the host to read. Raises ConnectionLost."""
@@ -211,6 +223,14 @@ class Channel:
         while not (events := self.receive_now()):
             await trio.lowlevel.wait_readable(self.sock)
         return events
+
+
+def own_pipe() -> tuple[int, int]:
+    """One that holds a whole data frame, as far as there is memory for it. Raises OSError."""
+    pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, bounds.DATA_PAYLOAD)
+    return pipe
 
 
 def readable_bytes(fd: int) -> int:

@@ -39,6 +39,7 @@ TIMEOUT_GRACE = 1.0  # between TERM and KILL of a process whose timeout is over
 STREAM_READ = 64 * 1024  # out of a socket at a time; the kernel holds the rest
 OUTPUT_READ = 16 * 1024  # out of a process's pipe or terminal at a time; more is spliced
 BULK_READ = 256 * 1024  # the same where bulk cannot be spliced
+HELD_PIPES = 8 * 1024 * 1024  # moved into the agent's pipes and not written yet, as HELD_BULK
 HELD_BULK = 1024 * 1024  # read like that and not written yet, of all connections
 INPUT_WINDOW = 64 * 1024  # of a process's input, on its way or held, and not taken by it yet
 BULK_INPUT_WINDOW = 512 * 1024  # the same where the process takes its input as fast as it comes

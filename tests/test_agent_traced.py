@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -130,6 +131,52 @@ def test_who_traces_from_outside_of_the_guest_delays_no_end(
             os.kill(pid, 9)  # where the test has failed
             os.waitpid(pid, 0)  # as its tracer, which lets it go
     wait_until_gone(pid)
+
+
+# A thread makes the agent its tracer and ends, or the whole process stops.
+THREAD_OF_OURS = """
+def ask():
+    assert ptrace(0, 0, None, None) == 0
+thread = threading.Thread(target=ask)
+thread.start()
+thread.join()
+os.write(1, b"ready")
+"""
+STOP_OF_OURS = """
+assert ptrace(0, 0, None, None) == 0
+os.write(1, b"ready")
+os.kill(os.getpid(), signal.SIGSTOP)
+os._exit(7)
+"""
+
+
+@KINDS
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_a_thread_that_has_the_agent_trace_it_delays_no_end(
+    agent: AgentProcess, keep: Keep | None, end: str
+) -> None:
+    """Its end is told to its tracer alone, and the process has none before."""
+    last = "os._exit(7)" if end == "exit" else "signal.pause()"
+    with Host(agent) as host:
+        pid = host.start(*python(THREAD_OF_OURS + last), keep=keep).pid
+        host.read_until(b"ready")
+        if end == "kill":
+            host.signal(signal.SIGKILL, "tree")
+        exited = host.collect().exited
+        assert (exited.code, exited.signal) == ((7, None) if end == "exit" else (None, 9))
+    wait_until_gone(pid)
+
+
+@KINDS
+def test_who_has_the_agent_trace_it_stops_as_others_do(
+    agent: AgentProcess, keep: Keep | None
+) -> None:
+    with Host(agent) as host:
+        pid = host.start(*python(STOP_OF_OURS), keep=keep).pid
+        host.read_until(b"ready")
+        wait_until("it has stopped", lambda: state(pid) == "T")
+        host.signal(signal.SIGCONT)
+        assert host.collect().exited.code == 7
 
 
 # Traces a process and what that starts, lets them go on, and is told of no end: waitid(2).

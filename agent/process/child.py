@@ -117,6 +117,7 @@ class ChildProcess(Process):
             reaped, status, usage = os.wait4(self.pid, os.WNOHANG)
             self._reaped = True
             oom_killed = self._leave()
+        tracers.ended(self.pid)
         if not reaped:
             status = tracers.wait_status(self.pid)
             tracers.reap_later(self.pid)

@@ -329,4 +329,4 @@ class Exchange:
     def _cut_at(self, pump: OutputPump) -> float:
         """Idle for long enough; or too late, but not before everything from before the exit."""
         idle = pump.last_data + self._drain_idle
-        return idle if pump.owed > 0 else min(idle, self._cap_at)
+        return idle if pump.still_owed() else min(idle, self._cap_at)

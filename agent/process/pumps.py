@@ -60,8 +60,7 @@ class OutputPump:
         """Queue what is there, at most one frame: how many bytes. 0: nothing. None: the end."""
         if self._large and channel.splices:
             count = min(readable_bytes(self.fd), bounds.DATA_PAYLOAD)
-            if count >= SPLICED:
-                channel.queue_pipe(self.stream, self.fd, count)
+            if count >= SPLICED and (count := channel.queue_pipe(self.stream, self.fd, count)):
                 return self._moved(count, channel)
         room = channel.bulk_read() if self._large else bounds.OUTPUT_READ
         count = self._read(BUFFER[:room])
@@ -82,6 +81,16 @@ class OutputPump:
         if count >= BULKY:
             self._note_bulk(channel)
         return count
+
+    def still_owed(self) -> bool:
+        """Whether the pipe may have bytes from before the end.
+
+        They are its first ones, so it has no more of them than of all. Who the process has left can
+        take them out itself, and write others: they would be waited for for ever.
+        """
+        if self.owed > 0:
+            self.owed = min(self.owed, readable_bytes(self.fd))
+        return self.owed > 0
 
     def close(self) -> None:
         """Its end, or the decision to wait no longer."""

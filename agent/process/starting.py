@@ -112,6 +112,7 @@ class Starting:
                 raise unavailable(f"nothing can start in a cgroup ({error.message})") from None
             leaf, mark = None, new_mark()
             pid, pidfd, streams = self._spawn(None, mark)
+        tracers.began(pid)
         process = ChildProcess(
             self.args.id or self.starter.agent.processes.next_id(),
             pid,

@@ -4,13 +4,17 @@ While a process is traced its end is told to its tracer alone, and its parent ge
 wait4(2) although the pidfd is readable. A thread that is traced keeps its process from ending. So a
 tracer has TRACER_WAIT to do its part, and is killed then: every user can have one that never does.
 Nothing here waits in the kernel for a child.
+
+Any thread of a child of ours may make us its tracer (PTRACE_TRACEME). Then our part is done here.
 """
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Generator
 
+import _guestsys
 import trio
 
 from microguest.agent.process import tree
@@ -18,15 +22,42 @@ from microguest.agent.process.hunting import in_slices
 from microguest.agent.state import log
 from microguest.guest import bounds
 
-__all__ = ["has_ended", "kill_tracers", "reap_later", "until_reapable", "wait_status"]
+__all__ = [
+    "began",
+    "ended",
+    "has_ended",
+    "kill_tracers",
+    "reap_later",
+    "until_reapable",
+    "wait_status",
+]
 
 LOOK_EVERY = 0.05  # seconds
+PART_EVERY = 1.0  # seconds between looks whether we trace somebody, while there are children
 REAP_EVERY = 1.0  # seconds, for those who are still kept when their end was told
 CHAIN = 64  # processes that are looked at for one: a tracer may be traced too
 THREADS = 256  # that are looked at of each
 EXIT_CODE = 49  # field 52 of proc_pid_stat(5), counted from the state
 
+WALL = 0x40000000  # __WALL of wait(2): threads as well
+
+ours: set[int] = set()  # children that are not reaped; each leads a process group
+looking = False  # `do_our_part` runs
 left: list[int] = []  # children whose end was told, and which could not be reaped
+
+
+def began(pid: int) -> None:
+    """It is a child of ours from now on, until `ended`."""
+    global looking  # noqa: PLW0603  of the one event loop
+    ours.add(pid)
+    if not looking:
+        looking = True
+        trio.lowlevel.spawn_system_task(do_our_part)
+
+
+def ended(pid: int) -> None:
+    """It is reaped, or as good as."""
+    ours.discard(pid)
 
 
 def has_ended(pid: int) -> os.waitid_result | None:
@@ -131,3 +162,45 @@ def status_number(folder: str, name: bytes) -> int:
     except OSError:
         return 0
     return next((int(line[len(name) :]) for line in lines if line.startswith(name)), 0)
+
+
+# ── where we are the tracer ──────────────────────────────────────────────────────────────────────
+
+
+async def do_our_part() -> None:
+    """While there are children: let go of who has stopped, and reap threads that have ended."""
+    global looking  # noqa: PLW0603
+    while ours:
+        await trio.sleep(PART_EVERY)
+        await in_slices(let_go_and_reap(tuple(ours)))
+    looking = False
+
+
+def let_go_and_reap(pids: tuple[int, ...]) -> Generator[float, None, None]:
+    """In steps, as `agent.tree` makes them. Of each, at most THREADS."""
+    with contextlib.suppress(ChildProcessError):
+        for _ in range(THREADS):
+            stop = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WNOHANG | WALL)
+            if stop is None:
+                break
+            _guestsys.let_go(stop.si_pid, stop.si_status)
+            yield 0.0
+    for pid in pids:
+        with contextlib.suppress(ChildProcessError):
+            for _ in range(THREADS):
+                if pid not in ours or not reap_thread(pid):
+                    break
+                yield 0.0
+
+
+def reap_thread(pid: int) -> bool:
+    """One of this process that has ended before its last: whether there was one.
+
+    By its group, which costs one call where there is none, and needs no /proc. The process itself
+    is not reaped.
+    """
+    end = os.waitid(os.P_PGID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT | WALL)
+    if end is None or end.si_pid in ours:
+        return False
+    os.waitid(os.P_PID, end.si_pid, os.WEXITED | os.WNOHANG | WALL)
+    return True
