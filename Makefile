@@ -68,8 +68,8 @@ soak: guest $(DEMO_IMAGE)/index.json ## boot machines for a long time, and count
 	$(PYTHON) build/packages.py test
 	MICROGUEST_SOAK=5 $(BIN)/pytest -s tests/test_many_boots.py
 
-man: setup ## docs/microguest.1 anew, from the command line's parser
-	$(BIN)/python build/man_page.py docs/microguest.1
+man: setup ## docs/reference/microguest.1 anew, from the command line's parser
+	$(BIN)/python build/man_page.py docs/reference/microguest.1
 
 # The wheel is tried with a machine, for which the guest is made first.
 check: guest $(DEMO_IMAGE)/index.json ## format, lint, types, and the wheel in an empty environment

@@ -72,5 +72,5 @@ def raise_descriptor_limit() -> tuple[tuple[int, int, int], ...]:
     return ((resource.RLIMIT_NOFILE, *given),)
 
 
-if __name__ == "__main__":  # in a plain Python on the host: see docs/building.md
+if __name__ == "__main__":  # in a plain Python on the host: see docs/developing/building.md
     run()

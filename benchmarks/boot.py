@@ -289,7 +289,7 @@ def middle(values: list[float]) -> float:
 
 
 def print_table(figures: Figures) -> None:
-    """As Markdown, ready for docs/performance.md."""
+    """As Markdown, ready for docs/design/performance.md."""
     print("| ms until the workload runs | median | min | max | median / floor | runs |")
     print("|---|---|---|---|---|---|")
     for name, values in figures.items():

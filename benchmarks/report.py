@@ -112,7 +112,7 @@ class Report:
         path.write_text(json.dumps(values, indent=1) + "\n")
 
     def print(self) -> None:
-        """Markdown tables, ready for docs/performance.md, then the verdicts."""
+        """Markdown tables, ready for docs/design/performance.md, then the verdicts."""
         print_latency("warm exec of a static program that does nothing", self.latency)
         print_crowd(self.crowd)
         print_numbers("output of one process", "GB/s", self.output)

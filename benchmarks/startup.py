@@ -163,7 +163,7 @@ def spread(values: list[float]) -> Figures:
 
 
 def print_table(figures: dict[str, Figures]) -> None:
-    """As Markdown, ready for docs/performance.md."""
+    """As Markdown, ready for docs/design/performance.md."""
     print("| what | figures |\n|---|---|")
     for what, values in figures.items():
         shown = ", ".join(f"{name} {value:,}" for name, value in values.items())

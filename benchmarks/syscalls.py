@@ -1,4 +1,6 @@
-"""The system calls of one exec, in order, with who makes them: what docs/exec-syscalls.md explains.
+"""The system calls of one exec, in order, with who makes them.
+
+docs/developing/exec-syscalls.md explains them.
 
     python benchmarks/syscalls.py
 

@@ -1,4 +1,4 @@
-"""Builds the guest: `python build/make.py guest`. See docs/building.md.
+"""Builds the guest: `python build/make.py guest`. See docs/developing/building.md.
 
 Run as a script, so that its neighbours are importable by name; `build` itself is no package.
 """

@@ -1,6 +1,6 @@
 """The manual page, made of the command line's own parser: `man_page.py FILE`, or `make man`.
 
-Reads nothing but the package; a test compares docs/microguest.1 with what this makes.
+Reads nothing but the package; a test compares docs/reference/microguest.1 with what this makes.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Every maximum of the contract, in one place. Sizes are bytes, times are seconds.
 
-A peer that exceeds one is answered with the error named in docs/protocol.md, or dropped.
+A peer that exceeds one is answered with the error named in docs/reference/protocol.md, or dropped.
 """
 
 # ── the wire ─────────────────────────────────────────────────────────────────────────────────────

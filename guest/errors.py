@@ -88,7 +88,7 @@ def _made_again(kind: type[MicroguestError], args: tuple[object, ...]) -> Microg
 
 
 class ProtocolError(MicroguestError):
-    """The rules of docs/protocol.md were broken; the connection cannot be used any more."""
+    """A rule of docs/reference/protocol.md was broken; the connection cannot be used any more."""
 
 
 class LocalProtocolError(ProtocolError):

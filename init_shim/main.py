@@ -60,7 +60,7 @@ def live(supervisor: Supervisor, timeline: Timeline) -> None:
 
 
 def bootstrap(supervisor: Supervisor, timeline: Timeline) -> None:
-    """From the kernel's hands to a running workload. The steps' names are in docs/boot.md.
+    """From the kernel's hands to a running workload. The steps' names are in docs/design/boot.md.
 
     Raises Failure, or WorkloadNotStarted. The agent is started before the root is assembled: it
     imports while PID 1 goes on, and the workload does not wait for it.

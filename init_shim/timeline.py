@@ -25,7 +25,7 @@ class Timeline:
         self._start_ms = 0.0
 
     def step(self, name: str) -> "Timeline":
-        """`with timeline.step(name):` times the block. Names are listed in docs/boot.md."""
+        """`with timeline.step(name):` times the block. Names are listed in docs/design/boot.md."""
         self.current = name
         self._start_ms = boot_ms()
         return self

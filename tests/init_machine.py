@@ -30,7 +30,7 @@ PROGRAM = PROJECT / "dist" / "guest" / platform.machine() / "microguest"
 BUSYBOX = shutil.which("busybox")
 TOKEN = "0123456789abcdef0123456789abcdef"
 CONSOLE_MARK = "microguest-report: "
-# In boot order, as docs/boot.md lists them; `ready` is reported after the last of these.
+# In boot order, as docs/design/boot.md lists them; `ready` is reported after the last of these.
 STEPS = (
     "api-mounts",
     "config",

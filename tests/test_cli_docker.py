@@ -339,6 +339,6 @@ def test_manual_page(tmp_path: Path) -> None:
     made = tmp_path / "microguest.1"
     script = PROJECT / "build" / "man_page.py"
     subprocess.run([sys.executable, str(script), str(made)], check=True)
-    assert made.read_text() == (PROJECT / "docs" / "microguest.1").read_text()
+    assert made.read_text() == (PROJECT / "docs" / "reference" / "microguest.1").read_text()
     for words in ("MICROGUEST RUN", r"\-\-memory", r"\-\-env\-file", "MICROGUEST COMPLETION"):
         assert words in made.read_text()

@@ -1,4 +1,4 @@
-"""docs/cli.md and the parser have the same commands and the same options, in both directions."""
+"""docs/reference/cli.md and the parser have the same commands and options, in both directions."""
 
 import argparse
 import re
@@ -9,7 +9,7 @@ import pytest
 from microguest.host_client.cli.arguments import make_parser
 
 PROJECT = Path(__file__).parent.parent
-PAGE = (PROJECT / "docs" / "cli.md").read_text()
+PAGE = (PROJECT / "docs" / "reference" / "cli.md").read_text()
 SPELLING = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
 EVERYWHERE = {"--help"}  # argparse's, and -h but of `run`
 

@@ -22,8 +22,8 @@ from microguest.host_client.client.agent import Agent
 from microguest.host_client.machines.plan import COMMANDS
 
 PROJECT = Path(__file__).parent.parent
-PROTOCOL = (PROJECT / "docs" / "protocol.md").read_text()
-ARCHITECTURE = (PROJECT / "docs" / "architecture.md").read_text()
+PROTOCOL = (PROJECT / "docs" / "reference" / "protocol.md").read_text()
+ARCHITECTURE = (PROJECT / "docs" / "design" / "architecture.md").read_text()
 VECTORS = json.loads((PROJECT / "tests" / "data" / "protocol-vectors.json").read_text())
 
 
@@ -123,9 +123,13 @@ def lacking(operations: dict[str, tuple[type[Record], type[Record]]]) -> list[st
                 wrong.append(f"{face.__module__}.Agent has no {name}()")
         row = f"| `{name}` | `{args.__name__}` | `{result.__name__}` |"
         if row not in PROTOCOL:
-            wrong.append(f"docs/protocol.md has no row {row}")
-        wrong += [f"{each} has no section in docs/protocol.md" for each in undescribed(args)]
-        wrong += [f"{each} has no section in docs/protocol.md" for each in undescribed(result)]
+            wrong.append(f"docs/reference/protocol.md has no row {row}")
+        wrong += [
+            f"{each} has no section in docs/reference/protocol.md" for each in undescribed(args)
+        ]
+        wrong += [
+            f"{each} has no section in docs/reference/protocol.md" for each in undescribed(result)
+        ]
         if name not in REQUESTED:
             wrong.append(f"no stored conversation requests {name}")
         if result.__name__ not in ANSWERED | {"Exited"} or result.__name__ not in str(STEPS):
@@ -150,7 +154,7 @@ def test_an_operation_that_nobody_has_is_found() -> None:
         "unheard has no handler in agent/operations.py",
         "microguest.host_client.client.agent.Agent has no unheard()",
         "microguest.host_client.aio.agent.Agent has no unheard()",
-        "docs/protocol.md has no row | `unheard` | `Unheard` | `Unheard` |",
+        "docs/reference/protocol.md has no row | `unheard` | `Unheard` | `Unheard` |",
         "no stored conversation requests unheard",
         "no stored conversation answers with Unheard",
     ]
@@ -169,7 +173,7 @@ def uncontrolled(controls: dict[str, type[Record]]) -> list[str]:
             if record.__name__ not in told_apart(place):
                 wrong.append(f"{place} does not know {name}")
         if f"| `{name}` | `{record.__name__}` |" not in PROTOCOL:
-            wrong.append(f"docs/protocol.md has no row for {name}")
+            wrong.append(f"docs/reference/protocol.md has no row for {name}")
         if not any(record.__name__ in event for event in STEPS):
             wrong.append(f"no stored conversation has {name}")
         if record.__name__ not in made("host_client"):

@@ -19,7 +19,7 @@ from microguest.guest.boot.workload import signal_number
 from microguest.guest.errors import BootConfigError
 from microguest.guest.record import Record, RecordError
 
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "boot-config.md").read_text()
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "reference" / "boot-config.md").read_text()
 
 FULL: dict[str, Any] = {
     "schema": 1,

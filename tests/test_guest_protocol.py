@@ -64,7 +64,7 @@ from microguest.guest.wire.messages import (
 PROJECT = Path(__file__).parent.parent
 VECTORS = json.loads((Path(__file__).parent / "data" / "protocol-vectors.json").read_text())
 CONVERSATIONS = {each["name"]: each for each in VECTORS["conversations"]}
-PROTOCOL = (PROJECT / "docs" / "protocol.md").read_text()
+PROTOCOL = (PROJECT / "docs" / "reference" / "protocol.md").read_text()
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 HELLO = Hello(token=TOKEN, client="test")

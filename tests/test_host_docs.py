@@ -25,7 +25,7 @@ from microguest.host_client.cli.arguments import parse
 
 PROJECT = Path(__file__).parent.parent
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md"))]
-PAGE = PROJECT / "docs" / "host.md"
+PAGE = PROJECT / "docs" / "reference" / "host.md"
 IMAGE = re.compile(r'"oci:dist/demo:busybox"(, memory="512M")?')
 PROGRAM = re.compile(r"(?m)^(?:<!-- not run: (.+) -->\n)?```python\n((?:.*\n)*?)```$")
 NOT_RUN = {"restore.md"}  # pages whose programs say why they are not run
@@ -115,7 +115,7 @@ def has_cgroups(machine: microguest.Machine) -> bool:
 
 
 def test_program_of_images(image: str, tmp_path: Path) -> None:
-    (program,) = programs(PROJECT / "docs" / "images.md")
+    (program,) = programs(PROJECT / "docs" / "design" / "images.md")
     names: dict[str, Any] = {"work_dir": tmp_path}
     exec(compile(IMAGE.sub(repr(image), program), "images.md", "exec"), names)
     assert names["disk"].path.is_file()
@@ -124,7 +124,7 @@ def test_program_of_images(image: str, tmp_path: Path) -> None:
 
 
 def test_program_of_the_vsock_device(tmp_path: Path) -> None:
-    (program,) = programs(PROJECT / "docs" / "vsock-device.md")
+    (program,) = programs(PROJECT / "docs" / "design" / "vsock-device.md")
     ours, theirs = socket.socketpair()
     failures: list[str] = []
     with ours, theirs, socket.socket(socket.AF_UNIX) as listener:
@@ -213,7 +213,7 @@ def placed(words: list[str]) -> list[str]:
     return [*words, *needs.get(words[0], [])] if len(words) == 1 else words
 
 
-# ── docs/handoff.md ──────────────────────────────────────────────────────────────────────────────
+# ── docs/design/handoff.md ────────────────────────────────────────────────────────────────────────
 
 SYSTEMCTL = """\
 #!/bin/sh
@@ -233,7 +233,7 @@ def test_first_example_of_handoff(
     """It waits until there is something to say; with systemd itself in tests/test_vm_handoff.py."""
     from microguest import boot
 
-    page = (PAGE.parent / "handoff.md").read_text()
+    page = (PROJECT / "docs" / "design" / "handoff.md").read_text()
     (example,) = re.findall(r"(?m)^(?:    .*\n)+", page[: page.index("## In order")])
     started = 'boot("oci:debian:systemd", handoff=True, memory="1G")'
     assert started in example

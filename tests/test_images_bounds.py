@@ -387,7 +387,7 @@ def _walk(root: Path) -> Iterator[str]:
 def test_docs_name_every_bound() -> None:
     from microguest.host_client.images import limits
 
-    page = (factory.PROJECT / "docs" / "images.md").read_text()
+    page = (factory.PROJECT / "docs" / "design" / "images.md").read_text()
     section = page[page.index("## Limits") : page.index("## What an image's config does")]
     bounds = [name for name in dir(limits) if name.isupper() and name != "DEFAULT_LIMITS"]
     fields = list(json.loads(json.dumps(images.Limits.__annotations__, default=str)))

@@ -11,7 +11,7 @@ from plainpython import needs_guestsys
 from microguest.init_shim.failure import Failure
 from microguest.init_shim.hardening import sysctls
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "security.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "design" / "security.md"
 SYSCTLS = Path("/proc/sys")
 
 
@@ -198,7 +198,7 @@ def test_limits_are_a_servers_as_far_as_the_hosts_go(root: Path, given: tuple[in
 
 
 def documented() -> dict[str, str]:
-    """Measures of the tables in docs/security.md, and the profile of each."""
+    """Measures of the tables in docs/design/security.md, and the profile of each."""
     rows = re.findall(r"^\| (`.+?`) \|.*\| (default|strict) \|", DOCUMENT.read_text(), re.MULTILINE)
     return {name: where for names, where in rows for name in re.findall(r"`(.+?)`", names)}
 

@@ -1,9 +1,11 @@
-"""What users of other guest agents report, and that it does not happen here: see docs/pains.md.
+"""What users of other guest agents report, and that it does not happen here.
+
+The page is docs/design/pains.md.
 
 Where it is cheap, a test first shows the defect on a naive stand-in, which does what the first
 version of most agents does, with the same command: so the command is one that can tell the two
-apart. What other files test already is only named in docs/pains.md; the last test here checks the
-names.
+apart. What other files test already is only named in docs/design/pains.md; the last test here
+checks the names.
 """
 
 import contextlib
@@ -465,12 +467,12 @@ def test_defaults_are_dockers(machine: Machine) -> None:
     ]
 
 
-# ── docs/pains.md ────────────────────────────────────────────────────────────────────────────────
+# ── docs/design/pains.md ──────────────────────────────────────────────────────────────────────────
 
 
 def test_documented_tests_exist() -> None:
     tests = Path(__file__).parent
-    text = (tests.parent / "docs" / "pains.md").read_text()
+    text = (tests.parent / "docs" / "design" / "pains.md").read_text()
     named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", text)
     assert len(named) > 40
     for file, test in named:

@@ -225,7 +225,7 @@ def test_the_agent_serves_in_a_plain_python(agent: AgentProcess) -> None:
 
 
 def test_a_breakpoint_stops_the_agent_of_a_test() -> None:
-    """As docs/building.md says it, with a person's words written ahead."""
+    """As docs/developing/building.md says it, with a person's words written ahead."""
     source = (PROJECT / "agent" / "system" / "machine.py").read_text().splitlines()
     line = 1 + next(n for n, text in enumerate(source) if "return PingResult" in text)
     where = f"microguest/agent/system/machine.py:{line}"

@@ -284,19 +284,19 @@ def test_all_errors_are_public() -> None:
 
 
 def test_errors_are_documented() -> None:
-    page = (PROJECT / "docs" / "host.md").read_text()
+    page = (PROJECT / "docs" / "reference" / "host.md").read_text()
     assert [name for name in IN_THE_TREE if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("face", [microguest, aio], ids=["blocking", "aio"])
 def test_every_public_name_is_documented(face: types.ModuleType) -> None:
-    page = (PROJECT / "docs" / "host.md").read_text()
+    page = (PROJECT / "docs" / "reference" / "host.md").read_text()
     assert [name for name in face.__all__ if not re.search(rf"(?<!\w){name}(?!\w)", page)] == []
 
 
 def test_out_of_range_records_are_documented() -> None:
     """With an error that a caller of this library can catch, and that says what may be."""
-    page = (PROJECT / "docs" / "host.md").read_text()
+    page = (PROJECT / "docs" / "reference" / "host.md").read_text()
     for call in ("Keep(buffer=1)", "Limits(cpu=0)", "Winsize(rows=0, columns=80)"):
         assert f"`{call}`" in page
         with pytest.raises(ValueError, match=r"\w+: must be [0-9.]+ to [0-9]+"):

@@ -26,7 +26,7 @@ from microguest.host_client.machines.virtiofsd import virtiofsd
 
 pytestmark = pytest.mark.qemu
 
-# What docs/boot.md says that an end takes at most, but for the farewell of a report connection.
+# What docs/design/boot.md says that an end takes at most, but for a report connection's farewell.
 LONGEST = bounds.STOP_GRACE + bounds.OTHERS_GRACE + bounds.KILL_WAIT + bounds.SYNC_WAIT
 SPARE = SLACK  # seconds for the steps themselves, under emulation and beside other tests
 

@@ -64,8 +64,8 @@ def run(agent: Agent, line: str, timeout: float = ANSWER) -> str:
 
 
 def systemd_state(agent: Agent) -> str:
-    """`running` or another of systemctl(1)'s, once the boot is over; as docs/handoff.md asks."""
-    page = (PROJECT / "docs" / "handoff.md").read_text()
+    """`running` or another of systemctl(1)'s, once the boot is over (docs/design/handoff.md)."""
+    page = (PROJECT / "docs" / "design" / "handoff.md").read_text()
     ask = re.search(r'ask = "(.*)"', page)
     loop = re.search(r'shell=f"(until .*)", timeout', page)
     assert ask is not None

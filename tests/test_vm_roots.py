@@ -452,10 +452,10 @@ awk '$3 == "9p" { print $2 "=" $4 }' /proc/mounts
 
 
 def test_9p_layers_and_volumes(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With another kernel than the bundle's: docs/roots.md says how to make this one."""
+    """With another kernel than the bundle's: docs/design/roots.md says how to make this one."""
     bundle = Path(__file__).parent.parent / NINE_BUNDLE
     if not (bundle / "vmlinuz").exists():
-        pytest.skip(f"needs a bundle whose kernel has 9p in {bundle}: docs/roots.md, 9p")
+        pytest.skip(f"needs a bundle whose kernel has 9p in {bundle}: docs/design/roots.md, 9p")
     monkeypatch.setattr(vm_machine, "BUNDLE", bundle)
     shutil.copytree(base / "root", work / "root", symlinks=True)
     (work / "root" / "order").write_text("9p\n")

@@ -1,8 +1,8 @@
 """Whole machines that are saved to a file and restored from it, as often as a test likes.
 
 `host_client` has no such thing, so QEMU is driven by hand over QMP. Its vhost-user vsock device
-cannot be saved (docs/restore.md): it is unplugged before, and a fresh one is plugged into each
-machine that is restored. To the guest that looks as a restore does with other devices: every
+cannot be saved (docs/design/restore.md): it is unplugged before, and a fresh one is plugged into
+each machine that is restored. To the guest that looks as a restore does with other devices: every
 connection is reset, listeners stay.
 """
 

@@ -146,7 +146,8 @@ class Guard:
         then who has got the pipe from it, then all of the user whose pipe it is, and, as nobody is
         served meanwhile, all. Root's own could be anybody's.
 
-        An agent that is not in a guest (docs/building.md) has no right to others' processes.
+        An agent that is not in a guest has no right to others' processes
+        (docs/developing/building.md).
         """
         name = pipe_name(stream)
         stream_of = f"a stream of process {process.id}"

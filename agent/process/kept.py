@@ -620,7 +620,7 @@ class KeptProcess(Process):
             self._child.signal(signal.SIGKILL, "tree")
 
     def _cut_at(self, stream: int) -> float:
-        """As for every process: docs/protocol.md, "After the exit"."""
+        """As for every process: docs/reference/protocol.md, "After the exit"."""
         idle = self._last_data[stream] + self.notes.drain_idle
         if self._owed[stream] > 0:  # at most what is there: see `OutputPump.still_owed`
             self._owed[stream] = min(self._owed[stream], readable_bytes(self.outputs[stream]))

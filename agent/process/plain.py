@@ -77,7 +77,7 @@ class Exchange:
     """`run` once, for a process that its connection owns.
 
     Seconds each: `timeout` from now until the process group gets TERM, None for never; `grace` from
-    there to KILL for everything; `drain_idle` and `drain_cap` as in docs/protocol.md.
+    there to KILL for everything; `drain_idle` and `drain_cap` as in docs/reference/protocol.md.
     """
 
     def __init__(

@@ -72,7 +72,7 @@ class AgentSettings(Record):
 
 
 class Hardening(Record):
-    """What the guest does without, beyond what the workload itself gives up; see docs/security.md.
+    """What the guest does without, beyond what the workload gives up; see docs/design/security.md.
 
     profile: "default" has what breaks nothing that images are known to do; "strict" adds the rest;
     "off" has none. `sysctls` (as kernel.yama.ptrace_scope, or with slashes) are written after the

@@ -1,7 +1,7 @@
 """The process that a machine is for, in the words of the OCI runtime spec: part of the boot config.
 
-Field names are those of the rest of the contract; docs/boot-config.md says which of the spec's each
-one is. Pure records.
+Field names are those of the rest of the contract; docs/reference/boot-config.md says which of the
+spec's each one is. Pure records.
 """
 
 from microguest.guest import bounds

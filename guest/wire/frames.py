@@ -1,4 +1,4 @@
-"""The frame header: eight bytes before every payload. Layout in docs/protocol.md.
+"""The frame header: eight bytes before every payload. Layout in docs/reference/protocol.md.
 
 0      4     5     6        8
 ┌──────┬─────┬─────┬────────┬───────────

@@ -218,7 +218,7 @@ class Start(Record):
     id: str = ""  # of a kept process, where the host has chosen it; "": the agent does
     files: tuple[StagedFile, ...] = ()
     label: str = ""  # for lists; means nothing to the agent
-    drain_idle: float = bounds.STREAM_IDLE_AFTER_EXIT  # seconds; see docs/protocol.md
+    drain_idle: float = bounds.STREAM_IDLE_AFTER_EXIT  # seconds; see docs/reference/protocol.md
     drain_cap: float = bounds.STREAM_CAP_AFTER_EXIT
     # Last, because from here on the name means this field and not the module.
     limits: Limits | None = None

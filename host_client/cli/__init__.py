@@ -1,4 +1,4 @@
-"""The command line, `microguest`. docs/cli.md describes it; exit codes are docker's.
+"""The command line, `microguest`. docs/reference/cli.md describes it; exit codes are docker's.
 
 Each command is a module that is imported when it is used. Every error a person can cause is one
 line on stderr and exit code 125.

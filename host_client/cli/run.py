@@ -41,7 +41,7 @@ OF_THE_COMMAND: Final = frozenset(
     {"not_found", "permission_denied", "not_executable", "bad_interpreter"}
 )
 # Seconds from the workload's end, which we have just heard of, to the machine's: COLLECT_WAIT and
-# all that follows in a guest's end (docs/boot.md) are less.
+# all that follows in a guest's end (docs/design/boot.md) are less.
 POWER_OFF_WAIT: Final = 30.0
 ATTACH_WAIT: Final = 120.0  # seconds from `ready` for an agent to greet us, however slow it is
 TOLD_WAIT: Final = 5.0  # seconds from a lost connection until PID 1's report is here

@@ -64,7 +64,7 @@ class Options(TypedDict, total=False):
     capabilities  the only ones that it can ever have, as "net_admin" or "CAP_NET_ADMIN"
     no_new_privs  setuid bits and file capabilities give it nothing
     seccomp       a compiled filter of system calls, as microguest.seccomp makes; no_new_privs too
-    keep          True or a Keep: it outlives its connection; see docs/host.md
+    keep          True or a Keep: it outlives its connection; see docs/reference/host.md
     id            of a kept process, chosen here: found again also where this program has died
     files         written before it starts and owned by its user: {path: content} or StagedFiles
     label         shown in lists

@@ -5,7 +5,8 @@
         argv = images.process_for(image.config, ["sh", "-c", "exit 7"])
 
 Every failure is a `microguest.errors.ImageError`. May import `host_client.errors`, a few modules
-beside it that import nothing of the project, and the standard library only. See docs/images.md.
+beside it that import nothing of the project, and the standard library only.
+See docs/design/images.md.
 """
 
 from microguest.host_client.images.cache import Cache

@@ -1,7 +1,7 @@
 """How a root becomes a disk or a directory: the external commands and their options.
 
 Debian 12 has erofs-utils 1.5, which cannot read a tar, so a disk is erofs where mkfs.erofs can
-(1.7) and squashfs where it cannot. Why these compressors: docs/images.md.
+(1.7) and squashfs where it cannot. Why these compressors: docs/design/images.md.
 """
 
 import functools

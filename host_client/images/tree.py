@@ -2,7 +2,7 @@
 
 A hostile name can therefore reach nothing but this tree. What an entry does is what umoci and
 container engines do when they unpack it; the rules are in the OCI image spec, layer.md, and in
-docs/images.md.
+docs/design/images.md.
 """
 
 from collections.abc import Iterator

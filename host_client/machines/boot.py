@@ -58,7 +58,7 @@ def boot(
     """Start a machine from an image and wait until its agent serves. Use it in a `with` block.
 
     image: oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME] or dir:ROOTFS, and
-    @sha256:DIGEST behind all but the last (docs/images.md). bundle: folder of kernel and
+    @sha256:DIGEST behind all but the last (docs/design/images.md). bundle: folder of kernel and
     initramfs, instead of where they are looked for. options: MachineOptions says what there is.
     Making a disk of an image that is new here does not count for the `timeout`; `progress` is
     called with how far it is (`images.Progress`), and what it raises ends the making. abandoned:

@@ -29,7 +29,7 @@ __all__ = [
 
 PAUSE_WAIT: Final = 10.0  # seconds for the VMM to do it
 # Seconds beyond the grace until a stopping machine is killed: more than all waits in a guest's end
-# (docs/boot.md) are together.
+# (docs/design/boot.md) are together.
 POWER_OFF_WAIT: Final = 20.0
 KILL_WAIT: Final = 10.0  # seconds for the monitor to kill and clean up
 VMM_WAIT: Final = 5.0  # seconds for the VMM of a monitor that does not answer to be gone

@@ -1,4 +1,4 @@
-"""`machine="qemu"`: a virtual machine. docs/host.md explains its command line.
+"""`machine="qemu"`: a virtual machine. docs/reference/host.md explains its command line.
 
 All paths in it are relative to the run folder, so that no comma or length of a path matters; the
 exception is the root's disk.

@@ -29,7 +29,7 @@ LABELS_MAX: Final = 4 * 1024  # bytes of JSON; they are in the machine's state
 
 
 class MachineOptions(TypedDict, total=False):
-    """Everything that `boot` takes beside the image; docs/host.md has the details.
+    """Everything that `boot` takes beside the image; docs/reference/host.md has the details.
 
     The machine:
     machine       "qemu", or "namespaces": the same PID 1 without a VM, which isolates nothing
@@ -42,7 +42,7 @@ class MachineOptions(TypedDict, total=False):
     network       "none", or "user" (qemu): outgoing connections, IPv4, through this host
     dns, dns_search, dns_options   of /etc/resolv.conf; with network user QEMU's name server
     hosts         names and their addresses for /etc/hosts
-    hardening     "default", "strict" or "off": see docs/security.md
+    hardening     "default", "strict" or "off": see docs/design/security.md
     modules       kernel modules can be loaded after the boot
     sysctls       as {"net.core.somaxconn": "1024"}
     timeout       seconds from the launch to the ready agent

@@ -2,7 +2,7 @@
 
 QEMU speaks vhost-user to it over a socketpair, host programs dial in over a Unix socket with
 Firecracker's `CONNECT <port>` line. Needs no root, no kernel module and nothing outside the
-standard library. `docs/vsock-device.md` has the design, the limits and the measurements.
+standard library. `docs/design/vsock-device.md` has the design, the limits and the measurements.
 """
 
 from microguest.host_client.event_loop import EventLoop, Timer

@@ -1,4 +1,4 @@
-"""What the guest does without once it is up; docs/security.md lists each and what it prevents.
+"""What the guest does without once it is up; docs/design/security.md says what each prevents.
 
 A profile is a table of sysctls (`init_shim.hardening.sysctls`) and a few measures that are none.
 What this kernel does not have is left out; what it has and refuses is said on the console. In
@@ -101,7 +101,7 @@ def last_group() -> int:
 
 
 def measures(profile: str, *, in_namespaces: bool) -> "dict[str, Callable[[], None]]":
-    """What a profile has beside sysctls, by the names in docs/security.md."""
+    """What a profile has beside sysctls, by the names in docs/design/security.md."""
     found: dict[str, Callable[[], None]] = {}
     if profile != "off":
         found |= DEFAULT_MEASURES

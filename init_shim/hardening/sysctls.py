@@ -1,7 +1,8 @@
 """The kernel's settings: which ones a hardening profile has, and how one is written.
 
 A name is as sysctl(8) has it, `kernel.yama.ptrace_scope` or with slashes, and never leads out of
-/proc/sys. The tables say what; docs/security.md says what each prevents, and a test compares.
+/proc/sys. The tables say what; docs/design/security.md says what each prevents, and a test
+compares.
 """
 
 import os
@@ -54,7 +55,7 @@ DEFAULT = {
 }
 PING_GROUPS = "net.ipv4.ping_group_range"
 # What servers meet on a Debian host or in docker, and would miss in a small machine of its own. In
-# every profile, `off` included; docs/security.md says where each comes from.
+# every profile, `off` included; docs/design/security.md says where each comes from.
 SERVERS = {
     "fs.file-max": "9223372036854775807",
     "fs.inotify.max_user_watches": "65536",

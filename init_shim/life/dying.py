@@ -1,9 +1,9 @@
 """An agent that was killed and does not end: the kernel closes its pipes, of which one is locked.
 
-Who holds the lock (docs/security.md, "Locked pipes") is among the processes that end with the agent
-anyway, so they are killed before it is reaped instead of by the next agent. Where that does not
-help, it is somebody else, who has opened the pipe as the same user, or was given it: then all of
-these users are killed, and then all. What is read of them here asks for no lock of theirs.
+Who holds the lock (docs/design/security.md, "Locked pipes") is among the processes that end with
+the agent anyway, so they are killed before it is reaped instead of by the next agent. Where that
+does not help, it is somebody else, who has opened the pipe as the same user, or was given it: then
+all of these users are killed, and then all. What is read of them here asks for no lock of theirs.
 """
 
 import os

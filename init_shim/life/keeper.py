@@ -146,7 +146,7 @@ def leave_pid_1() -> None:
     _guestsys.prctl(PR_SET_CHILD_SUBREAPER, 1)
     set_title(NAME)
     try:
-        # An init that takes over the hierarchy moves whatever is in its root; see docs/handoff.md.
+        # An init that takes over the hierarchy moves what is in its root: docs/design/handoff.md.
         for folder in (CGROUPS, f"{CGROUPS}/keeper"):
             if not os.path.isdir(folder):
                 os.mkdir(folder, 0o755)

@@ -1,6 +1,7 @@
 """The end: everybody asked to go, made to go, data written out, and the power switched off.
 
-Each wait has a limit, and no step needs the one before to have worked. docs/boot.md has their sum.
+Each wait has a limit, and no step needs the one before to have worked. docs/design/boot.md has
+their sum.
 """
 
 import os

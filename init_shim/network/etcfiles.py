@@ -1,8 +1,8 @@
 """The image's files about names: resolv.conf, hosts, hostname and machine-id in its /etc.
 
 A file is written beside the old one and renamed over it, so that no program sees half of it. Every
-path is resolved inside the image's root. Only what the config says is touched; docs/network.md
-gives the rules and their reasons.
+path is resolved inside the image's root. Only what the config says is touched;
+docs/design/network.md gives the rules and their reasons.
 """
 
 import errno

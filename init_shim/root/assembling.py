@@ -2,7 +2,7 @@
 the move into it.
 
 Paths here are fixed and in the initial root, so that overlayfs options need no escaping whatever an
-endpoint or layer is called. docs/roots.md has the reason of each option.
+endpoint or layer is called. docs/design/roots.md has the reason of each option.
 """
 
 import errno
