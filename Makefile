@@ -15,7 +15,7 @@ SIDE_BY_SIDE := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST_OPTIONS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slowed soak man check guest bench clean
+.PHONY: help setup demo test test-slowed soak man docs check guest bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,14 @@ soak: guest $(DEMO_IMAGE)/index.json ## boot machines for a long time, and count
 
 man: setup ## docs/reference/microguest.1 anew, from the command line's parser
 	$(BIN)/python build/man_page.py docs/reference/microguest.1
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
+# A link that leads nowhere, or a page that no list has, is an error.
+docs: $(VENV)/.docs ## the pages as a site: dist/docs/index.html
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --write-all -d dist/.docs docs dist/docs
 
 # The wheel is tried with a machine, for which the guest is made first.
 check: guest $(DEMO_IMAGE)/index.json ## format, lint, types, and the wheel in an empty environment
