@@ -1,7 +1,8 @@
 """The guide: it does what it shows, what it names exists, and it can be read.
 
 A console block is typed into a shell, and what it prints is compared; `…` stands for anything. One
-that cannot run here has `<!-- not run: REASON -->` in the line before it.
+that cannot run here has `<!-- not run: REASON -->` in the line before it. Its links and the files
+that it names are looked at in tests/test_pages.py.
 """
 
 import ast
@@ -9,6 +10,8 @@ import builtins
 import inspect
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,16 +23,16 @@ from test_host_docs import here, programs
 
 import microguest
 from microguest import aio
+from microguest.host_client.cli.arguments import parse
 
 PROJECT = Path(__file__).parent.parent
 GUIDE = sorted((PROJECT / "docs" / "guide").glob("*.md"))
-READ = GUIDE
+READ = [PROJECT / "README.md", *GUIDE]
 LINE = 120  # characters, also of a cell
 WORDS = 25  # of a sentence
 FENCE = re.compile(r"(?ms)^(?:<!-- not run: .+? -->\n)?```.*?^```$\n?")
 CONSOLE = re.compile(r"(?m)^(<!-- not run: .+ -->\n)?```console\n((?:.*\n)*?)```$")
 SPAN = re.compile(r"`([^`\n]+)`")
-LINK = re.compile(r"\]\(([^)\s]+)\)")
 each_page = pytest.mark.parametrize("page", READ, ids=lambda page: page.name)
 
 
@@ -81,37 +84,6 @@ def test_the_first_line_says_for_whom_and_what_for(page: Path) -> None:
 # ── what it names ────────────────────────────────────────────────────────────────────────────────
 
 
-def anchors(page: Path) -> set[str]:
-    """Of its headings, as GitHub makes them."""
-    text = FENCE.sub("", page.read_text())
-    heads = re.findall(r"(?m)^#+ (.*)$", text)
-    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
-
-
-def broken_links(page: Path) -> list[str]:
-    broken = []
-    for target in LINK.findall(FENCE.sub("", page.read_text())):
-        if re.match(r"[a-z]+:", target):
-            continue
-        path, _, anchor = target.partition("#")
-        other = page.parent / path if path else page
-        known = anchors(other) if other.suffix == ".md" and other.is_file() else set()
-        if not other.exists() or (anchor and anchor not in known):
-            broken.append(target)
-    return broken
-
-
-@each_page
-def test_links_lead_somewhere(page: Path) -> None:
-    assert broken_links(page) == []
-
-
-def test_broken_links_are_found(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("# A page\n[a](other.md) [b](#a-page) [c](#none) [d](page.md#no)\n")
-    assert broken_links(page) == ["other.md", "#none", "page.md#no"]
-
-
 def spans(page: Path) -> list[str]:
     return SPAN.findall(FENCE.sub("", page.read_text()))
 
@@ -161,17 +133,6 @@ def test_codes_and_names_that_it_names_exist(page: Path) -> None:
     assert named - known == set()
 
 
-IN_TREE = re.compile(
-    r"(?:agent|benchmarks|build|docs|guest|host_client|init_shim|src|tests)/[\w./-]+"
-)
-
-
-@each_page
-def test_source_paths_that_it_names_exist(page: Path) -> None:
-    named = {span for span in spans(page) if IN_TREE.fullmatch(span)}
-    assert [each for each in named if not (PROJECT / each).exists()] == []
-
-
 def messages() -> set[str]:
     """Every text in the host's, the agent's and PID 1's code; `…` is what is filled in."""
     found = set()
@@ -208,6 +169,8 @@ def symptoms(text: str) -> Iterator[str]:
                 cell = row.split("|")[titles.index("what you see")]
                 yield from (span for span in SPAN.findall(cell) if " " in span)
 
+
+PRINTED = re.compile(r"(?m)^ *print\(.*\)  # (.+)$")
 
 # ── what it shows ────────────────────────────────────────────────────────────────────────────────
 
@@ -247,6 +210,62 @@ def check_console(block: str, image: str, cwd: Path) -> None:
     for command, printed in typed(block):
         said = shell(as_here(command, image), cwd)
         assert pattern(printed, image).fullmatch(said), f"$ {command}\n{said}"
+
+
+def test_programs_of_the_python_page(
+    image: str,
+    machines_home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the comments behind `print` say is printed, in that order."""
+    monkeypatch.chdir(PROJECT)  # where its README.md is
+    first, *others = programs(PROJECT / "docs" / "guide" / "python.md")
+    with microguest.boot(image, machine="namespaces") as machine:
+        exec(compile(here(first, image), "python.md", "exec"), {})
+        names = {"microguest": microguest, "machine": machine, "agent": machine.agent}
+        shown = capsys.readouterr().out.splitlines()
+        for number, program in enumerate(others):
+            exec(compile(program, f"python.md {number}", "exec"), names)
+            shown += capsys.readouterr().out.splitlines()
+    promised = [line for each in (first, *others) for line in PRINTED.findall(each)]
+    assert len(promised) > 10
+    left = iter(shown)
+    for line in promised:
+        assert line in left, f"{line!r} is not printed, or not where it should be: {shown}"
+
+
+def test_copying_files(image: str, machines_home: Path, tmp_path: Path) -> None:
+    """As the page of questions says, into a machine that runs."""
+    text = (PROJECT / "docs" / "guide" / "faq.md").read_text()
+    with microguest.boot(image, machine="namespaces", name="box"):
+        for reason, block in CONSOLE.findall(text):
+            if not reason:
+                check_console(block, image, tmp_path)
+
+
+def test_units_of_the_deploying_page() -> None:
+    """Their commands are ours, and systemd finds nothing wrong where it is there to be asked."""
+    text = (PROJECT / "docs" / "guide" / "deploying.md").read_text()
+    units = re.findall(r"(?m)^```ini\n((?:.*\n)*?)```$", text)
+    commands = [line for unit in units for line in re.findall(r"(?m)^Exec\w+=(.*)$", unit)]
+    assert len(units) == 2
+    for command in commands:
+        program, *words = shlex.split(command)
+        assert program.endswith("/microguest")
+        assert parse(words)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="there is no systemd here")
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    text = (PROJECT / "docs" / "guide" / "deploying.md").read_text()
+    unit = tmp_path / "microguest-web.service"
+    (whole, *_) = re.findall(r"(?m)^```ini\n((?:.*\n)*?)```$", text)
+    unit.write_text(whole.replace("/usr/local/bin/microguest", shutil.which("true") or ""))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False
+    )
+    assert "microguest-web.service" not in done.stderr, done.stderr
 
 
 def test_the_boot_that_troubleshooting_lets_fail(

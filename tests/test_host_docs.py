@@ -29,7 +29,7 @@ PAGE = PROJECT / "docs" / "reference" / "host.md"
 IMAGE = re.compile(r'"oci:dist/demo:busybox"(, memory="512M")?')
 PROGRAM = re.compile(r"(?m)^(?:<!-- not run: (.+) -->\n)?```python\n((?:.*\n)*?)```$")
 NOT_RUN = {"restore.md"}  # pages whose programs say why they are not run
-IN_GUIDE = {"getting-started.md", "troubleshooting.md"}  # tests/test_guide.py
+IN_GUIDE = {"getting-started.md", "python.md", "troubleshooting.md"}  # tests/test_guide.py
 RUN = {"README.md", "host.md", "images.md", "vsock-device.md", *IN_GUIDE}  # each with a test here
 
 
