@@ -178,7 +178,8 @@ def command_lines(page: str) -> Iterator[list[str]]:
         lexer.whitespace_split = True
         words = list(lexer)
         for at, word in enumerate(words):
-            if word.rpartition("/")[2] == "microguest" and words[at + 1 : at + 2]:
+            named = "=" not in word and word.rpartition("/")[2] == "microguest"
+            if named and words[at + 1 : at + 2]:  # and not a variable that is a path
                 rest = words[at + 1 :]
                 end = next((n for n, each in enumerate(rest) if each in ENDS), len(rest))
                 yield rest[:end]
