@@ -25,7 +25,7 @@ PARTS = {
     "guide": ["getting-started", "python", "cli", "deploying", "ubuntu", "troubleshooting", "faq"],
     "reference": ["host", "cli", "boot-config", "protocol"],
     "design": ["architecture", "boot", "roots", "images", "network", "processes", "workload"],
-    "developing": ["building"],
+    "developing": ["code-map", "glossary", "tests", "building"],
 }
 
 
