@@ -254,6 +254,13 @@ def test_links_lead_somewhere(page: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_each_page_is_in_the_index() -> None:
+    """With a line that says for whom it is; the site has what the folders have."""
+    rows = re.findall(r"(?m)^\| \[[^]]+\]\(([\w/.-]+)\) \| \w", source("docs/index.md"))
+    listed = sorted(f"docs/{row}" for row in rows if row.endswith(".md"))
+    assert listed == [page for page in pages() if re.fullmatch(r"docs/\w+/.*", page)]
+
+
 # ── how they look ────────────────────────────────────────────────────────────────────────────────
 
 

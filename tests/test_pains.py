@@ -478,5 +478,5 @@ def test_documented_tests_exist() -> None:
     for file, test in named:
         source = (tests / f"{file}.py").read_text()
         assert re.search(rf"^(async )?def {test}\(", source, re.MULTILINE), f"{file}.py::{test}"
-    numbers = re.findall(r"^## (\d+)\. ", text, re.MULTILINE)
+    numbers = re.findall(r"^### (\d+)\. ", text, re.MULTILINE)
     assert numbers == [str(number) for number in range(1, 21)]
