@@ -15,7 +15,7 @@ def connect(
     this user, which needs no token. `timeout`: seconds for this and for every later small request.
     `step_clock`: set the guest's clock by ours whenever it is found to be more than 0.1 s out.
     A guest that is still booting is waited for; a socket that nobody serves is an error at once.
-    Raises ConnectError; OperationError("unauthorized") for a wrong token.
+    Raises ConnectError; Unauthorized for a wrong token.
     """
     check_flag(step_clock, "step_clock")
     agent = agent_at(url, token=token, timeout=timeout)

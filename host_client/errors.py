@@ -3,6 +3,8 @@
 `microguest.errors` draws the whole tree. Each survives pickle and copy with all of its fields.
 """
 
+from typing import Final
+
 from microguest.guest.errors import (
     BootConfigError,
     LocalProtocolError,
@@ -12,6 +14,7 @@ from microguest.guest.errors import (
     ProtocolError,
     RemoteProtocolError,
     StartError,
+    operation_error,
 )
 
 __all__ = [
@@ -20,17 +23,26 @@ __all__ = [
     "ConnectError",
     "ConnectionLost",
     "DeadlineExceeded",
+    "IdTaken",
     "ImageError",
     "LocalProtocolError",
     "MachineError",
     "ManifestError",
     "MicroguestError",
+    "NoSuchProcess",
+    "NotReady",
     "OperationError",
     "OutputStalled",
     "OutputTooLarge",
+    "ProgramNotFound",
     "ProtocolError",
     "RemoteProtocolError",
+    "ShuttingDown",
     "StartError",
+    "StdinTaken",
+    "TooBusy",
+    "Unauthorized",
+    "refusal",
 ]
 
 
@@ -108,3 +120,54 @@ class BootFailed(MachineError):
         self.path = path
         self.errno = errno
         self.console = console  # the last lines of the machine's console
+
+
+class IdTaken(OperationError):
+    """A process has the id that a `start` has chosen; nothing was started."""
+
+
+class NoSuchProcess(OperationError):
+    """Nothing has that id: it was forgotten, or it was never started. Or it is not kept."""
+
+
+class NotReady(OperationError):
+    """The guest's root is not in place yet. Later it may be."""
+
+
+class ProgramNotFound(StartError):
+    """The program does not exist in the image, nor does one of that name in PATH."""
+
+
+class ShuttingDown(OperationError):
+    """The machine is ending; nothing new is begun in it."""
+
+
+class StdinTaken(OperationError):
+    """Another connection may write to this process. When it is gone, one more may."""
+
+
+class TooBusy(OperationError):
+    """The agent has as many connections as it serves. When one is gone, one more is served."""
+
+
+class Unauthorized(OperationError):
+    """The token is not this machine's: it may be another one than was thought."""
+
+
+# The codes that a caller would branch on. What has another one is told by its code.
+OF_CODE: Final[dict[str, type[OperationError]]] = {
+    "id_taken": IdTaken,
+    "no_such_process": NoSuchProcess,
+    "not_found": ProgramNotFound,
+    "not_ready": NotReady,
+    "shutting_down": ShuttingDown,
+    "stdin_taken": StdinTaken,
+    "too_busy": TooBusy,
+    "unauthorized": Unauthorized,
+}
+
+
+def refusal(code: str, message: str, fields: dict[str, str | int | None]) -> OperationError:
+    """The error for an agent's "no": the class of its code where there is one."""
+    kind = OF_CODE.get(code)
+    return kind(code, message, fields) if kind else operation_error(code, message, fields)

@@ -6,7 +6,7 @@ import signal
 import time
 from typing import Final
 
-from microguest.guest.errors import MicroguestError, OperationError
+from microguest.guest.errors import MicroguestError
 from microguest.guest.wire.messages import ProcessInfo
 from microguest.host_client.cli import INTERRUPTED
 from microguest.host_client.cli.detachkeys import parse as parse_keys
@@ -18,7 +18,7 @@ from microguest.host_client.cli.template import Row, filtered
 from microguest.host_client.cli.terminal import Terminal
 from microguest.host_client.client.agent import Agent
 from microguest.host_client.client.request import attach_record, signal_number
-from microguest.host_client.errors import ConnectionLost, MachineError
+from microguest.host_client.errors import ConnectionLost, MachineError, NoSuchProcess
 from microguest.host_client.machines.find import agent_of
 from microguest.host_client.machines.folder import is_alive
 from microguest.host_client.machines.named import find as find_machine
@@ -60,17 +60,17 @@ def attach(options: argparse.Namespace) -> int:
 
 
 def find(agent: Agent, target: str, name: str) -> ProcessInfo:
-    """One of the list. OperationError("no_such_process")."""
+    """One of the list. NoSuchProcess."""
     for process in agent.processes():
         if process.id == name:
             return process
     raise nothing_to_reach(target, name)
 
 
-def nothing_to_reach(target: str, name: str) -> OperationError:
+def nothing_to_reach(target: str, name: str) -> NoSuchProcess:
     """The error that says where to look instead."""
     hint = f"logs {target}" if name == MAIN else f"ps -a {target}"
-    return OperationError(
+    return NoSuchProcess(
         "no_such_process", f"machine {target} has no process {name} to reach: see microguest {hint}"
     )
 

@@ -152,7 +152,7 @@ class Agent(Rooted):
         offsets: by output, the number of the first byte wanted, as `Process.offsets` had it; -1 is
         only what comes from now on; None is from the oldest that is retained. write: feed its
         stdin, which one connection can do at a time; False only watches.
-        OperationError: no_such_process, stdin_taken.
+        NoSuchProcess; StdinTaken where `write` is true and another host has it.
         """
         attach = attach_record(process, offsets, write=write)
         check_reading(acknowledge, max_unread)
@@ -170,7 +170,7 @@ class Agent(Rooted):
     def wait(self, process: str, timeout: float | None = None) -> Result:
         """Until a process has ended. DeadlineExceeded after `timeout` seconds.
 
-        OperationError("no_such_process") where it is not known any more.
+        NoSuchProcess where it is not known any more.
         """
         return run(self.driver.wait(process, timeout))
 

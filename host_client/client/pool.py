@@ -11,12 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from microguest.guest.errors import (
-    MicroguestError,
-    OperationError,
-    RemoteProtocolError,
-    operation_error,
-)
+from microguest.guest.errors import MicroguestError, OperationError, RemoteProtocolError
 from microguest.guest.record import Record
 from microguest.guest.wire.connection import Request, Response
 from microguest.guest.wire.messages import (
@@ -36,7 +31,7 @@ from microguest.host_client.client.channel import EXPLAIN_WITHIN, Channel, Obitu
 from microguest.host_client.client.deadline import Deadline
 from microguest.host_client.client.steps import Steps, until
 from microguest.host_client.client.steps import Wait as Pause
-from microguest.host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded
+from microguest.host_client.errors import ConnectError, ConnectionLost, DeadlineExceeded, refusal
 from microguest.host_client.forking import tell_children
 from microguest.host_client.log import DEBUG, INFO, note
 from microguest.host_client.values import check_seconds
@@ -174,7 +169,7 @@ class Pool:
                             case Welcome():
                                 self._welcomed(event, began)
                             case Failure():
-                                raise operation_error(event.code, event.message, event.fields)
+                                raise refusal(event.code, event.message, event.fields)
                             case Response(result=result) if isinstance(result, kind):
                                 return result
                             case _:

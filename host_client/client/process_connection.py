@@ -7,12 +7,7 @@ from collections import deque
 from signal import SIGKILL
 from typing import Final
 
-from microguest.guest.errors import (
-    LocalProtocolError,
-    MicroguestError,
-    RemoteProtocolError,
-    operation_error,
-)
+from microguest.guest.errors import LocalProtocolError, MicroguestError, RemoteProtocolError
 from microguest.guest.wire.connection import Data, End, Event, Request, Response
 from microguest.guest.wire.messages import (
     STREAMS,
@@ -33,7 +28,7 @@ from microguest.host_client.client.backlog import Backlog
 from microguest.host_client.client.channel import Broken, Channel
 from microguest.host_client.client.deadline import Deadline
 from microguest.host_client.client.steps import Steps
-from microguest.host_client.errors import ConnectionLost, OutputTooLarge
+from microguest.host_client.errors import ConnectionLost, OutputTooLarge, refusal
 
 __all__ = ["Exchange", "Output", "too_large"]
 
@@ -144,7 +139,7 @@ class Exchange:
                 case Welcome():
                     self.welcome = event
                 case Failure():
-                    raise operation_error(event.code, event.message, event.fields)
+                    raise refusal(event.code, event.message, event.fields)
                 case Response(result=Started() as started):
                     self.started = started
                 case Exited():

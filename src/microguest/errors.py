@@ -8,7 +8,15 @@ MicroguestError
 ├── OutputTooLarge            a command wrote more than the caller wants to hold in memory
 ├── OutputStalled             a process cannot go on until its caller reads its other output
 ├── OperationError            the agent answered "no": code, message, fields
+│   ├── Unauthorized          the token is not this machine's
+│   ├── NotReady              the guest's root is not in place yet
+│   ├── TooBusy               it has as many connections as it serves
+│   ├── ShuttingDown          the machine is ending
+│   ├── NoSuchProcess         nothing has that id, or it is not kept
+│   ├── IdTaken               a process has the id that a start has chosen
+│   ├── StdinTaken            another connection may write to the process
 │   └── StartError            the process was never started: step and errno
+│       └── ProgramNotFound   there is no such program in the image
 ├── ProtocolError             the connection cannot be used any more
 │   ├── LocalProtocolError    this side used the protocol wrongly
 │   └── RemoteProtocolError   the agent did
@@ -30,17 +38,25 @@ from microguest.host_client.errors import (
     ConnectError,
     ConnectionLost,
     DeadlineExceeded,
+    IdTaken,
     ImageError,
     LocalProtocolError,
     MachineError,
     ManifestError,
     MicroguestError,
+    NoSuchProcess,
+    NotReady,
     OperationError,
     OutputStalled,
     OutputTooLarge,
+    ProgramNotFound,
     ProtocolError,
     RemoteProtocolError,
+    ShuttingDown,
     StartError,
+    StdinTaken,
+    TooBusy,
+    Unauthorized,
 )
 
 __all__ = [
@@ -50,15 +66,23 @@ __all__ = [
     "ConnectError",
     "ConnectionLost",
     "DeadlineExceeded",
+    "IdTaken",
     "ImageError",
     "LocalProtocolError",
     "MachineError",
     "ManifestError",
     "MicroguestError",
+    "NoSuchProcess",
+    "NotReady",
     "OperationError",
     "OutputStalled",
     "OutputTooLarge",
+    "ProgramNotFound",
     "ProtocolError",
     "RemoteProtocolError",
+    "ShuttingDown",
     "StartError",
+    "StdinTaken",
+    "TooBusy",
+    "Unauthorized",
 ]
