@@ -284,10 +284,14 @@ def test_a_signal_that_timeout_sends_twice_is_one(image: str, name: str) -> None
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGHUP, -1)]
 )
 def test_interrupted_boot(image: str, machines_home: Path, number: int, code: int) -> None:
-    """At several moments before the command runs, on the slow kind of machine."""
+    """At several moments of a boot, on the slow kind of machine.
+
+    On a busy host the signal may come when the command runs, which it ends then.
+    """
+    command = ["sleep", "1000"]
     for moment in machinekit.MOMENTS:
         with subprocess.Popen(
-            [PROGRAM, "run", "--rm", "--machine", "qemu", "--name", "early", image, "true"],
+            [PROGRAM, "run", "--rm", "--machine", "qemu", "--name", "early", image, *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         ) as program:
@@ -295,7 +299,7 @@ def test_interrupted_boot(image: str, machines_home: Path, number: int, code: in
             pids = machinekit.family(program.pid)
             program.send_signal(number)
             program.communicate(timeout=PATIENCE)
-        assert program.returncode == code
+        assert program.returncode in (code, 128 + number)
         machinekit.nothing_is_left("early", pids, within=PATIENCE)
 
 

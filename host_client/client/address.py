@@ -20,6 +20,7 @@ from microguest.host_client.shortage import explain
 
 __all__ = ["Address", "HybridAddress", "NotListening", "UnixAddress", "VsockAddress", "parse"]
 
+FOLDER: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 SUN_PATH_MAX: Final = 107  # bytes of a Unix socket's path without its NUL, unix(7)
 LINE_MAX: Final = 64  # bytes of a hybrid device's answer to CONNECT
 PORT_MAX: Final = 2**32 - 1
@@ -132,13 +133,14 @@ def connect_unix(path: str, deadline: Deadline, url: Callable[[], str]) -> Steps
         sock = close_in_children(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     except OSError as error:
         raise _connect_error(url(), error) from error
-    folder = -1
+    folders: list[int] = []
     try:
         sock.setblocking(False)
         target = path
         if len(path) > SUN_PATH_MAX or len(os.fsencode(path)) > SUN_PATH_MAX:
-            folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            target = f"/proc/self/fd/{folder}/{os.path.basename(path)}"
+            # Opened and noted in one moment, between whose halves no interrupt can come.
+            folders.extend(map(os.open, (os.path.dirname(path),), (FOLDER,)))
+            target = f"/proc/self/fd/{folders[0]}/{os.path.basename(path)}"
         # A full backlog is EAGAIN on a Unix socket, and poll(2) does not tell when it has room.
         while (failed := sock.connect_ex(target)) == errno.EAGAIN and not deadline.passed:
             yield Wait(None, 0, deadline.within(BACKLOG_EVERY))
@@ -149,7 +151,7 @@ def connect_unix(path: str, deadline: Deadline, url: Callable[[], str]) -> Steps
         sock.close()
         raise
     finally:
-        if folder >= 0:
+        for folder in folders:
             os.close(folder)
     if failed:
         sock.close()
