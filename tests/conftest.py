@@ -1,13 +1,15 @@
 """What every test gets: nothing may be left behind, and nothing is skipped without being seen.
 
 Each test is surrounded by a check that it leaves no file descriptor, thread or child process.
-Fixtures of a wider scope are set up before it and may keep theirs. `--require-all` turns a skip
-into a failure, for machines that are meant to have everything; `--most-reruns=N` fails a run of
-which more tests than that were run a second time (`--reruns`). Hypothesis runs a small repeatable
-profile; `--hypothesis-profile=deep` looks for new examples.
+Fixtures of a wider scope are set up before it and may keep theirs. What is mounted is seen by this
+run alone, and goes with it. `--require-all` turns a skip into a failure, for machines that are
+meant to have everything; `--most-reruns=N` fails a run of which more tests than that were run a
+second time (`--reruns`). Hypothesis runs a small repeatable profile; `--hypothesis-profile=deep`
+looks for new examples.
 """
 
 import contextlib
+import ctypes
 import gc
 import os
 import platform
@@ -38,6 +40,13 @@ settings.register_profile(
 )
 settings.register_profile("deep", max_examples=3000, deadline=None)
 settings.load_profile("fast")
+
+# Mounts of this run's own: of unshare(2) and mount(2). Those of the host still come in.
+NEW_MOUNTS, NO_WAY_OUT = 0x20000, 0x80000 | 0x4000  # CLONE_NEWNS, MS_SLAVE | MS_REC
+if os.geteuid() == 0:  # where it is not to be had, nothing can be mounted
+    _libc = ctypes.CDLL(None)
+    if _libc.unshare(NEW_MOUNTS) == 0:
+        _libc.mount(None, b"/", None, NO_WAY_OUT, None)
 
 # In a job of a shell without job control, and under nohup(1), these are ignored, and would be by
 # every program that a test starts and sends them to.

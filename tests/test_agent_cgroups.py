@@ -81,7 +81,7 @@ def hierarchy(tmp_path: Path) -> Iterator[Path]:
         for path, _, _ in os.walk(folder, topdown=False):
             os.rmdir(path)
     finally:
-        subprocess.run(["umount", tmp_path], check=True)
+        subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
 @pytest.mark.parametrize("comes", ["remove", "hold"])

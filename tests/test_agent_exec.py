@@ -256,7 +256,7 @@ def proc_of(agent: AgentProcess) -> Iterator[None]:
     try:
         yield
     finally:
-        execute(agent, "busybox", "umount", "/proc", user="0:0")
+        execute(agent, "busybox", "umount", "-l", "/proc", user="0:0")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its root")

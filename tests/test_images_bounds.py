@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import imagefactory as factory
@@ -295,6 +295,31 @@ def test_names_of_one_directory(tmp_path: Path, cache: images.Cache) -> None:
     assert "spread them over more directories, or boot it with --machine namespaces" in said
     with images.open_image(f"oci:{tmp_path}/i") as image:
         images.as_directory(image, tmp_path, cache=cache, limits=images.Limits(steps=40_000))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        lambda number: directory(f"d{number}"),
+        lambda number: member(f"f{number}", b"x"),
+        lambda number: symlink(f"l{number}", "x" * 100),
+        lambda number: member(f"a{number}", b"", xattrs={"user.a": b"x" * 200}),
+    ],
+    ids=["directory", "file", "link", "attribute"],
+)
+def test_what_takes_a_block_is_charged_for_one(
+    tmp_path: Path,
+    cache: images.Cache,
+    entry: Callable[[int], tuple[tarfile.TarInfo, bytes]],
+) -> None:
+    """Of a host's file system; a disk of ours packs what is small."""
+    count, block = 1500, 4096
+    reference = factory.make_layout(tmp_path / "i", [layer([entry(n) for n in range(count)])])
+    with images.open_image(reference) as image:
+        with pytest.raises(ImageError, match="more than the 5 MiB"):
+            images.as_directory(image, tmp_path, cache=cache, limits=images.Limits(bytes=5 << 20))
+        enough = images.Limits(bytes=count * 2 * block + (1 << 20))
+        images.as_directory(image, tmp_path, cache=cache, limits=enough)
 
 
 def test_links_to_a_file_of_a_large_directory(tmp_path: Path) -> None:

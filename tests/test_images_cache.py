@@ -166,7 +166,7 @@ def full_disk() -> Iterator[Path]:
     command = ["mount", "-t", "tmpfs", "-o", "size=3M,mode=0700", "tmpfs", str(where)]
     subprocess.run(command, check=True, timeout=PATIENCE)
     yield where
-    subprocess.run(["umount", str(where)], check=True, timeout=PATIENCE)
+    subprocess.run(["umount", "-l", str(where)], check=True, timeout=PATIENCE)
     where.rmdir()
 
 

@@ -202,7 +202,7 @@ def mounted(disk: images.Disk, where: Path) -> Iterator[Path]:
     try:
         yield where
     finally:
-        subprocess.run(["umount", str(where)], check=True, timeout=PATIENCE)
+        subprocess.run(["umount", "-l", str(where)], check=True, timeout=PATIENCE)
 
 
 def without_root(tree: dict[bytes, factory.Seen]) -> dict[bytes, factory.Seen]:

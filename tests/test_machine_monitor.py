@@ -405,7 +405,7 @@ def test_no_space(tmp_path: Path, elf: Path, monkeypatch: pytest.MonkeyPatch) ->
             boot(machinekit.demo_image())
         assert names() == []
     finally:
-        subprocess.run(["umount", small], check=True)
+        subprocess.run(["umount", "-l", small], check=True)
 
 
 # ── parts ────────────────────────────────────────────────────────────────────────────────────────

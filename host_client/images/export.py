@@ -12,6 +12,7 @@ from microguest.host_client.images.tarformat import Entry, Kind
 from microguest.host_client.images.tarwriter import END_OF_ARCHIVE, header_bytes, padding
 from microguest.host_client.images.tree import Inode, Tree, show
 
+_LINK_IN_INODE = 60  # bytes of a target: less is not in a block of its own
 _MAX_SQUASHFS_TIME = 0xFFFFFFFF
 
 
@@ -36,6 +37,8 @@ class Abilities:
     extended attributes it can hold.  full_times: it has fractions of a second and times before
     1970.  devices: it can make device nodes.  owners: how many different ones it can hold, None
     for any number.  compares: it looks for a name by going through all names of its directory.
+    block: bytes of the smallest piece of a disk that it takes for what an inode does not hold; 0:
+    it packs them.
     """
 
     root: bool
@@ -44,6 +47,7 @@ class Abilities:
     devices: bool
     owners: int | None = None
     compares: bool = False
+    block: int = 0
 
 
 SQUASHFS = Abilities(
@@ -55,8 +59,12 @@ SQUASHFS = Abilities(
     compares=True,
 )
 EROFS = Abilities(root=True, xattrs=(b"",), full_times=True, devices=True, compares=True)
-DIRECTORY = Abilities(root=True, xattrs=(b"",), full_times=True, devices=True)
-DIRECTORY_OF_A_USER = Abilities(root=True, xattrs=(b"user.",), full_times=True, devices=False)
+DIRECTORY = Abilities(
+    root=True, xattrs=(b"",), full_times=True, devices=True, block=limits.HOST_BLOCK
+)
+DIRECTORY_OF_A_USER = Abilities(
+    root=True, xattrs=(b"user.",), full_times=True, devices=False, block=limits.HOST_BLOCK
+)
 
 
 def write_tar(merged: Merged, abilities: Abilities, pipe: IO[bytes]) -> None:
@@ -72,13 +80,33 @@ def write_tar(merged: Merged, abilities: Abilities, pipe: IO[bytes]) -> None:
             )
         header = header_bytes(entry)
         try:
-            merged.budget.write(len(header) + entry.size)
+            merged.budget.write(len(header) + _size_on_disk(entry, abilities.block))
         except Exhausted as error:
             raise Exhausted(f"file {show(entry.name)}: {error}") from error
         pipe.write(header)
         if entry.kind is Kind.FILE:
             _copy(merged, inode, pipe)
     pipe.write(END_OF_ARCHIVE)
+
+
+def _size_on_disk(entry: Entry, block: int) -> int:
+    """What it takes beside its inode and its name, for which its header is charged.
+
+    As ext4 has it: a directory has a block, a link of less than 60 bytes is in the inode, and so
+    are no attributes, as the smallest inodes have room for none.
+    """
+    if not block:
+        return entry.size
+    link = (
+        entry.target if entry.kind is Kind.SYMLINK and len(entry.target) >= _LINK_IN_INODE else b""
+    )
+    own = block if entry.kind is Kind.DIRECTORY else entry.size + len(link)
+    attributes = sum(len(name) + len(value) for name, value in entry.xattrs.items())
+    return _up(own, block) + _up(attributes, block)
+
+
+def _up(size: int, block: int) -> int:
+    return -(-size // block) * block
 
 
 def squashfs_seconds(mtime_ns: int) -> int:

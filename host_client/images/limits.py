@@ -73,6 +73,9 @@ SPOOL_SLICE_BYTES = 16 << 10
 UNPACKER_MEMORY = 128 << 20
 """What an xz stream may ask for; zstd's command has the same bound by default."""
 
+HOST_BLOCK = 4096
+"""What a file system of the host takes for each directory, and for each file that is not empty."""
+
 CHUNK_BYTES = 1 << 20
 """What is read, hashed or written at a time."""
 
@@ -93,7 +96,7 @@ class Limits:
     paths:    bytes of all paths of the merged root: each is written in full.
     bytes:    unpacked bytes over all layers, which is also the temporary disk space; again the
               bytes of the layers as they are stored, holes included; and again the bytes of the
-              merged root as it is written.
+              merged root as it is written, in blocks of `HOST_BLOCK` where that is a directory.
     steps:    what is looked at one by one: headers, records, components of paths, children of a
               directory that is emptied, compressed streams, and the names that the maker of a disk
               compares, `NAMES_A_STEP` at a time (a step takes about a microsecond).
