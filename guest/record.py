@@ -16,6 +16,7 @@ from microguest.guest import plainjson
 
 TYPE_CHECKING = False  # type checkers know this name; importing typing would cost start-up time
 if TYPE_CHECKING:
+    from inspect import Signature
     from typing import Any, Self, dataclass_transform
 else:
 
@@ -37,6 +38,24 @@ class RecordError(ValueError):
     """A map does not fit the record; the message names the field by its path."""
 
 
+class _Signature:
+    """What `inspect.signature` and `help` find of a class of records, made when they ask."""
+
+    def __get__(self, _record: object, kind: "type[Record]") -> "Signature":
+        from inspect import Parameter, Signature  # costs more than all else that PID 1 imports
+
+        fields = [
+            Parameter(
+                name,
+                Parameter.KEYWORD_ONLY,
+                default=kind._defaults.get(name, Parameter.empty),  # noqa: SLF001
+                annotation=annotation,
+            )
+            for name, annotation in kind._fields.items()
+        ]
+        return Signature(fields)
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 class Record:
     """Base of frozen records: fields are the class's annotations, defaults its attributes."""
@@ -45,6 +64,7 @@ class Record:
     _fields: "dict[str, Any]" = {}  # noqa: RUF012  typing.ClassVar would import typing
     _defaults: "dict[str, Any]" = {}  # noqa: RUF012  of the fields that have one
     _required: "frozenset[str]" = frozenset()
+    __signature__ = _Signature()
 
     def __init_subclass__(cls) -> None:
         own = {k: v for k, v in cls.__annotations__.items() if k[0] != "_"}
@@ -53,6 +73,7 @@ class Record:
         cls._required = frozenset(cls._fields.keys() - cls._defaults.keys())
 
     def __init__(self, *unnamed: "Any", **values: "Any") -> None:
+        """Takes the fields by name, as the class says. TypeError, RecordError."""
         given = values.keys()
         if unnamed:
             fields = ", ".join(f"{name}=..." for name in self._fields if name in self._required)

@@ -43,7 +43,12 @@ def line_mark(token: str) -> str:
 
 
 class Step(Record):
-    """One step of the boot. Times are milliseconds of CLOCK_BOOTTIME."""
+    """One step of the boot.
+
+    name      what was done
+    start_ms  milliseconds of CLOCK_BOOTTIME when it began
+    end_ms    the same when it was done
+    """
 
     name: str
     start_ms: float
@@ -70,7 +75,15 @@ class Ready(Record):
 
 
 class BootFailed(Record):
-    """PID 1 could not bring the machine up and powers off."""
+    """PID 1 could not bring the machine up and powers off.
+
+    step     in which
+    message  a sentence
+    syscall  the system call that failed, or ""
+    path     what it was about, or ""
+    errno    why; 0: it was no system call's
+    steps    those that were done
+    """
 
     step: str
     message: str
@@ -91,7 +104,11 @@ class WorkloadStarted(Record):
 class WorkloadFailed(Record):
     """The image's process could not be started; fields as in an error frame's.
 
-    `restart_in`: as of `WorkloadExited`, where it had run before.
+    code        as "not_found"
+    message     a sentence
+    step        in which
+    errno       why; 0: it was no system call's
+    restart_in  seconds until it is tried again, where it had run before; None: never
     """
 
     code: str
@@ -102,20 +119,37 @@ class WorkloadFailed(Record):
 
 
 class WorkloadExited(ExitStatus):
-    """The image's process ended. It is started again after `restart_in` seconds; None: never."""
+    """The image's process ended.
+
+    code         its exit code; None where a signal killed it
+    signal       the number of that signal, or None
+    core_dumped  the kernel wrote a core dump
+    boot_ms      when, milliseconds of CLOCK_BOOTTIME
+    restart_in   seconds until it is started again; None: never
+    oom_killed   the kernel has killed in its cgroup for want of memory
+    """
 
     boot_ms: float = 0.0
     restart_in: float | None = None
-    oom_killed: bool = False  # the kernel has killed in its cgroup for want of memory
+    oom_killed: bool = False
 
 
 class AgentExited(ExitStatus):
-    """The agent died and is started again after `restart_in` seconds; None: it stays down."""
+    """The agent died.
+
+    code         its exit code; None where a signal killed it
+    signal       the number of that signal, or None
+    core_dumped  the kernel wrote a core dump
+    crashes      how often within a while
+    restart_in   seconds until it is started again; None: it stays down
+    hung         PID 1 ended it, because it neither answered nor ran
+    last_words   the end of what it wrote to stderr, at most LAST_WORDS characters
+    """
 
     crashes: int
     restart_in: float | None
-    hung: bool = False  # PID 1 ended it, because it neither answered nor ran
-    last_words: str = ""  # the end of what it wrote to stderr, at most LAST_WORDS characters
+    hung: bool = False
+    last_words: str = ""
 
 
 class AgentServes(Record):

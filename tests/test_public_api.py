@@ -12,6 +12,7 @@ import inspect
 import multiprocessing
 import pickle
 import pkgutil
+import pydoc
 import re
 import subprocess
 import sys
@@ -301,6 +302,39 @@ def test_out_of_range_records_are_documented() -> None:
         assert f"`{call}`" in page
         with pytest.raises(ValueError, match=r"\w+: must be [0-9.]+ to [0-9]+"):
             eval(call, dict(vars(guest.wire.messages)))
+
+
+OWN_RECORDS = [each for each in PUBLIC if isinstance(each, type) and is_record(each)]
+
+
+def fields_of(kind: type) -> dict[str, Any]:
+    """By name, the default; `empty` where there is none, `...` where each one gets its own."""
+    if issubclass(kind, Record):
+        return {name: kind._defaults.get(name, inspect.Parameter.empty) for name in kind._fields}
+    found = {}
+    for field in dataclasses.fields(kind):
+        made_anew = field.default_factory is not dataclasses.MISSING
+        none = ... if made_anew else inspect.Parameter.empty
+        found[field.name] = none if field.default is dataclasses.MISSING else field.default
+    return found
+
+
+@pytest.mark.parametrize("kind", OWN_RECORDS, ids=lambda each: each.__name__)
+def test_help_says_what_a_record_has(kind: type) -> None:
+    """`help` and `inspect.signature`: each field with its type and default, and what it is."""
+    parameters = inspect.signature(kind).parameters
+    fields = fields_of(kind)
+    assert list(parameters) == list(fields)
+    for name, default in fields.items():
+        assert default is ... or parameters[name].default == default
+        assert parameters[name].annotation is not inspect.Parameter.empty
+    if issubclass(kind, Record):
+        assert {each.kind for each in parameters.values()} <= {inspect.Parameter.KEYWORD_ONLY}
+    shown = pydoc.plain(pydoc.render_doc(kind))
+    assert "*unnamed" not in shown.split("Methods defined here")[0].split("Method resolution")[0]
+    about = inspect.getdoc(kind) or ""
+    unsaid = [name for name in fields if not re.search(rf"(?<![\w.]){name}(?!\w)", about)]
+    assert not unsaid, about
 
 
 def test_packages_say_what_is_in_them() -> None:

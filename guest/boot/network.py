@@ -10,11 +10,16 @@ __all__ = ["Interface", "Network", "Route"]
 
 
 class Route(Record):
-    """One route of an interface."""
+    """One route of an interface.
 
-    to: str = "default"  # or as 10.1.0.0/16, fd00:1::/64
-    via: str = ""  # the gateway; "": reached directly. It also tells default's family
-    metric: int = 0  # 0: the kernel's choice
+    to      "default", or as 10.1.0.0/16, fd00:1::/64
+    via     the gateway; "": reached directly. It also tells default's family
+    metric  the lowest of several routes is taken; 0: the kernel's choice
+    """
+
+    to: str = "default"
+    via: str = ""
+    metric: int = 0
 
     def check(self) -> None:
         if self.to == "default" and not self.via:
@@ -24,17 +29,22 @@ class Route(Record):
 
 
 class Interface(Record):
-    """One network interface, found by `mac` where that is given, else by `name`.
+    """One network interface.
 
-    With a `mac` its name becomes `name`.
+    name       it is found by that; with a `mac` it gets it
+    mac        it is found by that, as 52:54:00:12:34:56, where it is given
+    addresses  as 10.0.2.15/24, fd00::2/64
+    routes     Routes by it
+    dhcp       DHCPv4: address, default route and name servers come from the network
+    mtu        bytes of its largest packet, 68 to 65535; 0: as it is
     """
 
     name: str = "eth0"
     mac: str = ""
-    addresses: tuple[str, ...] = ()  # as 10.0.2.15/24, fd00::2/64
+    addresses: tuple[str, ...] = ()
     routes: tuple[Route, ...] = ()
-    dhcp: bool = False  # DHCPv4: address, default route and name servers come from the network
-    mtu: int = 0  # 0: as it is
+    dhcp: bool = False
+    mtu: int = 0
 
     def check(self) -> None:
         if not _is_interface_name(self.name):

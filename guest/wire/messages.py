@@ -110,7 +110,11 @@ class Ping(Record):
 
 
 class PingResult(Record):
-    """`uptime`: seconds since the agent started. `root_ready`: processes can be started."""
+    """That the agent answers.
+
+    uptime      seconds since it started
+    root_ready  processes can be started
+    """
 
     uptime: float
     root_ready: bool
@@ -121,23 +125,40 @@ class Info(Record):
 
 
 class InfoResult(Record):
-    """Versions and identity of the guest, and when the agent came up."""
+    """Versions and identity of the guest, and when the agent came up.
 
-    versions: dict[str, str]  # microguest, cpython, trio, msgpack…
-    kernel: str  # uname -r
-    machine: str  # uname -m
+    versions        of microguest, cpython, trio, msgpack…, by name
+    kernel          its release, as of uname -r
+    machine         as of uname -m
+    hostname        the guest's
+    boot_id         /proc/sys/kernel/random/boot_id: another one after each boot
+    agent_pid       the agent's process id
+    agent_starts    1 unless PID 1 had to restart it
+    agent_ready_ms  when it began to serve, milliseconds of CLOCK_BOOTTIME
+    processes       that run and were started by it
+    connections     that are open, past their hello
+    resident_kib    its resident memory, KiB
+    """
+
+    versions: dict[str, str]
+    kernel: str
+    machine: str
     hostname: str
-    boot_id: str  # /proc/sys/kernel/random/boot_id
+    boot_id: str
     agent_pid: int
-    agent_starts: int  # 1 unless PID 1 had to restart the agent
-    agent_ready_ms: float  # CLOCK_BOOTTIME when the agent began to serve
-    processes: int  # running, started by the agent
-    connections: int  # open, past hello
-    resident_kib: int  # the agent's own resident memory
+    agent_starts: int
+    agent_ready_ms: float
+    processes: int
+    connections: int
+    resident_kib: int
 
 
 class Winsize(Record):
-    """A terminal's size in characters, 1 to 65535 each."""
+    """A terminal's size.
+
+    rows     lines of text, 1 to 65535
+    columns  characters in each, 1 to 65535
+    """
 
     rows: int
     columns: int
@@ -150,14 +171,19 @@ class Winsize(Record):
 class Limits(Record):
     """What a process and all its descendants may use together; None is no limit.
 
-    `memory`, `cpu` and `processes` need cgroup v2 in the guest; where it is missing, asking for
-    them is an error and nothing is started. `rlimits` are getrlimit(2)'s, by name without RLIMIT_
-    and in lower case ("nofile"), each (soft, hard), with -1 for unlimited.
+    The first three need cgroup v2 in the guest; where it is missing, asking for them is an error
+    and nothing is started.
+
+    memory     bytes, swap included
+    cpu        processors, as 0.5
+    processes  how many of them, threads included
+    rlimits    getrlimit(2)'s, by name without RLIMIT_ and in lower case ("nofile"), each (soft,
+               hard), with -1 for unlimited
     """
 
-    memory: int | None = None  # bytes, swap included
-    cpu: float | None = None  # processors, as 0.5
-    processes: int | None = None  # threads included
+    memory: int | None = None
+    cpu: float | None = None
+    processes: int | None = None
     rlimits: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
 
     def check(self) -> None:
@@ -167,9 +193,14 @@ class Limits(Record):
 
 
 class StagedFile(Record):
-    """A file that is written before the process starts, owned by its user."""
+    """A file that is written before the process starts, owned by its user.
 
-    path: str  # relative to cwd, or absolute; its directory must exist
+    path  relative to cwd, or absolute; its directory must exist
+    data  its bytes
+    mode  its permissions, 0 to 0o777
+    """
+
+    path: str
     data: bytes
     mode: int = 0o644
 
@@ -179,11 +210,16 @@ class StagedFile(Record):
 
 
 class Keep(Record):
-    """The process outlives its connection, and its output can be read again."""
+    """The process outlives its connection, and its output can be read again.
 
-    buffer: int = 1024 * 1024  # bytes of each stream that wait for an acknowledgement
-    on_full: str = "block"  # the process waits; or "drop": the oldest bytes go, and are counted
-    retain: float = 3600.0  # seconds that status and output stay after the exit
+    buffer   bytes of each output that wait for an acknowledgement, 4 KiB to 64 MiB
+    on_full  "block": the process waits; "drop": the oldest bytes go, and are counted
+    retain   seconds that status and output stay after the exit, at most 7 days
+    """
+
+    buffer: int = 1024 * 1024
+    on_full: str = "block"
+    retain: float = 3600.0
 
     def check(self) -> None:
         if not bounds.KEEP_BUFFER_MIN <= self.buffer <= bounds.KEEP_BUFFER_MAX:
@@ -197,28 +233,52 @@ class Keep(Record):
 
 
 class Start(Record):
-    """Start a process; the connection is its from then on. `None` takes the image's default."""
+    """Start a process; the connection is its from then on. `None` takes the image's default.
 
-    argv: tuple[str, ...]  # empty where a shell line is given
-    shell: str | None = None  # a line for the image's /bin/sh -c
-    env: dict[str, str] = {}  # noqa: RUF012  frozen by convention; merged over the image's
-    clear_env: bool = False  # env replaces the image's instead
+    argv          program and arguments; empty where a shell line is given
+    shell         a line for the image's /bin/sh -c
+    env           variables, merged over the image's
+    clear_env     `env` replaces the image's instead
+    cwd           working directory
+    user          as `docker exec -u`: name, uid, name:group, uid:gid
+    groups        names or ids, beside those that the user has
+    tty           a terminal of that size: output is all stdout, and `stdin` must be True
+    stdin         False: /dev/null; True: a pipe or terminal that the host feeds and ends
+    timeout       seconds from the start until everything of it is ended
+    grace         seconds between TERM and KILL of a timeout
+    umask         file mode creation mask
+    capabilities  the only ones it may ever have, as "net_admin"
+    no_new_privs  setuid bits and file capabilities give it nothing
+    seccomp       struct sock_filter[], as seccomp(2) takes it; implies `no_new_privs`
+    keep          None: losing the connection kills everything of it
+    id            of a kept process, where the host has chosen it; "": the agent does
+    files         written before it starts
+    label         for lists; means nothing to the agent
+    drain_idle    seconds without output after its exit, until what others hold open is cut
+    drain_cap     seconds after its exit until that is cut in any case
+    limits        what it may use
+    """
+
+    argv: tuple[str, ...]
+    shell: str | None = None
+    env: dict[str, str] = {}  # noqa: RUF012  frozen by convention
+    clear_env: bool = False
     cwd: str | None = None
-    user: str | None = None  # as `docker exec -u`: name, uid, name:group, uid:gid
-    groups: tuple[str, ...] = ()  # names or ids, beside those that the user has
-    tty: Winsize | None = None  # a terminal: output is all stdout, and stdin must be True
-    stdin: bool = False  # False: /dev/null; True: a pipe or terminal that the host feeds and ends
-    timeout: float | None = None  # seconds from the start until everything of it is ended
-    grace: float = bounds.TIMEOUT_GRACE  # seconds between TERM and KILL of a timeout
+    user: str | None = None
+    groups: tuple[str, ...] = ()
+    tty: Winsize | None = None
+    stdin: bool = False
+    timeout: float | None = None
+    grace: float = bounds.TIMEOUT_GRACE
     umask: int = 0o022
-    capabilities: tuple[str, ...] | None = None  # "net_admin"…: the only ones it may ever have
+    capabilities: tuple[str, ...] | None = None
     no_new_privs: bool = False
-    seccomp: bytes = b""  # struct sock_filter[], as seccomp(2) takes it; implies no_new_privs
-    keep: Keep | None = None  # None: losing the connection kills everything of it
-    id: str = ""  # of a kept process, where the host has chosen it; "": the agent does
+    seccomp: bytes = b""
+    keep: Keep | None = None
+    id: str = ""
     files: tuple[StagedFile, ...] = ()
-    label: str = ""  # for lists; means nothing to the agent
-    drain_idle: float = bounds.STREAM_IDLE_AFTER_EXIT  # seconds; see docs/reference/protocol.md
+    label: str = ""
+    drain_idle: float = bounds.STREAM_IDLE_AFTER_EXIT
     drain_cap: float = bounds.STREAM_CAP_AFTER_EXIT
     # Last, because from here on the name means this field and not the module.
     limits: Limits | None = None
@@ -257,15 +317,17 @@ def check_id(name: str) -> None:
 
 
 class Attach(Record):
-    """Take over or watch the streams of a kept process, or of the image's, whose id is "main".
+    """Take over or watch the streams of a kept process, or of the image's.
 
-    `offsets`: by stream name, the number of the first byte wanted, counted from the process's
-    first; -1 is only what comes from now on. Left out is from the oldest that is retained.
+    id       of the process; the image's is "main"
+    offsets  by stream, the number of the first byte wanted, counted from the process's first; -1 is
+             only what comes from now on; left out is from the oldest that is retained
+    write    feed stdin and acknowledge output, which one host can do at a time
     """
 
     id: str = "main"
     offsets: dict[str, int] | None = None
-    write: bool = True  # feed stdin and acknowledge output, which one host can do at a time
+    write: bool = True
 
     def check(self) -> None:
         if self.offsets is not None and not (
@@ -349,16 +411,29 @@ class Credit(Record):
 
 
 class Exited(ExitStatus):
-    """How the process ended; always the last frame."""
+    """How the process ended; always the last frame.
+
+    code            its exit code; None where a signal killed it
+    signal          the number of that signal, or None
+    core_dumped     the kernel wrote a core dump
+    timed_out       the agent killed it because its time was over
+    oom_killed      the kernel killed something in its cgroup for want of memory
+    duration        seconds from start to exit
+    open_streams    outputs still held open by another process when they were cut
+    user_seconds    processor time of it and of what it waited for: getrusage(2)
+    system_seconds  the same in the kernel
+    max_rss_kib     largest resident memory of one of them, KiB
+    dropped         by stream: bytes that were lost before they were acknowledged
+    """
 
     timed_out: bool = False
-    oom_killed: bool = False  # the kernel killed something in its cgroup for want of memory
-    duration: float = 0.0  # seconds from start to exit
-    open_streams: tuple[str, ...] = ()  # still held open by another process when cut
-    user_seconds: float = 0.0  # of it and of what it waited for: getrusage(2)
+    oom_killed: bool = False
+    duration: float = 0.0
+    open_streams: tuple[str, ...] = ()
+    user_seconds: float = 0.0
     system_seconds: float = 0.0
     max_rss_kib: int = 0
-    dropped: dict[str, int] = {}  # noqa: RUF012  by stream: lost before they were acknowledged
+    dropped: dict[str, int] = {}  # noqa: RUF012
 
 
 class ListProcesses(Record):
@@ -366,17 +441,29 @@ class ListProcesses(Record):
 
 
 class ProcessInfo(Record):
-    """One of them. `exited` is None while it runs."""
+    """One of them.
+
+    id               its name for requests
+    pid              its process id in the guest
+    argv             program and arguments, cut to bounds.LISTED_ARGV characters together
+    label            as it was started with
+    kept             it outlives its connection
+    tty              it has a terminal
+    running_seconds  since its start, until its end
+    attached         connections to it
+    retained         by stream: bytes that can be read again
+    exited           how it ended; None while it runs
+    """
 
     id: str
     pid: int
-    argv: tuple[str, ...]  # cut to bounds.LISTED_ARGV characters together
+    argv: tuple[str, ...]
     label: str = ""
     kept: bool = False
     tty: bool = False
     running_seconds: float = 0.0
-    attached: int = 0  # connections
-    retained: dict[str, int] = {}  # noqa: RUF012  bytes by stream
+    attached: int = 0
+    retained: dict[str, int] = {}  # noqa: RUF012
     exited: Exited | None = None
 
     def check(self) -> None:

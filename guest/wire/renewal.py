@@ -72,15 +72,25 @@ class Renew(Record):
 
 
 class Renewed(Record):
-    """What was done. `failed` has a sentence for each part that was asked for and was not."""
+    """What was done.
 
-    stepped: float | None = None  # seconds that were added to CLOCK_REALTIME
-    seeded: bool = False  # RNDADDENTROPY: the seed is in the kernel's pool
-    reseeded: bool = False  # RNDRESEEDCRNG: what it gives from now on depends on that
+    stepped     seconds that were added to CLOCK_REALTIME; None: it was not asked for
+    seeded      RNDADDENTROPY: the seed is in the kernel's pool
+    reseeded    RNDRESEEDCRNG: what it gives from now on depends on that
+    hostname    the new one; None: as it was
+    machine_id  the new one; None: as it was
+    interfaces  names of those that have their new addresses
+    failed      by clock, random, hostname, machine_id, network: a sentence for each part that was
+                asked for and not done
+    """
+
+    stepped: float | None = None
+    seeded: bool = False
+    reseeded: bool = False
     hostname: str | None = None
     machine_id: str | None = None
-    interfaces: tuple[str, ...] = ()  # names of those that have their new addresses
-    failed: dict[str, str] = {}  # noqa: RUF012  by clock, random, hostname, machine_id, network
+    interfaces: tuple[str, ...] = ()
+    failed: dict[str, str] = {}  # noqa: RUF012
 
 
 def check_pair(realtime: int | None, boottime: int | None) -> None:

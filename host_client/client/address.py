@@ -35,7 +35,10 @@ class NotListening(ConnectError):
 
 @dataclass(frozen=True, slots=True)
 class UnixAddress:
-    """A Unix stream socket that the agent listens on."""
+    """A Unix stream socket that the agent listens on.
+
+    path  of the socket
+    """
 
     path: str
 
@@ -49,7 +52,11 @@ class UnixAddress:
 
 @dataclass(frozen=True, slots=True)
 class VsockAddress:
-    """A vsock address, reached through the host's kernel."""
+    """A vsock address, reached through the host's kernel.
+
+    cid   the machine's context id
+    port  the agent's
+    """
 
     cid: int
     port: int
@@ -80,7 +87,11 @@ class VsockAddress:
 
 @dataclass(frozen=True, slots=True)
 class HybridAddress:
-    """A guest's vsock port behind a Unix socket that speaks Firecracker's CONNECT line."""
+    """A guest's vsock port behind a Unix socket that speaks Firecracker's CONNECT line.
+
+    path  of the Unix socket
+    port  the agent's vsock port
+    """
 
     path: str
     port: int = AGENT_PORT

@@ -17,6 +17,7 @@ LAST_WORDS = 200  # bytes and then characters of stderr in the error of a comman
 class Result:
     """A command's end.
 
+    argv            what was run; of an attached process its id
     returncode      its exit code, or minus the signal's number that killed it, as in subprocess
     stdout          all that it wrote there; b"" for nothing, and where it was read as it came
     stderr          the same

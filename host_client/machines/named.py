@@ -39,22 +39,33 @@ LOOK_EVERY: Final = 0.05  # seconds between looks at the state of a machine that
 class MachineInfo(Record):
     """One machine in a list.
 
-    `status` is for people: "starting", "up", "up (paused)", "restarting (1)", "exited (0)", or how
-    it ended. `exit_code` is its command's, as a shell has it; None: it runs, or there is none.
+    name       the machine's
+    machine    "qemu", "namespaces"; "" where its state cannot be read
+    image      as it was named
+    command    of its process, shortened
+    phase      as MachineState.phase, or "unknown": its state cannot be read
+    status     for people: "starting", "up", "up (paused)", "restarting (1)", "exited (0)", or how
+               it ended
+    running    something of it runs
+    paused     its processors stand still
+    created    seconds since the epoch
+    exit_code  its command's, as a shell has it; None: it runs, or there is none
+    agent      as MachineState.agent
+    labels     as they were given
     """
 
     name: str
-    machine: str = ""  # "qemu", "namespaces"; "" where its state cannot be read
+    machine: str = ""
     image: str = ""
     command: str = ""
-    phase: str = "starting"  # as MachineState.phase, or "unknown": its state cannot be read
+    phase: str = "starting"
     status: str = "starting"
-    running: bool = False  # something of it runs
+    running: bool = False
     paused: bool = False
-    created: float = 0.0  # seconds since the epoch
+    created: float = 0.0
     exit_code: int | None = None
-    agent: str = ""  # as MachineState.agent
-    labels: dict[str, str] = {}  # noqa: RUF012  frozen by convention; as they were given
+    agent: str = ""
+    labels: dict[str, str] = {}  # noqa: RUF012  frozen by convention
 
 
 def list_machines(*, all: bool = False) -> list[MachineInfo]:  # noqa: A002  docker's word

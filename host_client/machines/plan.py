@@ -131,17 +131,54 @@ SIGNALLED: Final[dict[int, Record]] = {
 class Event(Record):
     """Something that happened to a machine after its start.
 
-    kind: "agent-exited", "agent-serves", "workload-restarts" (it ended and is started again),
-    "oom-killed", "handed-off", "left-out" (its boot did without something).
+    kind     "agent-exited", "agent-serves", "workload-restarts" (it ended and is started again),
+             "oom-killed", "handed-off", "left-out" (its boot did without something)
+    at_ms    milliseconds since the launch
+    message  a sentence
     """
 
     kind: str
-    at_ms: float  # since the launch
-    message: str  # a sentence
+    at_ms: float
+    message: str
 
 
 class MachineState(Record):
-    """All that is known of a machine. Times are milliseconds since its launch where not said."""
+    """All that is known of a machine. Times are milliseconds since its launch where not said.
+
+    schema           of this record
+    name             the machine's
+    machine          "qemu" or "namespaces"
+    image            as it was named
+    command          of its process, as a shell would take it, shortened
+    labels           as they were given
+    stdio            of the command: "console", "attached", "terminal"
+    url              where its agent is
+    phase            "starting", "running", "stopping", "ended"
+    paused           its processors stand still
+    monitor          process id
+    vmm              process id
+    created          seconds since the epoch
+    launched         CLOCK_MONOTONIC in seconds
+    kept             its state stays after its end
+    timeline         the boot: "launch", "kernel", each step of PID 1, and the moments
+                     "workload-runs", "ready", "handed-off" and "first-exec" (the agent has started
+                     a process for a host)
+    agent            "starting"; "serving"; "restarting" (it died, another one is on its way);
+                     "down" (it died too often and stays down)
+    handed_off       the image's own init is PID 1
+    workload_pid     in the guest, of the last start
+    workload_starts  how often it was started
+    workload_exited  how it ended; None: it runs, or never ran
+    workload_failed  why it could not be started
+    boot_failed      why the guest did not come up
+    agent_exits      the latest AGENT_EXITS_MAX
+    events           the latest EVENTS_MAX
+    status           why it ended: as in guest.report.Stopping, or "killed" (by its caller), "lost"
+                     (its caller died), "crashed" (the VMM ended by itself), "boot-failed"
+    error            a sentence, where the end was not a good one
+    vmm_code         the VMM's exit, as subprocess has it: minus a signal's number
+    console          its last lines, when it has ended
+    """
 
     schema: int = 1
     name: str
@@ -149,35 +186,29 @@ class MachineState(Record):
     image: str = ""
     command: str = ""
     labels: dict[str, str] = {}  # noqa: RUF012  frozen by convention
-    stdio: str = "console"  # of the command: "console", "attached", "terminal"
+    stdio: str = "console"
     url: str = ""
-    phase: str = "starting"  # "starting", "running", "stopping", "ended"
-    paused: bool = False  # its processors stand still
-    monitor: int = 0  # process id
+    phase: str = "starting"
+    paused: bool = False
+    monitor: int = 0
     vmm: int = 0
-    created: float = 0.0  # seconds since the epoch
-    launched: float = 0.0  # CLOCK_MONOTONIC in seconds
+    created: float = 0.0
+    launched: float = 0.0
     kept: bool = False
-    # The boot: "launch", "kernel", each step of PID 1, and the moments "workload-runs",
-    # "ready", "handed-off" and "first-exec" (the agent has started a process for a host).
     timeline: tuple[Step, ...] = ()
-    # "starting"; "serving"; "restarting" (it died, another one is on its way); "down" (it died too
-    # often and stays down)
     agent: str = "starting"
-    handed_off: bool = False  # the image's own init is PID 1
-    workload_pid: int | None = None  # of the last start
+    handed_off: bool = False
+    workload_pid: int | None = None
     workload_starts: int = 0
-    workload_exited: WorkloadExited | None = None  # None: it runs, or never ran
+    workload_exited: WorkloadExited | None = None
     workload_failed: WorkloadFailed | None = None
     boot_failed: BootFailed | None = None
-    agent_exits: tuple[AgentExited, ...] = ()  # the latest AGENT_EXITS_MAX
-    events: tuple[Event, ...] = ()  # the latest EVENTS_MAX
-    # Why it ended: as in guest.report.Stopping, or "killed" (by its caller), "lost" (its caller
-    # died), "crashed" (the VMM ended by itself), "boot-failed".
+    agent_exits: tuple[AgentExited, ...] = ()
+    events: tuple[Event, ...] = ()
     status: str = ""
-    error: str = ""  # a sentence, where the end was not a good one
-    vmm_code: int | None = None  # as subprocess has it: minus a signal's number
-    console: str = ""  # its last lines, when it has ended
+    error: str = ""
+    vmm_code: int | None = None
+    console: str = ""
 
     @property
     def ended(self) -> bool:
