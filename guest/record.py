@@ -42,18 +42,9 @@ class _Signature:
     """What `inspect.signature` and `help` find of a class of records, made when they ask."""
 
     def __get__(self, _record: object, kind: "type[Record]") -> "Signature":
-        from inspect import Parameter, Signature  # costs more than all else that PID 1 imports
+        from microguest.guest.signature import signature_of  # inspect is heavy, and PID 1 starts
 
-        fields = [
-            Parameter(
-                name,
-                Parameter.KEYWORD_ONLY,
-                default=kind._defaults.get(name, Parameter.empty),  # noqa: SLF001
-                annotation=annotation,
-            )
-            for name, annotation in kind._fields.items()
-        ]
-        return Signature(fields)
+        return signature_of(kind._fields, kind._defaults)  # noqa: SLF001
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
