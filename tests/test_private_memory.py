@@ -85,8 +85,12 @@ def test_a_start_keeps_its_capabilities_until_its_memory_is_closed(
         execute(agent, "true", user=f"{user}:{user}", capabilities=capabilities)
 
     with contextlib.closing(starts(agent.pid, begin)) as stops:
-        seen = [stop for stop in stops if not stop.is_program]
-    assert closed_first(seen, int(user))
+        seen = []
+        for stop in stops:
+            seen.append(stop)
+            if (stop.uid, stop.permitted) != (seen[0].uid, seen[0].permitted):
+                assert set(os.listdir(f"/proc/{stop.pid}/fd")) == {"0", "1", "2"}
+    assert closed_first(seen[:-1], int(user))
 
 
 def closed_first(stops: list[Stop], uid: int) -> bool:
