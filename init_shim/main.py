@@ -29,6 +29,8 @@ TYPE_CHECKING = False  # typing itself is too heavy for PID 1
 if TYPE_CHECKING:
     from typing import NoReturn
 
+    from microguest.init_shim.life.leftovers import Leftovers
+
 __all__ = ["run"]
 
 
@@ -89,7 +91,7 @@ def bootstrap(supervisor: Supervisor, timeline: Timeline) -> None:
     with step("root-lower"):
         assembling.mount_lowers(config.root)
     with step("root-upper"):
-        assembling.mount_upper(config)
+        leftovers = prepare_writes(config)
     with step("root-overlay"):
         assembling.mount_root(config.root, keep_run=config.mode == "supervise")
     with step("volumes"):
@@ -107,7 +109,7 @@ def bootstrap(supervisor: Supervisor, timeline: Timeline) -> None:
         hand_off(config, supervisor, agent, timeline)
         return
     with step("workload"):
-        refusal = start_main(config, supervisor)
+        refusal = start_main(config, supervisor, leftovers)
     with step("agent-ready"):
         await_agent(supervisor, agent)
     if agent.ready:
@@ -165,7 +167,26 @@ def hide_paths(config: BootConfig) -> None:
         masks.hide(workload.masked, workload.read_only_paths)
 
 
-def start_main(config: BootConfig, supervisor: Supervisor) -> WorkloadNotStarted | None:
+def prepare_writes(config: BootConfig) -> "Leftovers | None":
+    """What takes all writes, and what clears IPC away between the workload's lives. Raises Failure.
+
+    None where it has only one life.
+    """
+    sizes = assembling.mount_upper(config)
+    if config.machine == "vm":
+        from microguest.init_shim.hardening import ipc_bounds  # nobody waits for it before
+
+        ipc_bounds.bound(sizes.segments)
+    if config.workload is None or config.workload.restart.policy == "never":
+        return None
+    from microguest.init_shim.life import leftovers  # not before the listener is open
+
+    return leftovers.Leftovers()
+
+
+def start_main(
+    config: BootConfig, supervisor: Supervisor, leftovers: "Leftovers | None"
+) -> WorkloadNotStarted | None:
     """Start the workload, if there is one and nobody has asked for the end already.
 
     Returns why it could not be started; the host is told when it knows that the machine is up.
@@ -176,10 +197,21 @@ def start_main(config: BootConfig, supervisor: Supervisor) -> WorkloadNotStarted
     if workload is None or supervisor.status:
         return None
     try:
-        memory = protection.memory_for_workload(supervisor.agent.pid if supervisor.agent else 0)
+        memory = protection.memory_for_workload(agent_pid(supervisor))
         most = Most(memory, protection.processes_for_workload())
-        main = MainProcess(workload, lambda: start_workload(workload, config.image, most))
-        supervisor.begin(main)
+
+        def clear() -> None:
+            if leftovers is not None:
+                leftovers.clear(agent_pid(supervisor))
+
+        supervisor.begin(
+            MainProcess(workload, lambda: start_workload(workload, config.image, most, clear))
+        )
     except WorkloadNotStarted as error:
         return error
     return None
+
+
+def agent_pid(supervisor: Supervisor) -> int:
+    """0 where there is none now."""
+    return supervisor.agent.pid if supervisor.agent else 0

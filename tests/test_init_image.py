@@ -199,6 +199,8 @@ def test_files_in_memory_leave_what_the_machine_needs(memory: int, upper: str, s
     files = sizes.root + sizes.shm + sizes.run
     assert files <= max(free - bounds.AGENT_MEMORY - bounds.MEMORY_RESERVE, memory * MIB / 3)
     assert min(sizes.root, sizes.shm, sizes.run) > 64 * 1024
+    beside = max(free - bounds.AGENT_MEMORY - bounds.MEMORY_RESERVE - files, memory * MIB / 16)
+    assert memory * MIB / 16 <= sizes.segments <= beside
 
 
 def config_with(upper: str, shm: str) -> BootConfig:

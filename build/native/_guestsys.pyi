@@ -21,6 +21,14 @@ def fork() -> int:
     The caller has one thread.
     """
 
+def ipc_objects(kind: int) -> list[tuple[int, int, tuple[int, int]]]:
+    """System V's objects: id, how often it is attached, and who had to do with it, 0 for nobody.
+
+    `kind` 0, shared memory: who made it and who attached or detached it last. 1, queues: who sent
+    and who received last. 2, sets of semaphores: nobody is told.
+    """
+
+def ipc_remove(kind: int, identity: int) -> None: ...
 def let_go(pid: int, signal: int) -> None:
     """Trace it no more, and let it have the signal that it stopped for: PTRACE_DETACH of ptrace(2).
 

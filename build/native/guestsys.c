@@ -29,13 +29,17 @@
 #include <string.h>
 #include <sys/auxv.h>
 #include <sys/ioctl.h>
+#include <sys/ipc.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/msg.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/random.h>
 #include <sys/reboot.h>
 #include <sys/resource.h>
+#include <sys/sem.h>
+#include <sys/shm.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -157,6 +161,109 @@ sys_finit_module(PyObject *module, PyObject *args)
     Py_BEGIN_ALLOW_THREADS
     failed = syscall(SYS_finit_module, fd, parameters, flags);
     Py_END_ALLOW_THREADS
+    if (failed)
+        return os_error();
+    Py_RETURN_NONE;
+}
+
+/* Of System V, in the order of the numbers that ipc_objects and ipc_remove take. */
+enum ipc_kind { IPC_SHM, IPC_MSG, IPC_SEM };
+
+union semun { /* semctl(2): programs define it themselves */
+    int val;
+    struct semid_ds *buf;
+    struct seminfo *info;
+};
+
+/* The highest index in the kernel's table of a kind; negative with errno. */
+static int
+ipc_last(int kind)
+{
+    struct shm_info shm;
+    struct msginfo msg;
+    struct seminfo sem;
+    switch (kind) {
+    case IPC_SHM:
+        return shmctl(0, SHM_INFO, (struct shmid_ds *)&shm);
+    case IPC_MSG:
+        return msgctl(0, MSG_INFO, (struct msqid_ds *)&msg);
+    case IPC_SEM:
+        return semctl(0, 0, SEM_INFO, (union semun){.info = &sem});
+    default:
+        errno = EINVAL;
+        return -1;
+    }
+}
+
+/* What is at an index: its id and what .pyi says of it; -1 where there is nothing. */
+static int
+ipc_at(int kind, int index, unsigned long *attached, int pids[2])
+{
+    struct shmid_ds shm;
+    struct msqid_ds msg;
+    struct semid_ds sem;
+    int id;
+    *attached = 0;
+    pids[0] = pids[1] = 0;
+    switch (kind) {
+    case IPC_SHM:
+        id = shmctl(index, SHM_STAT, &shm);
+        if (id >= 0) {
+            *attached = shm.shm_nattch;
+            pids[0] = shm.shm_cpid;
+            pids[1] = shm.shm_lpid;
+        }
+        return id;
+    case IPC_MSG:
+        id = msgctl(index, MSG_STAT, &msg);
+        if (id >= 0) {
+            pids[0] = msg.msg_lspid;
+            pids[1] = msg.msg_lrpid;
+        }
+        return id;
+    default:
+        return semctl(index, 0, SEM_STAT, (union semun){.buf = &sem});
+    }
+}
+
+/* ipc_objects(kind): see .pyi */
+static PyObject *
+sys_ipc_objects(PyObject *module, PyObject *args)
+{
+    int kind;
+    if (!PyArg_ParseTuple(args, "i:ipc_objects", &kind))
+        return NULL;
+    int last = ipc_last(kind);
+    if (last < 0)
+        return os_error();
+    PyObject *found = PyList_New(0);
+    for (int index = 0; found && index <= last; index++) {
+        unsigned long attached;
+        int pids[2];
+        int id = ipc_at(kind, index, &attached, pids);
+        if (id < 0)
+            continue;
+        PyObject *one = Py_BuildValue("(ik(ii))", id, attached, pids[0], pids[1]);
+        if (!one || PyList_Append(found, one))
+            Py_CLEAR(found);
+        Py_XDECREF(one);
+    }
+    return found;
+}
+
+/* ipc_remove(kind, id): IPC_RMID of shmctl(2), msgctl(2) or semctl(2) */
+static PyObject *
+sys_ipc_remove(PyObject *module, PyObject *args)
+{
+    int kind, id, failed;
+    if (!PyArg_ParseTuple(args, "ii:ipc_remove", &kind, &id))
+        return NULL;
+    if (kind == IPC_SHM)
+        failed = shmctl(id, IPC_RMID, NULL);
+    else if (kind == IPC_MSG)
+        failed = msgctl(id, IPC_RMID, NULL);
+    else
+        failed = semctl(id, 0, IPC_RMID);
     if (failed)
         return os_error();
     Py_RETURN_NONE;
@@ -925,6 +1032,8 @@ static PyMethodDef guestsys_methods[] = {
     {"act_as", sys_act_as, METH_VARARGS, NULL},
     {"finit_module", sys_finit_module, METH_VARARGS, NULL},
     {"fork", sys_fork, METH_NOARGS, NULL},
+    {"ipc_objects", sys_ipc_objects, METH_VARARGS, NULL},
+    {"ipc_remove", sys_ipc_remove, METH_VARARGS, NULL},
     {"let_go", sys_let_go, METH_VARARGS, NULL},
     {"mount", sys_mount, METH_VARARGS, NULL},
     {"mount_setattr", sys_mount_setattr, METH_VARARGS, NULL},

@@ -3,8 +3,7 @@
 With stdio "attached" PID 1 keeps its own copies of the pipes' reading ends, with "terminal" one of
 the terminal's other end, so that an agent that dies does not take the workload with it.
 
-`start_workload` can be called again after an end: nothing of a life is left but what its own
-processes have left.
+`start_workload` can be called again after an end: nothing of a life is left but files.
 """
 
 import os
@@ -26,6 +25,10 @@ from microguest.init_shim.life.workload_cgroup import (
     open_cgroup,
 )
 
+TYPE_CHECKING = False  # typing itself is too heavy for PID 1
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = ["RunningWorkload", "WorkloadNotStarted", "start_workload"]
 
 
@@ -40,16 +43,19 @@ class WorkloadNotStarted(Exception):
         self.errno = errno
 
 
-def start_workload(workload: Workload, image: ImageDefaults, most: Most) -> "RunningWorkload":
+def start_workload(
+    workload: Workload, image: ImageDefaults, most: Most, clear: "Callable[[], None]"
+) -> "RunningWorkload":
     """Start it in the root that PID 1 is in. Raises WorkloadNotStarted, or Failure.
 
     Then nothing of it is left. The image's files are read anew each time. `most`: what it may use,
-    whatever its own limits are.
+    whatever its own limits are. `clear` is called when no process of an earlier life runs any more.
     """
     plan = make_plan(workload, image)
     privileges = Privileges(workload)
     cgroup = own_cgroup(workload, most)
     try:
+        clear()
         streams = Streams(workload, plan.identity.uid)
         try:
             pid, pidfd = spawn_in_place(plan, workload, privileges, streams, cgroup)

@@ -20,6 +20,10 @@ from microguest.init_shim.mounts import ensure_directory, mount
 from microguest.init_shim.reporter import leave_out
 from microguest.init_shim.root import disks, write_out
 
+TYPE_CHECKING = False  # typing itself is too heavy for PID 1
+if TYPE_CHECKING:
+    from microguest.init_shim.root.memory_sizes import Sizes
+
 __all__ = ["NEW_ROOT", "make_read_only", "mount_lowers", "mount_root", "mount_upper", "switch_root"]
 
 LAYERS = "/microguest/layers"
@@ -77,10 +81,10 @@ def mount_lower(lower: Lower, target: str, flags: int) -> None:
         mounts.mount_share(lower.kind, lower.tag, target, flags, cache)
 
 
-def mount_upper(config: BootConfig) -> None:
+def mount_upper(config: BootConfig) -> "Sizes":
     """What takes all writes: a tmpfs, or a disk that keeps them for the next boot.
 
-    With it, all that is in memory gets the size that it keeps.
+    With it, all that is in memory gets the size that it keeps. Returns these. Raises Failure.
     """
     # Nobody waits for it before the listener is open.
     from microguest.init_shim.root import memory_sizes
@@ -89,13 +93,14 @@ def mount_upper(config: BootConfig) -> None:
     mounts.size_tmpfs("/dev/shm", sizes.shm)  # noqa: S108  not a temporary file
     mounts.size_tmpfs("/run", sizes.run)
     if plan.upper is None:
-        return
+        return sizes
     ensure_directory(UPPER)
     if plan.upper.kind == "tmpfs":
         mount("tmpfs", UPPER, "tmpfs", mounts.NODEV, f"mode=0755,size={sizes.root}")
     else:
         disks.mount_disk(plan.upper.serial, "ext4", UPPER, mounts.NODEV, plan.upper.format)
         write_out.remember(UPPER)  # the overlay hides it
+    return sizes
 
 
 def mount_root(plan: Root, *, keep_run: bool) -> None:

@@ -1,6 +1,7 @@
-"""How large the file systems in memory get that come without being asked for: /, /dev/shm, /run.
+"""How large the file systems in memory get that come without being asked for, /, /dev/shm and /run,
+and System V's shared memory.
 
-Whoever may write to all three must not get all of the memory: what a tmpfs holds stays when its
+Whoever may write to all of them must not get all of the memory: what they hold stays when its
 writer is killed.
 """
 
@@ -15,17 +16,23 @@ __all__ = ["Sizes", "measured", "sizes_of"]
 
 UNITS = {"k": 10, "m": 20, "g": 30}
 RUN_SHARE = 20  # /run has this part of memory; what is there are sockets and numbers
+SEGMENTS_SHARE = 8  # System V's have this part of memory, or what /dev/shm has if that is more
+LEAST_SEGMENTS_SHARE = 16  # and this part, however little the file systems leave
 LEAST_SHARE = 3  # all of them have that part of it, however small the machine is
 LEAST = 4096  # bytes of each: 0 would be no limit
 
 
 class Sizes:
-    """In bytes. `root`: of the tmpfs that takes the root's writes, 0 where it has none."""
+    """In bytes. `root`: of the tmpfs that takes the root's writes, 0 where it has none.
 
-    def __init__(self, root: int, shm: int, run: int) -> None:
+    `segments`: of System V's shared memory, all together.
+    """
+
+    def __init__(self, root: int, shm: int, run: int, segments: int) -> None:
         self.root = root
         self.shm = shm
         self.run = run
+        self.segments = segments
 
 
 def measured(config: BootConfig) -> Sizes:
@@ -45,12 +52,18 @@ def sizes_of(config: BootConfig, memory: int, free: int) -> Sizes:
     wanted = (root, in_bytes(config.shm_size, memory), memory // RUN_SHARE)
     most = max(free - bounds.AGENT_MEMORY - 2 * bounds.MEMORY_RESERVE, memory // LEAST_SHARE)
     if sum(wanted) <= most:
-        return Sizes(*wanted)
+        return Sizes(*wanted, segments_beside(*wanted, memory, free))
     root, shm, run = (size and max(size * most // sum(wanted), LEAST) for size in wanted)
     if config.shm_size != BootConfig.shm_size or (upper is not None and upper.size != Upper.size):
         what = f"/ has {root >> 10} KiB and /dev/shm {shm >> 10} KiB"
         leave_out(f"the file systems in memory would take all of it: {what}")
-    return Sizes(root, shm, run)
+    return Sizes(root, shm, run, segments_beside(root, shm, run, memory, free))
+
+
+def segments_beside(root: int, shm: int, run: int, memory: int, free: int) -> int:
+    """Bytes for System V's shared memory, which leave enough beside full file systems."""
+    room = free - bounds.AGENT_MEMORY - bounds.MEMORY_RESERVE - root - shm - run
+    return max(min(max(shm, memory // SEGMENTS_SHARE), room), memory // LEAST_SEGMENTS_SHARE)
 
 
 def in_bytes(size: str, memory: int) -> int:
