@@ -293,7 +293,7 @@ LONG_CELLS: dict[str, int] = {
     "dependencies.md": 4,
     "exec-syscalls.md": 3,
     "handoff.md": 3,
-    "host.md": 25,
+    "host.md": 23,
     "images.md": 4,
     "network.md": 2,
     "performance.md": 1,
