@@ -15,7 +15,7 @@ SIDE_BY_SIDE := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST_OPTIONS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slowed soak man docs check guest bench clean
+.PHONY: help setup demo test test-fast test-slowed soak man docs check guest bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +49,20 @@ test: guest $(DEMO_IMAGE)/index.json ## all tests; TEST=tests/test_log.py takes 
 	$(PYTHON) build/packages.py run
 	$(PYTHON) build/packages.py test
 	$(BIN)/pytest $(SIDE_BY_SIDE) --durations 10 $(PYTEST_OPTIONS) $(TEST)
+
+# Left out: what starts whole machines, in namespaces too, as each of its tests waits for a boot and an
+# end; what goes through a call moment by moment; and what asks other programs for comparison.
+FAST_LEAVES_OUT := $(addprefix tests/test_,aio_cancellation.py boot_chart.py cli.py cli_docker.py \
+	cli_doctor.py cli_environment.py cli_processes.py cli_progress.py cli_terminal.py cli_words.py \
+	console_lives.py differential.py guide.py host_deadlines.py host_docs.py images_layers.py \
+	interrupts.py log.py log_times.py machine_%.py many_boots.py named_machines.py pains.py \
+	public_api.py shares.py shortage.py slow_host.py soak.py vm_%.py)
+FAST := $(filter-out $(FAST_LEAVES_OUT),$(sort $(wildcard tests/test_*.py)))
+
+test-fast: guest $(DEMO_IMAGE)/index.json ## contract, agent, PID 1, library, images: no whole machine, under 3 minutes
+	$(PYTHON) build/packages.py run
+	$(PYTHON) build/packages.py test
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not qemu and not slow" --durations 10 $(PYTEST_OPTIONS) $(FAST)
 
 # The demo, and of each part some tests, on a fifth of this machine: what holds only where it is quiet
 # shows. About ten minutes.
