@@ -51,15 +51,16 @@ test: guest $(DEMO_IMAGE)/index.json ## all tests; TEST=tests/test_log.py takes 
 	$(BIN)/pytest $(SIDE_BY_SIDE) --durations 10 $(PYTEST_OPTIONS) $(TEST)
 
 # Left out: what starts whole machines, in namespaces too, as each of its tests waits for a boot and an
-# end; what goes through a call moment by moment; and what asks other programs for comparison.
-FAST_LEAVES_OUT := $(addprefix tests/test_,aio_cancellation.py boot_chart.py cli.py cli_docker.py \
-	cli_doctor.py cli_environment.py cli_processes.py cli_progress.py cli_terminal.py cli_words.py \
-	console_lives.py differential.py guide.py host_deadlines.py host_docs.py images_layers.py \
-	interrupts.py log.py log_times.py machine_%.py many_boots.py named_machines.py pains.py \
+# end; what goes through a call moment by moment; what waits for a bound or a server to have its time;
+# and what asks other programs for comparison.
+FAST_LEAVES_OUT := $(addprefix tests/test_,agent_held_pipes.py agent_traced.py aio_cancellation.py \
+	boot_chart.py cli.py cli_docker.py cli_doctor.py cli_environment.py cli_processes.py cli_progress.py cli_terminal.py cli_words.py \
+	console_lives.py differential.py guide.py host_deadlines.py host_docs.py images_bounds.py images_layers.py \
+	init_network.py init_traced.py interrupts.py log.py log_times.py machine_%.py many_boots.py named_machines.py pains.py \
 	public_api.py shares.py shortage.py slow_host.py soak.py vm_%.py)
 FAST := $(filter-out $(FAST_LEAVES_OUT),$(sort $(wildcard tests/test_*.py)))
 
-test-fast: guest $(DEMO_IMAGE)/index.json ## contract, agent, PID 1, library, images: no whole machine, under 3 minutes
+test-fast: guest $(DEMO_IMAGE)/index.json ## contract, agent, PID 1, library, images: no whole machine, about 3 minutes
 	$(PYTHON) build/packages.py run
 	$(PYTHON) build/packages.py test
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not qemu and not slow" --durations 10 $(PYTEST_OPTIONS) $(FAST)
