@@ -1,6 +1,6 @@
 """The workload as OCI says: who it is, what it may do, where it sees what, and how it ends.
 
-What the kernel tells of it is read from /proc/self/status; docs/design/processes.md has the rules.
+What the kernel tells of it is read from /proc/self/status; docs/design/workload.md has the rules.
 """
 
 import base64

@@ -291,11 +291,12 @@ LONG_CELLS: dict[str, int] = {
     "images.md": 4,
     "network.md": 2,
     "performance.md": 1,
-    "processes.md": 15,
+    "processes.md": 7,
     "protocol.md": 40,
     "restore.md": 1,
     "roots.md": 6,
     "security.md": 15,
+    "workload.md": 8,
 }
 
 

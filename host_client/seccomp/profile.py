@@ -3,7 +3,7 @@
     agent.exec(["make"], seccomp=seccomp.deny(seccomp.PRIVILEGED, arch=agent.info().machine))
 
 Pure: needs no libseccomp. `deny` makes a list of what is refused, `profile` compiles what docker
-and the OCI runtime spec call a profile. docs/design/processes.md has the rules.
+and the OCI runtime spec call a profile. docs/design/workload.md has the rules.
 """
 
 import errno as errnos
