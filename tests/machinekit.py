@@ -120,13 +120,7 @@ def has_vmm(name: str) -> bool:
     return state is not None and state.vmm > 0
 
 
-def has_spoken(name: str) -> bool:
-    """The guest has written its first line to the console."""
-    console = Path(machines_root(), name, "console.log")
-    return console.exists() and console.stat().st_size > 0
-
-
-MOMENTS = [has_folder, has_vmm, has_spoken]
+MOMENTS = [has_folder, has_vmm]
 
 
 def end_machines() -> None:

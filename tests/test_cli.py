@@ -284,10 +284,7 @@ def test_a_signal_that_timeout_sends_twice_is_one(image: str, name: str) -> None
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGHUP, -1)]
 )
 def test_interrupted_boot(image: str, machines_home: Path, number: int, code: int) -> None:
-    """At several moments of a boot, on the slow kind of machine.
-
-    On a busy host the signal may come when the command runs, which it ends then.
-    """
+    """On the slow kind of machine. The command is one that a signal ends which comes late."""
     command = ["sleep", "1000"]
     for moment in machinekit.MOMENTS:
         with subprocess.Popen(

@@ -12,7 +12,7 @@ from pathlib import Path
 import imagefactory
 import machinekit
 import pytest
-from machinekit import family, has_folder, has_vmm, kill, nothing_is_left, state_of, wait_until
+from machinekit import family, kill, nothing_is_left, state_of, wait_until
 from patience import PATIENCE, SLACK
 
 from microguest import Mount, boot, connect
@@ -158,7 +158,7 @@ def test_killed_vmm_is_an_error_that_names_it(image: str, kind: str) -> None:
     nothing_is_left(machine.name, pids, within=PATIENCE)
 
 
-EARLY = pytest.mark.parametrize("moment", [has_folder, has_vmm])
+EARLY = pytest.mark.parametrize("moment", machinekit.MOMENTS)
 
 
 @EARLY
