@@ -253,13 +253,13 @@ class Machine:
         """As soon as it is there, until the machine has ended. All of its reports."""
         killed: set[int] = set()
         init = self.init_pid()
-        path = Path(f"/proc/{init}/task/{init}/children")
         with at_once():
             while self.process.poll() is None:
-                with contextlib.suppress(OSError):  # PID 1 has ended, or the agent has
-                    for pid in set(map(int, path.read_text().split())) - killed:
-                        if command_of(pid) == ["agent"]:
-                            killed.add(pid)
+                ours = children_of(init)
+                for pid in {*ours, *(each for child in ours for each in children_of(child))}:
+                    if pid not in killed and command_of(pid) == ["agent"]:
+                        killed.add(pid)
+                        with contextlib.suppress(ProcessLookupError):
                             os.kill(pid, signal.SIGKILL)
         return list(iter(self.next_report, ("", {})))
 
@@ -307,6 +307,14 @@ def children(parent: int) -> list[int]:
         if name.isdigit() and _stat(int(name))[1:2] == [str(parent)]:
             found.append(int(name))
     return sorted(found)
+
+
+def children_of(pid: int) -> list[int]:
+    """The same for a process of one thread, and quicker: it looks at no other."""
+    try:
+        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def descendants(pid: int) -> set[int]:
