@@ -61,7 +61,10 @@ def await_end(pid: int) -> "int | None":
 
     None where who traces it has not let it go in TRACED_END; then it is to be reaped later.
     """
-    pidfd = os.pidfd_open(pid)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:  # no room for one: as long as it takes, then, whoever traces it
+        return os.waitpid(pid, 0)[1]
     try:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
