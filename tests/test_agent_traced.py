@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from agentharness import AgentProcess, Host, Refused
+from init_machine import children_of
 from machinekit import wait_until
 from patience import SLACK
 
@@ -201,18 +202,13 @@ def test_a_start_that_fails_while_it_is_traced_stops_nobody(agent: AgentProcess)
                     host.start("/no/such/program")
                 assert refused.value.failure.code == "not_found"
                 other.ping()
-                left = children(agent.popen.pid)
+                left = children_of(agent.popen.pid)
                 assert [state(pid) for pid in left] == ["Z"]
             finally:
                 traces.kill()
         for pid in left:
             wait_until_gone(pid)
         other.ping()
-
-
-def children(pid: int) -> list[int]:
-    """Of its first thread."""
-    return [*map(int, pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
 
 def test_a_debugger_that_waits_is_left_alone(agent: AgentProcess) -> None:

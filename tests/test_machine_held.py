@@ -12,7 +12,7 @@ from pathlib import Path
 import machinekit
 import pytest
 from clikit import microguest
-from init_machine import make_root
+from init_machine import children_of, make_root
 from machinekit import family, nothing_is_left, runs, wait_until
 from patience import PATIENCE, SLACK
 
@@ -158,7 +158,7 @@ def machine(holder: str) -> Iterator[Machine]:
 
 def hold_init(machine: Machine) -> int:
     """Stop PID 1, which the console that is held does not stop; its number on this host."""
-    (init,) = children(machine.state.vmm)
+    (init,) = children_of(machine.state.vmm)
     with pytest.raises(ConnectionLost):
         machine.agent.exec(["sh", "-c", "kill -9 $PPID"], user="root")  # which PID 1 says there
     wait_until("PID 1 goes on", lambda: serves(machine))
@@ -172,11 +172,6 @@ def serves(machine: Machine) -> bool:
         return machine.agent.exec(["true"]).returncode == 0
     except MicroguestError:
         return False
-
-
-def children(pid: int) -> set[int]:
-    """Of the first thread."""
-    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 @pytest.mark.parametrize("by_name", [True, False], ids=["by-name", "its-starter"])
@@ -258,7 +253,7 @@ def test_a_machine_ends_whose_launcher_does_not(
 def test_a_machine_whose_init_is_traced_has_an_end(image: str, trace: Callable[..., None]) -> None:
     """Its launcher is the init's parent, and so is the monitor then."""
     with boot(image, machine="namespaces", command=["sleep", "1000"]) as machine:
-        (init,) = children(machine.state.vmm)
+        (init,) = children_of(machine.state.vmm)
         trace(init, NOTHING, FOLLOW)
         with contextlib.suppress(ConnectionLost):
             machine.agent.exec(["sh", "-c", "kill -9 $(pidof sleep)"])
@@ -347,7 +342,7 @@ def test_a_daemon_that_does_not_end_is_told(
     with machinekit.python(CLOSES.format(starts=DAEMONS[daemon])) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == b"started\n", program.communicate()
-        (pid,) = children(program.pid)
+        (pid,) = children_of(program.pid)
         trace(pid, options)
         out, _ = program.communicate(b"\n", timeout=PATIENCE)
         assert out.decode() == f"[{pid}]\n"
@@ -380,7 +375,7 @@ def test_a_daemon_whose_end_is_kept_back_holds_up_no_monitor(
     with machinekit.python(DIES) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == b"started\n", program.communicate()
-        (pid,) = children(program.pid)
+        (pid,) = children_of(program.pid)
         trace(pid, NOTHING)
         os.kill(pid, signal.SIGKILL)
         out, err = program.communicate(timeout=PATIENCE)
